@@ -1,0 +1,12 @@
+// One function per area adds that area's classes to the module `_core`. Only csrc/bind includes pybind11.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace penstock::bind {
+
+namespace py = pybind11;
+
+void bind_base(py::module_& m);
+
+}  // namespace penstock::bind

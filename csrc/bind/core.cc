@@ -1,0 +1,6 @@
+#include "bind/bind.h"
+
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "Native core of Penstock.";
+  penstock::bind::bind_base(m);
+}

@@ -1,0 +1,1 @@
+"""Numeric kernels of Penstock: one meaning (`reference`), run by Numba (`cpu`) and Triton (`gpu`)."""
