@@ -9,7 +9,8 @@ namespace {
 CpuLevel detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // The levels are those of -march=x86-64-v3 and v4, which the *_avx2.cc and *_avx512.cc sources are built for.
+  // The levels are those of -march=x86-64-v3 and v4, which the *_avx2.cc and *_avx512.cc sources are built
+  // for.
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +35,9 @@ CpuLevel detected_cpu_level() {
   return level;
 }
 
-CpuLevel cpu_level() { return level_in_force().load(std::memory_order_relaxed); }
+CpuLevel cpu_level() {
+  return level_in_force().load(std::memory_order_relaxed);
+}
 
 CpuLevel force_cpu_level(CpuLevel level) {
   level = std::min(level, detected_cpu_level());

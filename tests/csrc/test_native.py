@@ -1,0 +1,41 @@
+"""The native test programs (tests/csrc/*/native_*.cc) under ThreadSanitizer and AddressSanitizer + UBSan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "csrc").glob("*/native_*.cc"))
+
+
+@pytest.fixture(scope="session", params=["thread", "address"])
+def sanitized(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """Build every program with one sanitizer; return its name and the folder of the programs."""
+    sanitizer = request.param
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH")
+    build = ROOT / "build" / f"sanitize-{sanitizer}"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DPENSTOCK_TESTS=ON"]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    subprocess.run([*configure, f"-DPENSTOCK_SANITIZE={sanitizer}"], check=True, capture_output=True)
+    done = subprocess.run(
+        ["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return sanitizer, build
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program_is_clean(sanitized: tuple[str, Path], program: str) -> None:
+    sanitizer, build = sanitized
+    command = [str(build / program)]
+    if sanitizer == "thread" and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # TSAN cannot map its shadow under some address-space layouts
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
