@@ -1,7 +1,8 @@
 """`inference-config.yaml`: the settings of an engine, checked all at once, each fault with its line.
 
 A duration is a string with a unit ("200us", "50ms", "10s", "5m", "1h", "7d") or a plain number in the unit
-that the field states. A size is bytes or a string ("512MB", "2GiB"). Relative paths start at the file's folder.
+that the field states. A size is bytes or a string ("512MB", "2GiB"). Relative paths start at the folder of
+the file.
 This module imports pydantic, so `penstock/__init__` reaches it lazily.
 """
 

@@ -112,7 +112,7 @@ def test_all_faults_are_told_at_once_in_line_order():
         ("a: 1\n---\nb: 2\n", 2, "is not YAML"),
         ("data_dir: !!python/name:os.system x\n", 1, "could not determine a constructor"),
         ("serving: &s {}\nserver: *s\n", 2, "server uses a YAML alias"),
-        ("serving: &s\n  autoscaling: *s\n", 1, "uses a YAML alias"),
+        ("serving: &s\n  autoscaling: *s\n", 2, "uses a YAML alias"),
         ("? [a]\n: 1\n", 1, "a key that is not a name"),
     ],
 )

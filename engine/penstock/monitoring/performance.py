@@ -1,9 +1,9 @@
 """Model performance from labels that arrive late: a bounded join and sums by prediction-time pane.
 
 A served row is kept in a ring by its 64-bit request id; its label, whenever it comes, is counted in the pane
-of the *prediction*. AUC comes from two score histograms with half credit in a bin, and is given with a bound
-on its distance to the exact AUC. Losses are summed in fixed point, so a correction takes back exactly what was
-added and the sums do not depend on the order of arrival.
+of the *prediction*. AUC comes from two score histograms with half credit in a bin, and is given with a
+bound on its distance to the exact AUC. Losses are summed in fixed point, so a correction takes back exactly
+what was added and the sums do not depend on the order of arrival.
 
 Invariants: each counted label belongs to a resident pane; the index names the newest ring slot of an id.
 Any thread may call; one lock guards the whole state. A call that raises leaves the state unchanged.
@@ -155,7 +155,10 @@ class PerformanceTracker:
         """
         keys = _request_ids(ids)
         times = _times(times_us, len(keys))
-        values = np.asarray(scores, np.float64)
+        given = np.asarray(scores)
+        if len(keys) and given.dtype.kind not in "iuf":
+            raise InvalidArgumentError(f"scores has dtype {given.dtype}; expected float64")
+        values = given.astype(np.float64)
         if values.shape != keys.shape:
             raise InvalidArgumentError(f"scores has shape {values.shape}; expected {keys.shape}")
         wrong = ~((values >= 0.0) & (values <= 1.0))
@@ -185,9 +188,9 @@ class PerformanceTracker:
     ) -> dict[str, int]:
         """Join labels (0 or 1, ``[n]``) that became known at `times_us` (int64 microseconds UTC).
 
-        Returns counts that add up to n: ``matched`` (first label of a row), ``corrected`` (another label,
-        known at the same time or later, took its place), ``duplicate`` (the held label again, or an older
-        one), ``late`` (the row's pane or version has left), ``orphan`` (no such row). Raises InvalidArgumentError.
+        Returns counts that add up to n: ``matched`` (first label of a row), ``corrected`` (another label, known
+        at the same time or later, took its place), ``duplicate`` (the held label again, or an older one),
+        ``late`` (the row's pane or version has left), ``orphan`` (no such row). Raises InvalidArgumentError.
         """
         keys = _request_ids(ids)
         times = _times(times_us, len(keys))
@@ -321,6 +324,10 @@ class PerformanceTracker:
 
 def _request_ids(ids: NDArray[Any] | Sequence[int]) -> NDArray[np.uint64]:
     keys = np.asarray(ids)
+    if keys.dtype.kind == "f" and not isinstance(ids, np.ndarray) and all(isinstance(i, int) for i in ids):
+        keys = np.array(ids, object)  # NumPy makes floats of a list with ints on both sides of 2**63
+        if all(0 <= i < 1 << 64 for i in ids):
+            keys = keys.astype(np.uint64)
     if keys.ndim != 1:
         raise InvalidArgumentError(f"ids has {keys.ndim} dimensions; expected 1")
     if keys.dtype.kind not in "iu" and len(keys):
@@ -339,7 +346,9 @@ def _times(times_us: NDArray[Any] | Sequence[int] | int, n: int) -> I64:
         times = np.full(n, times)
     if times.shape != (n,):
         raise InvalidArgumentError(f"times_us has shape {times.shape}; expected ({n},)")
-    if (times < 0).any():
-        row = int(np.argmax(times < 0))
-        raise InvalidArgumentError(f"times_us[{row}] is {times[row]}; expected 0 or more")
-    return times.astype(np.int64)
+    micros = times.astype(np.int64)
+    wrong = micros < 0  # a uint64 beyond int64 wraps below zero
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InvalidArgumentError(f"times_us[{row}] is {times[row]}; expected 0 to 2**63 - 1")
+    return micros

@@ -138,6 +138,21 @@ def test_a_used_id_names_its_newest_row():
     assert track.metrics(0, PANE)["labelled"] == 0
 
 
+def test_ids_on_both_sides_of_the_sign_bit_keep_every_bit():
+    track = tracker()
+    ids = [0, 1, 2**63, 2**63 + 1, 2**64 - 1]
+    track.record(ids, 0, [0.5] * 5, "1")
+    assert track.label([2**64 - 1, 1, 2**63 + 1], [1, 1, 1], 0)["matched"] == 3
+    assert track.label([2, 2**63 + 2], [1, 1], 0)["orphan"] == 2
+
+
+def test_a_batch_larger_than_the_ring_keeps_its_end():
+    track = tracker(capacity=2)
+    assert track.record([1, 2, 3, 4, 5], 0, [0.5] * 5, "1") == 5
+    assert track.label([1, 2, 3, 4, 5], [1] * 5, 0)["matched"] == 2
+    assert track.metrics(0, PANE)["n"] == 5
+
+
 def test_versions_are_apart_and_bounded():
     track = tracker(max_versions=2)
     for i, version in enumerate(["a", "b"]):
@@ -169,6 +184,9 @@ def test_bad_settings(kwargs, message):
         (([2], 0, [math.nan], "1"), r"scores\[0\] is nan"),
         (([2], 0, [1.5], "1"), r"scores\[0\] is 1.5"),
         (([2], 0, [0.5, 0.5], "1"), "scores has shape"),
+        (([2], 0, ["high"], "1"), "scores has dtype"),
+        (([2, -(2**64)], 0, [0.5, 0.5], "1"), "ids has dtype object"),
+        (([2], [2**63], [0.5], "1"), r"times_us\[0\] is 9223372036854775808"),
         (([-1], 0, [0.5], "1"), r"ids\[0\] is -1"),
         (([1.5], 0, [0.5], "1"), "ids has dtype float64"),
         (([[1]], 0, [0.5], "1"), "ids has 2 dimensions"),
