@@ -56,13 +56,12 @@ def _size(value: object) -> object:
     match = _QUANTITY.fullmatch(value)
     if match is None or match[2] not in _UNIT_BYTES:
         raise ValueError('expected a size such as "512MB" or "2GiB", or a number of bytes')
-    return math.floor(float(match[1]) * _UNIT_BYTES[match[2]])
+    size = float(match[1]) * _UNIT_BYTES[match[2]]
+    return math.floor(size) if math.isfinite(size) else size
 
 
 def _path(value: object, info: ValidationInfo) -> object:
-    if not isinstance(value, str):
-        return value
-    if not value:
+    if not isinstance(value, str | Path) or not str(value):
         raise ValueError("expected a path")
     base = (info.context or {}).get("base", Path())
     return Path(base) / value
@@ -254,7 +253,11 @@ def check_text(text: str, *, base: str | Path = ".") -> tuple[Config | None, lis
         try:
             config = Config.model_validate(data, context={"base": Path(base)})
         except ValidationError as error:
-            faults += [_fault(dict(item), lines) for item in error.errors(include_url=False)]
+            told = {fault.line for fault in faults}
+            for item in error.errors(include_url=False):
+                fault = _fault(dict(item), lines)
+                if item["input"] is not None or fault.line not in told:  # YAML made no value: already told
+                    faults.append(fault)
     faults.sort(key=lambda fault: fault.line)
     return (None if faults else config), faults
 

@@ -144,4 +144,6 @@ def from_wire(error: Any) -> PenstockError:
         return InternalError(str(error))
     cls = _BY_CODE.get(str(error.get("code")), InternalError)
     retry_after = error.get("retry_after_ms")
-    return cls(str(error.get("message", "")), retry_after_ms=int(retry_after) if retry_after is not None else None)
+    return cls(
+        str(error.get("message", "")), retry_after_ms=int(retry_after) if retry_after is not None else None
+    )

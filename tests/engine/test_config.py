@@ -64,6 +64,7 @@ def test_relative_paths_start_at_the_file(tmp_path):
     assert config.feature_store.repo_path == tmp_path / "repo"
     assert config.models["fraud"].path == Path("/abs")
     assert config.models["fraud"].version == "3"
+    assert config.data_dir == tmp_path / "penstock-data"  # the default is no exception
 
 
 def test_all_faults_are_told_at_once_in_line_order():
@@ -105,6 +106,9 @@ def test_all_faults_are_told_at_once_in_line_order():
         ("models:\n  m:\n    on_missing: zero\n", 3, "models.m.on_missing is 'zero'"),
         ("monitoring:\n  pane: 7\n  window: 20\n", 1, "not a multiple of pane"),
         ("feature_store:\n  repo_path: ''\n", 2, "expected a path"),
+        ("data_dir: 5\n", 1, "data_dir is 5: expected a path"),
+        ("caches:\n  models:\n    memory: " + "9" * 400 + "GB\n", 3, "caches.models.memory is inf"),
+        ("monitoring:\n  pane: " + "9" * 400 + "h\n", 2, "finite"),
         ("\n\nzzz: 1\n", 3, "known keys: serving, server"),
         ("serving: 3\n", 1, "serving is 3"),
         ("- a\n", 1, "expected a mapping"),
@@ -118,6 +122,10 @@ def test_all_faults_are_told_at_once_in_line_order():
 )
 def test_each_bad_input_is_told_by_line(text, line, message):
     assert any(at == line and message in said for at, said in faults_of(text)), faults_of(text)
+
+
+def test_a_value_that_yaml_cannot_make_is_told_once():
+    assert faults_of("data_dir: 2024-99-99\n") == [(1, "data_dir: month must be in 1..12")]
 
 
 def test_load_config_raises_one_error_with_every_fault(tmp_path):

@@ -188,9 +188,10 @@ class PerformanceTracker:
     ) -> dict[str, int]:
         """Join labels (0 or 1, ``[n]``) that became known at `times_us` (int64 microseconds UTC).
 
-        Returns counts that add up to n: ``matched`` (first label of a row), ``corrected`` (another label, known
-        at the same time or later, took its place), ``duplicate`` (the held label again, or an older one),
-        ``late`` (the row's pane or version has left), ``orphan`` (no such row). Raises InvalidArgumentError.
+        Returns counts that add up to n: ``matched`` (first label of a row), ``corrected`` (another label took
+        its place, known at the same time or later), ``duplicate`` (the held label again or an older one),
+        ``late`` (the row's pane or version has left), ``orphan`` (no such row).
+        Raises InvalidArgumentError.
         """
         keys = _request_ids(ids)
         times = _times(times_us, len(keys))

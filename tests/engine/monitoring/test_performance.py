@@ -1,6 +1,7 @@
 """PerformanceTracker against a slow oracle, its bounds and its bad inputs."""
 
 import math
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -151,6 +152,24 @@ def test_a_batch_larger_than_the_ring_keeps_its_end():
     assert track.record([1, 2, 3, 4, 5], 0, [0.5] * 5, "1") == 5
     assert track.label([1, 2, 3, 4, 5], [1] * 5, 0)["matched"] == 2
     assert track.metrics(0, PANE)["n"] == 5
+
+
+def test_threads_lose_no_count():
+    track = tracker(capacity=4096, max_versions=4)
+
+    def work(lane):
+        for start in range(lane * 1000, lane * 1000 + 1000, 50):
+            ids = range(start, start + 50)
+            track.record(list(ids), 0, [0.5] * 50, str(lane))
+            track.label(list(ids), [i % 2 for i in ids], 0)
+
+    threads = [threading.Thread(target=work, args=(lane,)) for lane in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    figures = track.metrics(0, PANE)
+    assert (figures["n"], figures["labelled"], figures["accuracy"]) == (4000, 4000, 0.5)
 
 
 def test_versions_are_apart_and_bounded():
