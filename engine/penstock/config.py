@@ -1,0 +1,366 @@
+"""`inference-config.yaml`: the settings of an engine, checked all at once, each fault with its line.
+
+A duration is a string with a unit ("200us", "50ms", "10s", "5m", "1h", "7d") or a plain number in the unit
+that the field states. A size is bytes or a string ("512MB", "2GiB"). Relative paths start at the folder of
+the file.
+This module imports pydantic, so `penstock/__init__` reaches it lazily.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from penstock.errors import ConfigError
+
+_UNIT_US = {"us": 1, "ms": 1000, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}
+_UNIT_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+
+
+def _duration(unit: str) -> BeforeValidator:
+    """A validator that gives a whole or fractional number of `unit`; a plain number already is one."""
+
+    def parse(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        match = _QUANTITY.fullmatch(value)
+        if match is None or match[2] not in _UNIT_US:
+            raise ValueError(f'expected a duration such as "50ms" or "1h", or a number in {unit}')
+        scaled = float(match[1]) * _UNIT_US[match[2]] / _UNIT_US[unit]
+        return int(scaled) if scaled.is_integer() else scaled
+
+    return BeforeValidator(parse)
+
+
+def _size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _QUANTITY.fullmatch(value)
+    if match is None or match[2] not in _UNIT_BYTES:
+        raise ValueError('expected a size such as "512MB" or "2GiB", or a number of bytes')
+    size = float(match[1]) * _UNIT_BYTES[match[2]]
+    return math.floor(size) if math.isfinite(size) else size
+
+
+def _path(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("expected a path")
+    base = (info.context or {}).get("base", Path())
+    return Path(base) / value
+
+
+Milliseconds = Annotated[float, _duration("ms")]
+Microseconds = Annotated[int, _duration("us")]
+Seconds = Annotated[float, _duration("s")]
+Size = Annotated[int, BeforeValidator(_size)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, immutable, without coercion; an empty section is all defaults."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class AutoscalingConfig(Section):
+    """Validated and exported for an orchestrator; Penstock starts no replicas."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    target_gpu_utilization: float = Field(default=0.7, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
+class ServingConfig(Section):
+    """Batching. `max_latency_ms` in milliseconds, `inline_limit_us` in microseconds."""
+
+    max_batch_size: int = Field(default=64, ge=1, le=64)
+    max_latency_ms: Milliseconds = Field(default=50.0, gt=0, le=60_000)
+    max_rows_per_request: int = Field(default=4096, ge=1)
+    inline_limit_us: Microseconds = Field(default=200, ge=0)
+    allow_replay: bool = False
+    autoscaling: AutoscalingConfig | None = None
+
+
+class LimitsConfig(Section):
+    """Bounds on what peers may ask for."""
+
+    max_message_bytes: Size = Field(default=16 << 20, ge=1024)
+    max_depth: int = Field(default=32, ge=4, le=1024)
+    max_connections: int = Field(default=1024, ge=1)
+    max_in_flight_per_connection: int = Field(default=1024, ge=1)
+
+
+class ServerConfig(Section):
+    """Where to listen: "tcp://host:port" or "unix:///path"."""
+
+    listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+    @field_validator("listen")
+    @classmethod
+    def _addresses(cls, listen: list[str]) -> list[str]:
+        for address in listen:
+            if not _is_address(address):
+                raise ValueError(f'"{address}" is no address; expected "tcp://host:port" or "unix:///path"')
+        if len(set(listen)) != len(listen):
+            raise ValueError("an address is given twice")
+        return listen
+
+
+class FeatureStoreConfig(Section):
+    """The folder of the feature definitions."""
+
+    repo_path: FilePath | None = None
+
+
+class FeatureCacheConfig(Section):
+    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity."""
+
+    capacity: int = Field(default=1 << 17, ge=1)
+    ttl: Annotated[Seconds, Field(gt=0)] | None = None
+
+
+class ModelCacheConfig(Section):
+    """Memory for loaded models, bytes."""
+
+    memory: Size = Field(default=1 << 30, ge=1)
+
+
+class CachesConfig(Section):
+    features: FeatureCacheConfig = Field(default_factory=FeatureCacheConfig)
+    models: ModelCacheConfig = Field(default_factory=ModelCacheConfig)
+
+
+class ModelConfig(Section):
+    """One served model: its bundle folder (None: by name under data_dir), and the version or alias."""
+
+    path: FilePath | None = None
+    version: Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)] = Field(
+        default="champion", min_length=1
+    )
+    on_missing: Literal["nan", "error"] = "nan"
+
+
+class MonitoringConfig(Section):
+    """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels."""
+
+    pane: Seconds = Field(default=300.0, ge=1)
+    window: Seconds = Field(default=86_400.0, ge=1)
+    score_bins: int = Field(default=1024, ge=2, le=65_536)
+    label_capacity: int = Field(default=1 << 20, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_panes(self) -> MonitoringConfig:
+        if self.window < self.pane or self.window % self.pane:
+            raise ValueError(f"window ({self.window:g} s) is not a multiple of pane ({self.pane:g} s)")
+        return self
+
+
+class Config(Section):
+    """The whole file. Every section may be left out."""
+
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    feature_store: FeatureStoreConfig = Field(default_factory=FeatureStoreConfig)
+    caches: CachesConfig = Field(default_factory=CachesConfig)
+    models: dict[str, ModelConfig] = Field(default_factory=dict)
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
+    data_dir: FilePath = Path("penstock-data")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _no_models(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a file: 1-based line (0: the file as a whole) and what is wrong."""
+
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}" if self.line else self.message
+
+
+Location = tuple[int | str, ...]
+
+
+def check_config(path: str | Path) -> tuple[Config | None, list[Fault]]:
+    """Read and check the file at `path`; return the config, or None and every fault, by line."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return None, [Fault(0, f"cannot be read: {error}")]
+    return check_text(text, base=file.parent)
+
+
+def check_text(text: str, *, base: str | Path = ".") -> tuple[Config | None, list[Fault]]:
+    """Check YAML `text`, whose relative paths start at `base`."""
+    faults: list[Fault] = []
+    lines: dict[Location, int] = {}
+    loader: yaml.SafeLoader | None = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        data = _build(loader, node, (), lines, faults, set()) if node is not None else {}
+    except yaml.YAMLError as error:
+        return None, [_yaml_fault(error)]
+    except RecursionError:
+        return None, [Fault(0, "is nested too deeply")]
+    finally:
+        if loader is not None:
+            loader.dispose()
+    config: Config | None = None
+    if not isinstance(data, dict) and data is not None:
+        faults.append(Fault(1, f"is a {type(data).__name__}; expected a mapping of sections"))
+    else:
+        try:
+            config = Config.model_validate(data, context={"base": Path(base)})
+        except ValidationError as error:
+            told = {fault.line for fault in faults}
+            for item in error.errors(include_url=False):
+                fault = _fault(dict(item), lines)
+                if item["input"] is not None or fault.line not in told:  # YAML made no value: already told
+                    faults.append(fault)
+    faults.sort(key=lambda fault: fault.line)
+    return (None if faults else config), faults
+
+
+def load_config(path: str | Path) -> Config:
+    """Return the config at `path`; raises ConfigError, whose message lists every fault with its line."""
+    config, faults = check_config(path)
+    if config is None:
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in faults))
+    return config
+
+
+def _is_address(address: str) -> bool:
+    try:
+        url = urlsplit(address)
+        port = url.port
+    except ValueError:
+        return False
+    if url.query or url.fragment or url.username is not None:
+        return False
+    if url.scheme == "tcp":
+        return bool(url.hostname) and port is not None and not url.path
+    return url.scheme == "unix" and not url.netloc and len(url.path) > 1
+
+
+def _build(
+    loader: yaml.SafeLoader,
+    node: yaml.Node,
+    at: Location,
+    lines: dict[Location, int],
+    faults: list[Fault],
+    seen: set[int],
+) -> Any:
+    """Make plain data of `node`, noting the line of each location, duplicate keys and aliases."""
+    line = lines.setdefault(at, node.start_mark.line + 1)  # of the key, where there is one
+    if id(node) in seen:  # an alias could be cyclic, or grow without bound
+        faults.append(Fault(line, f"{_name(at)} uses a YAML alias; write the value out"))
+        return None
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        made: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key_line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                faults.append(Fault(key_line, f"{_name(at)} has a key that is not a name"))
+                continue
+            key = key_node.value
+            place = (*at, key)
+            if key in made:
+                faults.append(Fault(key_line, f"{_name(place)} is given twice; first on line {lines[place]}"))
+                continue
+            lines[place] = key_line
+            made[key] = _build(loader, value_node, place, lines, faults, seen)
+        return made
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*at, i), lines, faults, seen) for i, item in enumerate(node.value)]
+    try:
+        return loader.construct_object(node)
+    except (ValueError, yaml.constructor.ConstructorError) as error:
+        reason = error.problem if isinstance(error, yaml.constructor.ConstructorError) else error
+        faults.append(Fault(line, f"{_name(at)}: {reason}"))
+        return None
+
+
+def _yaml_fault(error: yaml.YAMLError) -> Fault:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return Fault(mark.line + 1 if mark is not None else 0, f"is not YAML: {problem}")
+
+
+def _name(at: Location) -> str:
+    name = ""
+    for part in at:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name or "the file"
+
+
+def _fault(error: dict[str, Any], lines: dict[Location, int]) -> Fault:
+    at: Location = tuple(error["loc"])
+    known = at
+    while known not in lines and known:
+        known = known[:-1]
+    line = lines.get(known, 0)
+    if error["type"] == "extra_forbidden":
+        names = _fields_at(at[:-1])
+        near = difflib.get_close_matches(str(at[-1]), names, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(names)}"
+        return Fault(line, f"unknown key {_name(at)}; {hint}")
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    if isinstance(error["input"], dict | list):
+        return Fault(line, f"{_name(at)}: {reason}")
+    return Fault(line, f"{_name(at)} is {error['input']!r}: {reason}")
+
+
+def _fields_at(at: Location) -> list[str]:
+    """The known keys of the section at `at`, found from the models themselves."""
+    section: type[BaseModel] = Config
+    for part in at:
+        if section is Config and part == "models":
+            section = ModelConfig
+        elif str(part) in section.model_fields:
+            kind = section.model_fields[str(part)].annotation
+            kinds = (kind, *getattr(kind, "__args__", ()))
+            section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(section.model_fields)
