@@ -1,7 +1,9 @@
 // Binding of csrc/wire for the server and the tests. Every call holds the GIL.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>

@@ -285,8 +285,7 @@ bool Cursor::read_map(uint32_t* pairs) {
 
 bool Cursor::skip() {
   Cursor probe = *this;
-  // At most 2^33 announced per byte read, so this sum cannot wrap within any message that fits in memory
-  // here.
+  // Bounded at every step by the bytes that are left, so it cannot wrap.
   uint64_t outstanding = 1;
   while (outstanding > 0) {
     Head head;

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 namespace penstock::wire {
@@ -12,7 +13,9 @@ namespace {
 std::string describe(const Cursor& cursor) {
   Head head;
   if (!cursor.peek(&head)) return "missing";
-  const auto with_type = [&](const std::string& text) { return text + " (" + type_name(head.type) + ")"; };
+  const auto with_type = [&](std::string text) {
+    return text.append(" (").append(type_name(head.type)).append(")");
+  };
   char text[40];
   switch (head.type) {
     case Type::kNil:
@@ -67,7 +70,7 @@ Status refuse(const ValueLabel& label, const Cursor& at, const char* expected) {
   std::string field(label.group);
   field += '.';
   field += label.column;
-  if (label.is_list) field += "[" + std::to_string(label.row) + "]";
+  if (label.is_list) field.append("[").append(std::to_string(label.row)).append("]");
   return refuse(field, at, expected);
 }
 

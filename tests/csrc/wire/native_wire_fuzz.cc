@@ -1,5 +1,6 @@
 // 1e5 mutated messages through Session, decode_predict and decode_predict_vectors: none may crash, hang or
 // read out of bounds (built with sanitizers too). The generator is fixed, so a failure repeats.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
