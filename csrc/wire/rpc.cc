@@ -9,6 +9,9 @@
 namespace penstock::wire {
 namespace {
 
+constexpr size_t kMaxNameBytes = 256;
+constexpr const char* kName = "a UTF-8 string of at most 256 bytes";
+
 // The value at `cursor` as an error message shows it, cut to a readable length.
 std::string describe(const Cursor& cursor) {
   Head head;
@@ -81,6 +84,14 @@ bool read_utf8(Cursor& cursor, std::string_view* text) {
   return true;
 }
 
+// A name is echoed in errors, so it has a bound of its own.
+bool read_name(Cursor& cursor, std::string_view* name) {
+  Cursor probe = cursor;
+  if (!read_utf8(probe, name) || name->size() > kMaxNameBytes) return false;
+  cursor = probe;
+  return true;
+}
+
 // Adds the columns of one map (or nil) to the call; *rows is -1 until a column has set it.
 Status decode_columns(Cursor& cursor, const char* group, Columns* columns, int64_t* rows) {
   if (cursor.at_end() || cursor.read_nil()) return {};
@@ -92,8 +103,8 @@ Status decode_columns(Cursor& cursor, const char* group, Columns* columns, int64
   }
   for (uint32_t i = 0; i < pairs; ++i) {
     Column& column = columns->column[i];
-    if (!read_utf8(cursor, &column.name)) {
-      return refuse("a column name of " + std::string(group), cursor, "a UTF-8 string");
+    if (!read_name(cursor, &column.name)) {
+      return refuse("a column name of " + std::string(group), cursor, kName);
     }
     const std::string field = std::string(group) + "." + std::string(column.name);
     for (uint32_t j = 0; j < i; ++j) {
@@ -211,7 +222,7 @@ Status decode_options(Cursor& cursor, uint32_t rows, Options* options) {
   if (!cursor.read_map(&pairs)) return refuse("options", cursor, "a map");
   for (uint32_t i = 0; i < pairs; ++i) {
     std::string_view name;
-    if (!read_utf8(cursor, &name)) return refuse("a name in options", cursor, "a UTF-8 string");
+    if (!read_name(cursor, &name)) return refuse("a name in options", cursor, kName);
     if (Status status = decode_option(name, cursor, options); !status.is_ok()) return status;
   }
   const uint32_t ids = options->request_ids == RequestIds::kList ? options->request_id_count : 1;
@@ -227,7 +238,8 @@ Status begin_params(Cursor& params, uint32_t least, const char* shape, std::stri
   uint32_t count;
   const Cursor at = params;
   if (!params.read_array(&count) || count < least || count > 4) return refuse("params", at, shape);
-  if (!read_utf8(params, model) || model->empty()) return refuse("model", params, "a non-empty UTF-8 string");
+  if (!read_name(params, model) || model->empty())
+    return refuse("model", params, "a non-empty UTF-8 string of at most 256 bytes");
   return {};
 }
 
@@ -257,7 +269,7 @@ Status decode_envelope(Cursor message, Envelope* envelope) {
   const uint32_t expected = envelope->kind == EnvelopeKind::kNotification ? 3 : 4;
   if (count != expected) return refuse("message", begin, expected == 3 ? "3 values" : "4 values");
   if (envelope->kind == EnvelopeKind::kResponse) return {};
-  if (!read_utf8(message, &envelope->method)) return refuse("method", message, "a UTF-8 string");
+  if (!read_name(message, &envelope->method)) return refuse("method", message, kName);
   Head head;
   if (!message.peek(&head) || head.type != Type::kArray) return refuse("params", message, "a list");
   envelope->params = message;

@@ -152,6 +152,7 @@ def test_other_notifications_are_dropped_and_counted(frame: Any) -> None:
         ([0, 2**32, "x", []], None, "expected uint32"),
         ([0, 1, "x"], 1, "expected 4 values"),
         ([0, 1, 2, []], 1, "method is 2 (int)"),
+        ([0, 1, "x" * 257, []], 1, "at most 256 bytes"),
         ([0, 1, "x", {}], 1, "params is of 0 entries (map)"),
     ],
 )
@@ -201,6 +202,9 @@ def test_bad_envelope_names_what_is_wrong(frame: Any, msgid: int | None, match: 
         (["m", {"u": 1}, None, {"timings": 1}], "options.timings is 1 (int); expected a bool"),
         (["m", {"u": 1}, None, {"no_cache": 1}], "options.no_cache is 1 (int); expected a bool"),
         (["m", {"u": 1}, None, {"dedline": 1}], "options.dedline is unknown"),
+        (["m" * 257, {"u": 1}], "at most 256 bytes"),
+        (["m", {"u" * 257: 1}], f'a column name of entities is "{"u" * 40}..."'),
+        (["m", {"u": 1}, None, {"o" * 257: 1}], "a name in options"),
     ],
 )
 def test_bad_predict_names_field_value_and_expectation(params: Any, match: str) -> None:
