@@ -28,6 +28,8 @@ _TRANSFORMS = {
 _DEFAULT_LEFT, _CATEGORICAL, _MATCH_LEFT, _TRUNCATE_TO_ZERO = 1, 2, 4, 8
 _LT, _LE = 2, 3  # treelite's Operator
 _CATEGORICAL_NODE = 2  # treelite's TreeNodeType
+# LightGBM drops values of a row that are no greater than this, so that they are compared as zero.
+_ZERO = np.float32(1e-35)
 _SPLIT = np.dtype(
     [
         ("feature", "<u4"),
@@ -54,6 +56,13 @@ def float32_threshold(threshold: float, *, strict: bool) -> np.float32:
     if float(rounded) > threshold or (strict and float(rounded) == threshold):
         rounded = np.nextafter(rounded, np.float32(-np.inf))
     return rounded
+
+
+def _threshold_with_zeros(threshold: float) -> float:
+    """The threshold that splits unrounded values as `threshold` splits values rounded to zero by LightGBM."""
+    if -float(_ZERO) <= threshold < 0:
+        return float(np.nextafter(-_ZERO, np.float32(-np.inf)))
+    return float(_ZERO) if 0 <= threshold < float(_ZERO) else threshold
 
 
 def convert(model: Any) -> bytes:
@@ -87,7 +96,7 @@ def from_lightgbm(model: Any) -> bytes:
         kinds = line.partition("=")[2].split() if line.startswith("decision_type=") else []
         if any((int(kind) >> 2) & 3 == 1 for kind in kinds):
             raise InvalidArgumentError("model has zero_as_missing=True splits, which are not supported")
-    return _pack(treelite.frontend.from_lightgbm(booster))
+    return _pack(treelite.frontend.from_lightgbm(booster), zeros=True)
 
 
 def from_xgboost(model: Any) -> bytes:
@@ -120,7 +129,8 @@ def from_sklearn(model: Any) -> bytes:
 class _Forest:
     """Arrays of all trees, grown tree by tree."""
 
-    def __init__(self) -> None:
+    def __init__(self, zeros: bool) -> None:
+        self.zeros = zeros  # tiny values are compared as zero
         self.splits: list[tuple[int, int, int, np.float32, int, int, int]] = []
         self.values: list[npt.NDArray[np.float64]] = []
         self.cat_words: list[int] = []
@@ -159,7 +169,10 @@ class _Forest:
                 operator = field["cmp"][node]
                 if operator not in (_LT, _LE):
                     raise InvalidArgumentError(f"split operator is {operator}; expected < or <=")
-                threshold = float32_threshold(field["threshold"][node], strict=operator == _LT)
+                exact = field["threshold"][node]
+                if self.zeros:
+                    exact = _threshold_with_zeros(exact)
+                threshold = float32_threshold(exact, strict=operator == _LT)
             feature = field["split_index"][node]
             stack.append((field["cright"][node], len(records), 2))
             stack.append((left, len(records), 1))
@@ -182,7 +195,7 @@ class _Forest:
         return _CATEGORICAL | (0 if right else _MATCH_LEFT | _TRUNCATE_TO_ZERO), start, len(words)
 
 
-def _pack(model: Any) -> bytes:
+def _pack(model: Any, *, zeros: bool = False) -> bytes:
     header = model.get_header_accessor()
 
     def number(name: str) -> int:
@@ -198,7 +211,7 @@ def _pack(model: Any) -> bytes:
         raise InvalidArgumentError("model has several targets of several classes, which is not supported")
     n_outputs = len(n_classes) * n_classes[0]
     targets, classes = header.get_field("target_id").tolist(), header.get_field("class_id").tolist()
-    forest, outputs = _Forest(), []
+    forest, outputs = _Forest(zeros), []
     for index, (target, group) in enumerate(zip(targets, classes)):
         vector = n_outputs > 1 and (target < 0 or group < 0)
         outputs.append(-1 if vector else max(target, 0) * n_classes[0] + max(group, 0))

@@ -20,6 +20,10 @@ from penstock.errors import InvalidArgumentError
 from penstock.models.trees import convert, float32_threshold
 
 F = 5
+# Zero, what LightGBM takes for zero (up to 1e-35), and the floats beside that limit.
+EDGE = np.float32(1e-35)
+TINY = np.array([0, EDGE, np.nextafter(EDGE, np.float32(1)), 1e-40, 1.1e-38], np.float32)
+TINY = np.concatenate([TINY, -TINY])
 Case = tuple[Any, Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
 
@@ -123,7 +127,7 @@ def probes(data: bytes, nan: bool, categorical: bool) -> np.ndarray:
         pool = threshold[(feature == f) & np.isfinite(threshold)]
         if len(pool):
             up, down = np.nextafter(pool, np.float32(np.inf)), np.nextafter(pool, np.float32(-np.inf))
-            pick = rng.choice(np.concatenate([pool, up, down, [np.float32(0)]]), len(x)).astype(np.float32)
+            pick = rng.choice(np.concatenate([pool, up, down, TINY]), len(x)).astype(np.float32)
             x[:, f] = np.where(rng.random(len(x)) < 0.6, pick, x[:, f])
     return x
 
