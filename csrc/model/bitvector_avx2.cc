@@ -43,16 +43,18 @@ void run(const BitvectorPlan& plan, uint32_t n_features, uint32_t n_trees, const
     scan<_CMP_NLE_UQ, kNarrow>(entries + begin[1], entries + begin[2], x, masks);
   }
   for (size_t t = 0; t < n_trees; ++t) {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      uint64_t mask;
-      if constexpr (kNarrow) {
-        uint32_t half;
-        std::memcpy(&half, reinterpret_cast<const char*>(masks) + (t * kLanes + lane) * 4, 4);
-        mask = half;
-      } else {
-        mask = masks[t * kLanes + lane];
+    if constexpr (kNarrow) {
+      const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks) + t);
+      const __m256i lowest = _mm256_and_si256(mask, _mm256_sub_epi32(_mm256_setzero_si256(), mask));
+      // A power of two converts exactly; its exponent is the bit's number (bit 31 adds only a sign).
+      const __m256i power = _mm256_castps_si256(_mm256_cvtepi32_ps(lowest));
+      const __m256i exponent = _mm256_and_si256(_mm256_srli_epi32(power, 23), _mm256_set1_epi32(0xff));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(leaves + t * stride),
+                          _mm256_sub_epi32(exponent, _mm256_set1_epi32(127)));
+    } else {
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        leaves[t * stride + lane] = static_cast<uint32_t>(std::countr_zero(masks[t * kLanes + lane]));
       }
-      leaves[t * stride + lane] = static_cast<uint32_t>(std::countr_zero(mask));
     }
   }
 }

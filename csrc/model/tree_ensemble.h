@@ -40,6 +40,7 @@ class TreeEnsemble {
 
   // rows: n rows of n_features floats, stride_floats apart; NaN is missing. out: n * n_outputs.
   void predict(const float* rows, size_t n, size_t stride_floats, double* out, Scratch& scratch) const;
+  // As predict, before the transform; averaged where the forest averages.
   void predict_margin(const float* rows, size_t n, size_t stride_floats, double* out, Scratch& scratch) const;
   // out: n * n_trees, the leaf's number from left to right in its tree.
   void predict_leaf(const float* rows, size_t n, size_t stride_floats, int32_t* out, Scratch& scratch) const;

@@ -39,7 +39,7 @@ def table(n: int, seed: int, *, nan: bool) -> np.ndarray:
 
 def labels(x: np.ndarray) -> np.ndarray:
     z = np.nan_to_num(x)
-    return ((z[:, 0] + z[:, 1] * z[:, 2] > 0) + (z[:, 4] % 3 == 1)).astype(int)
+    return (z[:, 0] + z[:, 1] * z[:, 2] > 0).astype(int) + (z[:, 4] % 3 == 1)
 
 
 def lightgbm_case(leaves: int, cats: list[int], **params: Any) -> Case:
@@ -88,6 +88,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "lgb-wide": lambda: lightgbm_case(150, [], objective="regression"),
     "lgb-none-missing": lambda: lightgbm_case(31, [], objective="regression", nan=False, use_missing=False),
     "lgb-cat-multi": lambda: lightgbm_case(20, [4], objective="multiclass", num_class=3),
+    "lgb-rf": lambda: lightgbm_case(
+        15, [], objective="binary", boosting="rf", bagging_freq=1, bagging_fraction=0.6
+    ),
+    "lgb-cat-wide-binary": lambda: lightgbm_case(90, [4], objective="binary", max_cat_to_onehot=1),
+    "xgb-dart": lambda: xgboost_case(False, booster="dart", rate_drop=0.3, objective="reg:squarederror"),
+    "xgb-poisson-forest": lambda: xgboost_case(False, objective="count:poisson", num_parallel_tree=2),
     "xgb-binary": lambda: xgboost_case(False, objective="binary:logistic"),
     "xgb-depth-8": lambda: xgboost_case(False, 8, objective="reg:squarederror"),
     "xgb-multi": lambda: xgboost_case(False, objective="multi:softprob", num_class=3),
@@ -146,6 +152,8 @@ def test_leaves_and_margins_equal_the_library(case: tuple[str, Any, Any, Any, by
             # One of our leaves for one of theirs, both ways: the same partition of the rows.
             assert len(pairs) == len(set(ours[:, t].tolist())) == len(set(theirs[:, t].tolist()))
         expected = np.asarray(margin(x), np.float64).reshape(len(x), -1)
+        if name == "lgb-rf":
+            expected /= trees.n_trees  # LightGBM averages after the raw score, the core before the margin
         got = trees.predict_margin(x)
         assert got.shape == expected.shape
         assert np.all(np.abs(got - expected) <= 1e-5 + 1e-6 * np.abs(expected))
@@ -166,10 +174,22 @@ def test_scores_have_the_same_bits_on_every_path_and_batch(case: tuple[str, Any,
 
 def test_transforms_equal_the_library() -> None:
     x = table(100, 4, nan=True)
-    for name in ("lgb-binary", "lgb-cat-multi"):
+    for name in ("lgb-binary", "lgb-cat-multi", "lgb-rf"):
         model = CASES[name]()[0]
         got = _core.TreeEnsemble(convert(model)).predict(x)
         np.testing.assert_allclose(got, model.predict(x).reshape(got.shape), rtol=1e-9)
+
+
+def test_transforms_equal_xgboost_and_scikit_learn() -> None:
+    x = table(100, 4, nan=False)
+    for name in ("xgb-binary", "xgb-multi", "xgb-poisson-forest"):
+        model = CASES[name]()[0]
+        got = _core.TreeEnsemble(convert(model)).predict(x)
+        np.testing.assert_allclose(got, model.inplace_predict(x).reshape(got.shape), rtol=2e-6, atol=1e-7)
+    model = CASES["gbc"]()[0]
+    np.testing.assert_allclose(
+        _core.TreeEnsemble(convert(model)).predict(x), model.predict_proba(x), rtol=1e-6
+    )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in nextafter")
