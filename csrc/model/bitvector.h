@@ -10,7 +10,7 @@
 
 namespace penstock {
 
-inline constexpr size_t kLanes = 8;
+inline constexpr size_t kMaxLanes = 32;  // rows that a kernel takes at most
 
 struct BitvectorEntry {
   float threshold;
@@ -26,8 +26,9 @@ struct BitvectorPlan {
   bool usable = false;
 };
 
-// columns: [feature][kLanes]; masks: room for n_trees * kLanes words; leaves[tree * stride + lane].
-void bitvector_leaves_avx2(const BitvectorPlan& plan, uint32_t n_features, uint32_t n_trees,
+// lanes: 8, 16 or 32 rows. columns: [feature][lanes]; masks: room for n_trees * lanes words;
+// leaves[tree * stride + lane] is written for every lane.
+void bitvector_leaves_avx2(const BitvectorPlan& plan, uint32_t n_features, uint32_t n_trees, size_t lanes,
                            const float* columns, uint64_t* masks, uint32_t* leaves, size_t stride);
 
 }  // namespace penstock

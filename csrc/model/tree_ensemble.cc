@@ -10,8 +10,8 @@ namespace penstock {
 
 TreeEnsemble::Scratch::Scratch(const TreeEnsemble& ensemble)
     : leaves_(ensemble.n_trees() * kBlockRows),
-      columns_(ensemble.n_features() * kLanes),
-      masks_(ensemble.plan_.usable ? ensemble.n_trees() * kLanes : 0) {}
+      columns_(ensemble.n_features() * kMaxLanes),
+      masks_(ensemble.plan_.usable ? ensemble.n_trees() * kMaxLanes : 0) {}
 
 uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
   const Split* splits = splits_.data() + split_begin_[tree];
@@ -38,23 +38,25 @@ uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
 }
 
 void TreeEnsemble::find_leaves(const float* rows, size_t n, size_t stride, Scratch& scratch) const {
-  size_t done = 0;
 #if defined(__x86_64__)
   if (plan_.usable && cpu_level() >= CpuLevel::kAvx2) {
-    for (; done < n; done += kLanes) {
+    size_t lanes;
+    for (size_t done = 0; done < n; done += lanes) {
+      const size_t left = n - done;
+      lanes = left > 16 ? 32 : left > 8 ? 16 : 8;
       // Lanes past the last row repeat it; their leaves are never read.
-      for (size_t lane = 0; lane < kLanes; ++lane) {
+      for (size_t lane = 0; lane < lanes; ++lane) {
         const float* row = rows + std::min(done + lane, n - 1) * stride;
-        for (size_t f = 0; f < header_.n_features; ++f) scratch.columns_[f * kLanes + lane] = row[f];
+        for (size_t f = 0; f < header_.n_features; ++f) scratch.columns_[f * lanes + lane] = row[f];
       }
-      bitvector_leaves_avx2(plan_, header_.n_features, header_.n_trees, scratch.columns_.data(),
+      bitvector_leaves_avx2(plan_, header_.n_features, header_.n_trees, lanes, scratch.columns_.data(),
                             scratch.masks_.data(), scratch.leaves_.data() + done, kBlockRows);
     }
     return;
   }
 #endif
   for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    for (size_t r = done; r < n; ++r) scratch.leaves_[t * kBlockRows + r] = walk(t, rows + r * stride);
+    for (size_t r = 0; r < n; ++r) scratch.leaves_[t * kBlockRows + r] = walk(t, rows + r * stride);
   }
 }
 

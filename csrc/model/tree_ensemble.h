@@ -28,8 +28,8 @@ class TreeEnsemble {
    private:
     friend class TreeEnsemble;
     std::vector<uint32_t> leaves_;  // [tree][kBlockRows]
-    std::vector<float> columns_;    // [feature][kLanes]
-    std::vector<uint64_t> masks_;   // [tree][kLanes]
+    std::vector<float> columns_;    // [feature][kMaxLanes]
+    std::vector<uint64_t> masks_;   // [tree][kMaxLanes]
   };
 
   static Status load(const uint8_t* data, size_t size, std::shared_ptr<const TreeEnsemble>* out);
