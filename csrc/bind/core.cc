@@ -4,4 +4,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Native core of Penstock.";
   penstock::bind::bind_base(m);
   penstock::bind::bind_wire(m);
+  penstock::bind::bind_model(m);
 }
