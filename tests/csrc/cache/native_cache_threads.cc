@@ -18,7 +18,7 @@ using penstock::RowMeta;
 
 constexpr uint32_t kWords = 9;
 constexpr uint64_t kKeys = 40;
-constexpr uint64_t kPuts = 30000;
+constexpr uint64_t kPuts = 150000;
 
 Key128 key_of(uint64_t k) {
   return {k * 0x9e3779b97f4a7c15U, k};
