@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   penstock::bind::bind_base(m);
   penstock::bind::bind_wire(m);
   penstock::bind::bind_model(m);
+  penstock::bind::bind_cache(m);
 }

@@ -1,0 +1,473 @@
+#include "cache/feature_cache.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <thread>
+
+#include "cache/slot_protocol.h"
+
+namespace penstock {
+namespace {
+
+constexpr uint64_t kMagic = 0x3143'4b43'4f54'5350U;
+constexpr uint64_t kLayoutVersion = 1;
+constexpr size_t kGroup = 16;      // keys whose lines are fetched together
+constexpr int kReadAttempts = 16;  // then kBusy: a get ends in bounded steps whatever a writer does
+
+// Control word of a bucket: visited bits 0..14 | hand 15..18 | owner + 1 in 19..51, 0 when unlocked.
+constexpr uint64_t kVisitedMask = (uint64_t{1} << FeatureCache::kWays) - 1;
+constexpr int kHandShift = 15;
+constexpr uint64_t kHandMask = uint64_t{15} << kHandShift;
+constexpr int kOwnerShift = 19;
+constexpr uint64_t kOwnerMask = ((uint64_t{1} << 33) - 1) << kOwnerShift;
+
+constexpr uint64_t owner_field(uint32_t owner) {
+  return (uint64_t{owner} + 1) << kOwnerShift;
+}
+
+constexpr uint64_t mix(uint64_t x) {
+  x ^= x >> 32;
+  x *= 0xd6e8feb86659fd93U;
+  x ^= x >> 32;
+  x *= 0xd6e8feb86659fd93U;
+  return x ^ (x >> 32);
+}
+
+constexpr uint64_t align_up(uint64_t value, uint64_t to) {
+  return (value + to - 1) / to * to;
+}
+
+void prefetch(const void* at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
+}
+
+int64_t expiry(int64_t mono_ns, int64_t ttl_ns) {
+  int64_t at;
+  if (ttl_ns <= 0 || __builtin_add_overflow(mono_ns, ttl_ns, &at)) return std::numeric_limits<int64_t>::max();
+  return at;
+}
+
+// Words of a slot's metadata: one cache line.
+enum MetaWord : size_t {
+  kKeyLo,
+  kKeyHi,
+  kValidFrom,
+  kValidUntil,
+  kEventTime,
+  kKnownAt,
+  kExpires,
+  kStamp,
+  kMetaWords
+};
+
+}  // namespace
+
+struct FeatureCache::Header {
+  // Written once by create.
+  uint64_t magic, layout_version, n_buckets, row_words, row_stride;
+  int64_t ttl_ns;
+  uint64_t bytes;
+  // Counters: relaxed adds, read by stats; they publish nothing.
+  alignas(64) sync::Word hits;
+  sync::Word misses, expired, busy;
+  alignas(64) sync::Word puts;
+  sync::Word superseded, evictions, lock_takeovers;
+};
+
+struct alignas(128) FeatureCache::Bucket {
+  sync::Word control;
+  sync::Word slots[kWays];
+};
+
+// What only writers need; under the bucket's lock.
+struct FeatureCache::Side {
+  sync::Word floor;     // greatest stamp ever evicted or discarded
+  sync::Word sequence;  // last version given to a slot of this bucket: no word recurs in a bucket
+};
+
+// Holds a bucket's lock for a scope. `abandon` leaves it locked.
+struct FeatureCache::Lock {
+  Lock(Bucket& bucket, uint32_t owner) : control(bucket.control) {
+    uint64_t seen = sync::load(control, sync::kRelaxed);
+    for (int spins = 0;; ++spins) {
+      // Acquire: pairs with the release in the destructor of the previous holder.
+      if ((seen & kOwnerMask) == 0 &&
+          sync::compare_exchange(control, seen, seen | owner_field(owner), sync::kAcquire)) {
+        break;
+      }
+      if ((seen & kOwnerMask) != 0) {
+        if (spins < 64) {
+          sync::pause();
+        } else {
+          std::this_thread::yield();
+        }
+        seen = sync::load(control, sync::kRelaxed);
+      }
+    }
+    adopt(seen);
+  }
+  explicit Lock(Bucket& bucket) : control(bucket.control) { adopt(sync::load(control, sync::kRelaxed)); }
+  ~Lock() {
+    if (abandoned) return;
+    uint64_t seen = sync::load(control, sync::kRelaxed);
+    // A loop, since readers set visited bits meanwhile. Release: pairs with the acquire of the next holder.
+    while (!sync::compare_exchange(
+        control, seen, (seen & ~(kOwnerMask | kHandMask | unvisit)) | (uint64_t{hand} << kHandShift),
+        sync::kRelease)) {
+    }
+  }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+  void adopt(uint64_t seen) {
+    visited = seen & kVisitedMask;
+    hand = static_cast<uint32_t>((seen & kHandMask) >> kHandShift);
+  }
+
+  sync::Word& control;
+  uint64_t visited = 0;
+  uint64_t unvisit = 0;
+  uint32_t hand = 0;
+  bool abandoned = false;
+};
+
+Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<FeatureCache>* out) {
+  constexpr uint64_t kMaxCapacity = uint64_t{1} << 40;
+  if (config.capacity == 0 || config.capacity > kMaxCapacity) {
+    return Status::invalid("capacity is " + std::to_string(config.capacity) + "; expected 1 to 2**40 rows");
+  }
+  if (config.row_words == 0 || config.row_words > kMaxRowWords) {
+    return Status::invalid("row_words is " + std::to_string(config.row_words) + "; expected 1 to " +
+                           std::to_string(kMaxRowWords));
+  }
+  // At most 2^40 slots of 2^14 + 64 bytes: no sum below overflows 64 bits.
+  const uint64_t n_buckets = (config.capacity + kWays - 1) / kWays;
+  const uint64_t row_stride = align_up(config.row_words, 8);
+  const uint64_t slot_bytes = (kMetaWords + row_stride) * sizeof(uint64_t);
+  const uint64_t bytes = align_up(sizeof(Header), 128) + n_buckets * sizeof(Bucket) +
+                         align_up(n_buckets * sizeof(Side), 64) + n_buckets * kWays * slot_bytes;
+  void* arena = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (arena == MAP_FAILED) {
+    return {Code::kResourceExhausted, "cannot map " + std::to_string(bytes) + " bytes for capacity " +
+                                          std::to_string(config.capacity) + " and row_words " +
+                                          std::to_string(config.row_words)};
+  }
+  (void)madvise(arena, bytes, MADV_HUGEPAGE);  // advice: small pages only cost speed
+  auto* header = new (arena) Header{};
+  header->magic = kMagic;
+  header->layout_version = kLayoutVersion;
+  header->n_buckets = n_buckets;
+  header->row_words = config.row_words;
+  header->row_stride = row_stride;
+  header->ttl_ns = config.ttl_ns;
+  header->bytes = bytes;
+  out->reset(new FeatureCache(arena, bytes));
+  return Status::ok();
+}
+
+FeatureCache::FeatureCache(void* arena, size_t bytes) : base_(static_cast<uint8_t*>(arena)), bytes_(bytes) {
+  n_buckets_ = header().n_buckets;
+  row_words_ = static_cast<uint32_t>(header().row_words);
+  row_stride_ = header().row_stride;
+  ttl_ns_ = header().ttl_ns;
+  buckets_at_ = align_up(sizeof(Header), 128);
+  sides_at_ = buckets_at_ + n_buckets_ * sizeof(Bucket);
+  metas_at_ = sides_at_ + align_up(n_buckets_ * sizeof(Side), 64);
+  rows_at_ = metas_at_ + n_buckets_ * kWays * kMetaWords * sizeof(uint64_t);
+}
+
+FeatureCache::~FeatureCache() {
+  munmap(base_, bytes_);
+}
+
+FeatureCache::Header& FeatureCache::header() const {
+  return *reinterpret_cast<Header*>(base_);
+}
+FeatureCache::Bucket& FeatureCache::bucket(uint64_t index) const {
+  return reinterpret_cast<Bucket*>(base_ + buckets_at_)[index];
+}
+FeatureCache::Side& FeatureCache::side(uint64_t index) const {
+  return reinterpret_cast<Side*>(base_ + sides_at_)[index];
+}
+sync::Word* FeatureCache::slot_meta(uint64_t bucket, uint32_t way) const {
+  return reinterpret_cast<sync::Word*>(base_ + metas_at_) + (bucket * kWays + way) * kMetaWords;
+}
+sync::Word* FeatureCache::slot_row(uint64_t bucket, uint32_t way) const {
+  return reinterpret_cast<sync::Word*>(base_ + rows_at_) + (bucket * kWays + way) * row_stride_;
+}
+
+FeatureCache::Place FeatureCache::place(const Key128& key) const {
+  const uint64_t hash = mix(key.lo ^ mix(key.hi + 0x9e3779b97f4a7c15U));
+  const auto wide = static_cast<unsigned __int128>(hash) * n_buckets_;
+  const uint64_t tag = hash & 0xffff;
+  return {static_cast<uint64_t>(wide >> 64), tag == 0 ? 1 : tag};
+}
+
+uint32_t FeatureCache::candidates(const Place& place) const {
+  uint32_t ways = 0;
+  Bucket& b = bucket(place.bucket);
+  for (uint32_t way = 0; way < kWays; ++way) {
+    // Relaxed: only a hint, checked again in read_one. A put that happened before this get is seen by
+    // coherence.
+    ways |= uint32_t{slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) == place.tag} << way;
+  }
+  return ways;
+}
+
+size_t FeatureCache::get_many(const Key128* keys, size_t n, int64_t now_us, int64_t mono_ns, uint64_t* rows,
+                              ReadStatus* status, RowMeta* meta, uint64_t* slot_versions) {
+  uint64_t counts[4] = {};
+  Place places[kGroup];
+  uint32_t ways[kGroup];
+  for (size_t start = 0; start < n; start += kGroup) {
+    const size_t size = std::min(kGroup, n - start);
+    for (size_t i = 0; i < size; ++i) {
+      places[i] = place(keys[start + i]);
+      prefetch(&bucket(places[i].bucket), sizeof(Bucket));
+    }
+    for (size_t i = 0; i < size; ++i) {
+      ways[i] = candidates(places[i]);
+      for (uint32_t left = ways[i]; left != 0; left &= left - 1) {
+        const auto way = static_cast<uint32_t>(__builtin_ctz(left));
+        prefetch(slot_meta(places[i].bucket, way), 64);
+        prefetch(slot_row(places[i].bucket, way), row_words_ * sizeof(uint64_t));
+      }
+    }
+    for (size_t i = 0; i < size; ++i) {
+      const size_t at = start + i;
+      uint64_t version = 0;
+      status[at] = read_one(keys[at], places[i], ways[i], now_us, mono_ns, rows + at * row_words_,
+                            meta == nullptr ? nullptr : meta + at, &version);
+      if (slot_versions != nullptr) slot_versions[at] = version;
+      ++counts[static_cast<uint8_t>(status[at])];
+    }
+  }
+  sync::Word* counters[4] = {&header().hits, &header().misses, &header().expired, &header().busy};
+  for (int i = 0; i < 4; ++i) {
+    if (counts[i] != 0) sync::add(*counters[i], counts[i]);
+  }
+  return counts[0];
+}
+
+ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us,
+                                  int64_t mono_ns, uint64_t* row, RowMeta* meta, uint64_t* version) {
+  // The row is copied here first: a copy that turns out torn must not reach the caller's row.
+  alignas(64) uint64_t copy[kMaxRowWords];
+  uint64_t head[kMetaWords];
+  Bucket& b = bucket(place.bucket);
+  int attempts = kReadAttempts;
+  for (; ways != 0; ways &= ways - 1) {
+    const auto way = static_cast<uint32_t>(__builtin_ctz(ways));
+    for (;; sync::pause()) {
+      const uint64_t seen = slot::read_begin(b.slots[way]);
+      if (slot::tag_of(seen) != place.tag) break;
+      if (!slot::is_being_written(seen)) {
+        slot::copy_out(slot_meta(place.bucket, way), head, kMetaWords);
+        const bool same = head[kKeyLo] == key.lo && head[kKeyHi] == key.hi;
+        const bool valid = mono_ns < static_cast<int64_t>(head[kExpires]) &&
+                           static_cast<int64_t>(head[kValidFrom]) <= now_us &&
+                           now_us < static_cast<int64_t>(head[kValidUntil]);
+        if (same && valid) slot::copy_out(slot_row(place.bucket, way), copy, row_words_);
+        if (slot::read_confirm(b.slots[way], seen)) {
+          if (!same) break;
+          if (!valid) return ReadStatus::kExpired;
+          std::copy_n(copy, row_words_, row);
+          if (meta != nullptr) {
+            *meta = {static_cast<int64_t>(head[kValidFrom]), static_cast<int64_t>(head[kValidUntil]),
+                     static_cast<int64_t>(head[kEventTime]), static_cast<int64_t>(head[kKnownAt])};
+          }
+          *version = seen;
+          // Relaxed, and only when clear: a hint for the lock's holder, which rereads the word to unlock.
+          const uint64_t bit = uint64_t{1} << way;
+          if ((sync::load(b.control, sync::kRelaxed) & bit) == 0) sync::set_bits(b.control, bit);
+          return ReadStatus::kHit;
+        }
+      }
+      if (--attempts == 0) return ReadStatus::kBusy;
+    }
+  }
+  return ReadStatus::kMiss;
+}
+
+// The functions below run under the bucket's lock; their relaxed accesses are ordered by it.
+
+int FeatureCache::find_locked(const Key128& key, const Place& place) const {
+  for (uint32_t left = candidates(place); left != 0; left &= left - 1) {
+    const int way = __builtin_ctz(left);
+    sync::Word* meta = slot_meta(place.bucket, static_cast<uint32_t>(way));
+    if (sync::load(meta[kKeyLo], sync::kRelaxed) == key.lo &&
+        sync::load(meta[kKeyHi], sync::kRelaxed) == key.hi) {
+      return way;
+    }
+  }
+  return -1;
+}
+
+// An empty way, else one past its TTL, else CLOCK. The chosen way's row is gone after the caller's write.
+uint32_t FeatureCache::choose_way(const Place& place, int64_t mono_ns, Lock& lock) {
+  Bucket& b = bucket(place.bucket);
+  uint32_t stale = kWays;
+  for (uint32_t way = 0; way < kWays; ++way) {
+    if (slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) == 0) return way;
+    const auto expires =
+        static_cast<int64_t>(sync::load(slot_meta(place.bucket, way)[kExpires], sync::kRelaxed));
+    if (stale == kWays && expires <= mono_ns) stale = way;
+  }
+  if (stale != kWays) return stale;
+  // Ends within one round: each step either returns or clears a bit.
+  for (;;) {
+    const uint32_t way = lock.hand;
+    lock.hand = (lock.hand + 1) % kWays;
+    const uint64_t bit = uint64_t{1} << way;
+    if ((lock.visited & bit & ~lock.unvisit) == 0) {
+      sync::add(header().evictions, 1);
+      return way;
+    }
+    lock.unvisit |= bit;
+  }
+}
+
+void FeatureCache::raise_floor(uint64_t index, uint64_t stamp) {
+  sync::Word& floor = side(index).floor;
+  if (sync::load(floor, sync::kRelaxed) < stamp) sync::store(floor, stamp, sync::kRelaxed);
+}
+
+uint64_t FeatureCache::next_version(uint64_t index) {
+  sync::Word& sequence = side(index).sequence;
+  const uint64_t next = sync::load(sequence, sync::kRelaxed) + 2;
+  sync::store(sequence, next, sync::kRelaxed);
+  return next;
+}
+
+// The stamp word of a half-written slot is the old one or the new one; either keeps an older value out.
+void FeatureCache::empty_slot(uint64_t index, uint32_t way) {
+  raise_floor(index, sync::load(slot_meta(index, way)[kStamp], sync::kRelaxed));
+  slot::publish(bucket(index).slots[way], slot::make_word(0, next_version(index)));
+}
+
+FeatureCache::PutResult FeatureCache::put(const Key128& key, const uint64_t* row, const RowMeta& meta,
+                                          uint64_t stamp, int64_t mono_ns, uint32_t owner) {
+  return put_words(key, row, meta, stamp, mono_ns, owner, row_words_, true);
+}
+
+void FeatureCache::abandon_put_for_test(const Key128& key, const uint64_t* row, const RowMeta& meta,
+                                        uint64_t stamp, int64_t mono_ns, uint32_t owner, uint32_t words) {
+  (void)put_words(key, row, meta, stamp, mono_ns, owner, std::min(words, row_words_), false);
+}
+
+FeatureCache::PutResult FeatureCache::put_words(const Key128& key, const uint64_t* row, const RowMeta& meta,
+                                                uint64_t stamp, int64_t mono_ns, uint32_t owner,
+                                                uint32_t words, bool complete) {
+  const Place at = place(key);
+  Bucket& b = bucket(at.bucket);
+  Lock lock(b, owner);
+  lock.abandoned = !complete;
+  const int found = find_locked(key, at);
+  uint32_t way;
+  if (found >= 0) {
+    way = static_cast<uint32_t>(found);
+    if (sync::load(slot_meta(at.bucket, way)[kStamp], sync::kRelaxed) > stamp) {
+      sync::add(header().superseded, 1);
+      return PutResult::kSuperseded;
+    }
+  } else {
+    if (sync::load(side(at.bucket).floor, sync::kRelaxed) > stamp) {
+      sync::add(header().superseded, 1);
+      return PutResult::kSuperseded;
+    }
+    way = choose_way(at, mono_ns, lock);
+    lock.unvisit |= uint64_t{1} << way;
+    // Before the slot is touched: a writer that dies below must not lose the evicted stamp.
+    if (slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) != 0) {
+      raise_floor(at.bucket, sync::load(slot_meta(at.bucket, way)[kStamp], sync::kRelaxed));
+    }
+  }
+  const uint64_t next = slot::make_word(at.tag, next_version(at.bucket));
+  const uint64_t head[kMetaWords] = {key.lo,
+                                     key.hi,
+                                     static_cast<uint64_t>(meta.valid_from),
+                                     static_cast<uint64_t>(meta.valid_until),
+                                     static_cast<uint64_t>(meta.event_time),
+                                     static_cast<uint64_t>(meta.known_at),
+                                     static_cast<uint64_t>(expiry(mono_ns, ttl_ns_)),
+                                     stamp};
+  slot::write_begin(b.slots[way]);
+  slot::copy_in(slot_meta(at.bucket, way), head, kMetaWords);
+  slot::copy_in(slot_row(at.bucket, way), row, words);
+  if (complete) {
+    slot::publish(b.slots[way], next);
+    sync::add(header().puts, 1);
+  }
+  return found >= 0 ? PutResult::kReplaced : PutResult::kStored;
+}
+
+bool FeatureCache::discard(const Key128& key, uint64_t stamp, uint32_t owner) {
+  const Place at = place(key);
+  Lock lock(bucket(at.bucket), owner);
+  const int found = find_locked(key, at);
+  if (found >= 0) {
+    const auto way = static_cast<uint32_t>(found);
+    if (sync::load(slot_meta(at.bucket, way)[kStamp], sync::kRelaxed) > stamp) return false;
+    empty_slot(at.bucket, way);
+  }
+  raise_floor(at.bucket, stamp);
+  return found >= 0;
+}
+
+void FeatureCache::clear(uint32_t owner) {
+  for (uint64_t index = 0; index < n_buckets_; ++index) {
+    Bucket& b = bucket(index);
+    Lock lock(b, owner);
+    for (uint32_t way = 0; way < kWays; ++way) {
+      if (slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) != 0) empty_slot(index, way);
+    }
+  }
+}
+
+size_t FeatureCache::reclaim_owner(uint32_t dead, uint32_t survivor) {
+  size_t taken = 0;
+  for (uint64_t index = 0; index < n_buckets_; ++index) {
+    Bucket& b = bucket(index);
+    uint64_t seen = sync::load(b.control, sync::kRelaxed);
+    bool ours = false;
+    // Visited bits may change under the exchange; the owner field only by another survivor. Acquire: the dead
+    // owner made no release, so its stores are ordered by the caller's knowledge of its end (see the header).
+    while (!ours && (seen & kOwnerMask) == owner_field(dead)) {
+      ours = sync::compare_exchange(b.control, seen, (seen & ~kOwnerMask) | owner_field(survivor),
+                                    sync::kAcquire);
+    }
+    if (!ours) continue;
+    Lock lock(b);
+    for (uint32_t way = 0; way < kWays; ++way) {
+      if (slot::is_being_written(sync::load(b.slots[way], sync::kRelaxed))) empty_slot(index, way);
+    }
+    sync::add(header().lock_takeovers, 1);
+    ++taken;
+  }
+  return taken;
+}
+
+FeatureCacheStats FeatureCache::stats() const {
+  Header& h = header();
+  uint64_t size = 0;
+  for (uint64_t index = 0; index < n_buckets_; ++index) {
+    Bucket& b = bucket(index);
+    for (sync::Word& word : b.slots) size += slot::tag_of(sync::load(word, sync::kRelaxed)) != 0 ? 1 : 0;
+  }
+  const auto read = [](sync::Word& counter) { return sync::load(counter, sync::kRelaxed); };
+  return {read(h.hits),
+          read(h.misses),
+          read(h.expired),
+          read(h.busy),
+          read(h.puts),
+          read(h.superseded),
+          read(h.evictions),
+          read(h.lock_takeovers),
+          size,
+          n_buckets_ * kWays,
+          bytes_};
+}
+
+}  // namespace penstock

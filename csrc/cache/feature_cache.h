@@ -1,0 +1,122 @@
+// Feature cache: a fixed-capacity, 15-way set-associative table of 128-bit keys and typed rows.
+//
+// Reads are lock-free and bounded; a write locks one bucket. A hit is exactly one row some put stored for
+// that key, whole, inside its memory TTL (put time <= mono_ns < put time + ttl) and its validity (valid_from
+// <= now_us < valid_until). Misses may be spurious (eviction, contention). Capacity and memory are fixed by
+// create; nothing is allocated afterwards. A key lives in one bucket, in at most one way, and never moves.
+//
+// A bucket's lock names its owner. A writer that died holding locks leaves at most one half-written slot a
+// bucket: readers of it get kBusy and writers of that bucket wait until a survivor calls reclaim_owner.
+// Owner numbers are the caller's: pack a worker index with a generation that rises at each restart, so that a
+// dead owner's number is never used again.
+//
+// The arena holds offsets only and begins with a header (magic, layout version, geometry), so that it may be
+// mapped anywhere. Threads: every method from any thread, except where said.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "base/key.h"
+#include "base/status.h"
+#include "sync/sync.h"
+
+namespace penstock {
+
+enum class ReadStatus : uint8_t { kHit = 0, kMiss = 1, kExpired = 2, kBusy = 3 };
+
+struct RowMeta {
+  int64_t valid_from, valid_until, event_time, known_at;
+};
+
+struct FeatureCacheConfig {
+  uint64_t
+      capacity;  // rows; rounded up to whole buckets. 1.5 to 2 times the expected keys keeps conflicts rare.
+  uint32_t row_words;  // 1 .. kMaxRowWords
+  int64_t ttl_ns;      // <= 0: none
+};
+
+struct FeatureCacheStats {
+  uint64_t hits, misses, expired, busy, puts, superseded, evictions, lock_takeovers, size, capacity, bytes;
+};
+
+class FeatureCache {
+ public:
+  static constexpr uint32_t kWays = 15;
+  static constexpr uint32_t kMaxRowWords = 2048;
+  enum class PutResult : uint8_t { kStored = 0, kReplaced = 1, kSuperseded = 2 };
+
+  static Status create(const FeatureCacheConfig& config, std::unique_ptr<FeatureCache>* out);
+  ~FeatureCache();
+  FeatureCache(const FeatureCache&) = delete;
+  FeatureCache& operator=(const FeatureCache&) = delete;
+
+  // rows: n * row_words words. Only the rows (and meta) of hits are written. meta and slot_versions may be
+  // null. A slot version names one put of that key for the life of the cache; 0 for a non-hit. Returns the
+  // hits.
+  size_t get_many(const Key128* keys, size_t n, int64_t now_us, int64_t mono_ns, uint64_t* rows,
+                  ReadStatus* status, RowMeta* meta, uint64_t* slot_versions);
+
+  // Refused (kSuperseded) if the resident row has a greater stamp, or if the key is absent and its bucket
+  // ever evicted or discarded a greater one: a slow loader can never put back an older value.
+  PutResult put(const Key128& key, const uint64_t* row, const RowMeta& meta, uint64_t stamp, int64_t mono_ns,
+                uint32_t owner);
+
+  // Removes the key unless its row has a greater stamp; from then on puts with a lesser stamp are refused.
+  bool discard(const Key128& key, uint64_t stamp, uint32_t owner);
+  void clear(uint32_t owner = 0);
+
+  // Takes over every bucket lock held by `dead`, empties what it left half-written and unlocks. Returns the
+  // number of locks. The caller knows that `dead` ended, by a way that orders its last stores before this
+  // call (a join, a wait for the process).
+  size_t reclaim_owner(uint32_t dead, uint32_t survivor);
+
+  FeatureCacheStats stats() const;  // exact when no writer runs; walks the buckets
+  uint32_t row_words() const { return row_words_; }
+
+  // For tests of takeover: a put that stops after `words` words of the row, lock held, as a dying writer
+  // would.
+  void abandon_put_for_test(const Key128& key, const uint64_t* row, const RowMeta& meta, uint64_t stamp,
+                            int64_t mono_ns, uint32_t owner, uint32_t words);
+
+ private:
+  struct Header;
+  struct Bucket;
+  struct Side;
+  struct SlotMeta;
+  struct Place {
+    uint64_t bucket;
+    uint64_t tag;
+  };
+  struct Lock;
+
+  FeatureCache(void* arena, size_t bytes);
+  Header& header() const;
+  Bucket& bucket(uint64_t index) const;
+  Side& side(uint64_t index) const;
+  sync::Word* slot_meta(uint64_t bucket, uint32_t way) const;
+  sync::Word* slot_row(uint64_t bucket, uint32_t way) const;
+  Place place(const Key128& key) const;
+  uint32_t candidates(const Place& place) const;
+  ReadStatus read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us, int64_t mono_ns,
+                      uint64_t* row, RowMeta* meta, uint64_t* version);
+  int find_locked(const Key128& key, const Place& place) const;
+  uint32_t choose_way(const Place& place, int64_t mono_ns, Lock& lock);
+  void raise_floor(uint64_t bucket, uint64_t stamp);
+  void empty_slot(uint64_t bucket, uint32_t way);
+  uint64_t next_version(uint64_t bucket);
+  PutResult put_words(const Key128& key, const uint64_t* row, const RowMeta& meta, uint64_t stamp,
+                      int64_t mono_ns, uint32_t owner, uint32_t words, bool complete);
+
+  // Copies of the header's geometry, constant after create.
+  uint8_t* base_;
+  size_t bytes_;
+  uint64_t n_buckets_;
+  uint32_t row_words_;
+  uint64_t row_stride_;  // words, whole cache lines
+  int64_t ttl_ns_;
+  uint64_t buckets_at_, sides_at_, metas_at_, rows_at_;
+};
+
+}  // namespace penstock
