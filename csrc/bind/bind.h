@@ -11,5 +11,6 @@ void bind_base(py::module_& m);
 void bind_wire(py::module_& m);
 void bind_model(py::module_& m);
 void bind_cache(py::module_& m);
+void bind_drift(py::module_& m);
 
 }  // namespace penstock::bind

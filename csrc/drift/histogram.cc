@@ -1,0 +1,113 @@
+#include "drift/histogram.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
+namespace penstock {
+namespace {
+
+// Number of edges below value, by a search without data-dependent branches.
+size_t edges_below(const float* edges, size_t n, float value) {
+  if (n == 0) return 0;
+  const float* base = edges;
+  while (n > 1) {
+    const size_t half = n / 2;
+    base += (base[half - 1] < value) ? half : 0;
+    n -= half;
+  }
+  return static_cast<size_t>(base - edges) + (*base < value ? 1 : 0);
+}
+
+}  // namespace
+
+Status HistogramSpec::create(const std::vector<HistogramColumn>& columns,
+                             std::shared_ptr<const HistogramSpec>* out) {
+  auto spec = std::make_shared<HistogramSpec>();
+  for (size_t j = 0; j < columns.size(); ++j) {
+    const HistogramColumn& column = columns[j];
+    const std::string name = "columns[" + std::to_string(j) + "]";
+    if (column.n_codes > 0 && !column.edges.empty()) {
+      return Status::invalid(name + " has both edges and codes; expected one of them");
+    }
+    if (column.n_codes > kMaxCodes) {
+      return Status::invalid(name + " has " + std::to_string(column.n_codes) + " codes; expected at most " +
+                             std::to_string(kMaxCodes));
+    }
+    for (size_t k = 0; k < column.edges.size(); ++k) {
+      const float edge = column.edges[k];
+      if (!std::isfinite(edge) || (k > 0 && !(column.edges[k - 1] < edge))) {
+        return Status::invalid(name + ".edges[" + std::to_string(k) + "] is " + std::to_string(edge) +
+                               "; expected finite, strictly increasing edges");
+      }
+    }
+    const size_t n_bins = column.n_codes > 0 ? column.n_codes : column.edges.size() + 1;
+    spec->columns_.push_back({spec->n_slots_, n_bins, spec->edges_.size(), column.n_codes > 0});
+    spec->edges_.insert(spec->edges_.end(), column.edges.begin(), column.edges.end());
+    spec->n_slots_ += n_bins + kExtraSlots;
+  }
+  *out = std::move(spec);
+  return Status::ok();
+}
+
+bool HistogramSpec::same_as(const HistogramSpec& other) const {
+  return columns_ == other.columns_ && edges_ == other.edges_;
+}
+
+HistogramCounts::HistogramCounts(std::shared_ptr<const HistogramSpec> spec)
+    : spec_(std::move(spec)), counts_(spec_->n_slots(), 0) {}
+
+void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  // Column by column: one column's edges and slots stay in the first-level cache for the whole batch.
+  for (size_t j = 0; j < spec_->n_columns(); ++j) {
+    uint64_t* const bins = counts_.data() + spec_->offset(j);
+    const size_t n_bins = spec_->n_bins(j);
+    uint64_t* const extra = bins + n_bins;
+    const float* value = rows + j;
+    if (spec_->is_categorical(j)) {
+      for (size_t i = 0; i < n; ++i) {
+        const float v = value[i * stride];
+        if (v != v) {
+          ++extra[0];
+        } else if (v >= 0.0f && v < static_cast<float>(n_bins) && v == std::floor(v)) {
+          ++bins[static_cast<size_t>(v)];
+        } else {
+          ++extra[1];
+        }
+      }
+      continue;
+    }
+    const float* const edges = spec_->edges(j);
+    for (size_t i = 0; i < n; ++i) {
+      const float v = value[i * stride];
+      if (v != v) {
+        ++extra[0];
+        continue;
+      }
+      ++bins[edges_below(edges, n_bins - 1, v)];
+      extra[2] += v == -kInf;
+      extra[3] += v == kInf;
+    }
+  }
+}
+
+Status HistogramCounts::merge(const HistogramCounts& other) {
+  if (!spec_->same_as(*other.spec_)) {
+    return Status::invalid("other has another spec; expected the same columns and edges");
+  }
+  for (size_t i = 0; i < counts_.size(); ++i) counts_[i] += other.counts_[i];
+  return Status::ok();
+}
+
+void HistogramCounts::clear() {
+  std::fill(counts_.begin(), counts_.end(), 0);
+}
+
+void HistogramCounts::snapshot(uint64_t* out) const {
+  std::copy(counts_.begin(), counts_.end(), out);
+}
+
+}  // namespace penstock
