@@ -8,5 +8,6 @@ namespace penstock::bind {
 namespace py = pybind11;
 
 void bind_base(py::module_& m);
+void bind_features(py::module_& m);
 
 }  // namespace penstock::bind

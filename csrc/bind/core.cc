@@ -3,4 +3,5 @@
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Native core of Penstock.";
   penstock::bind::bind_base(m);
+  penstock::bind::bind_features(m);
 }
