@@ -1,8 +1,8 @@
 """What a feature repository declares: entities, sources, views, services. Nothing here reads data or a clock.
 
 A view's features fall into three lots, found when the view is made: window aggregates and expressions without
-`now()` are stored columns; an expression with `now()` is computed at request time, and the source columns that
-it reads become hidden stored columns.
+`now()` are stored columns; an expression with `now()` is computed at request time, and the source columns
+that it reads become hidden stored columns.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class RequestSource:
 
 @dataclass(frozen=True, eq=False)
 class WindowAggregate:
-    """An aggregate over events in (T - window_us, T]; T is the time asked for, floored to `every_us` if set."""
+    """An aggregate over events in (T - window_us, T]; T is the time asked, floored to `every_us` if set."""
 
     kind: str
     value: Expr | None

@@ -1,8 +1,8 @@
 """Feature expressions: Python operators that build a graph instead of computing.
 
-An `Expr` is an immutable node: an operation, its parameter and its arguments. Types are given when a schema is
-bound (`infer`). Null propagates through every operation except `is_null`, `fill_null`, Kleene `&`/`|` and the
-branch that `where` does not take. What the set of operations lacks is a DefinitionError, never a guess.
+An `Expr` is an immutable node: an operation, its parameter and its arguments. Types are given when a schema
+is bound (`infer`). Null propagates through every operation except `is_null`, `fill_null`, Kleene `&` and `|`,
+and the branch that `where` does not take. What the set of operations lacks is a DefinitionError, not a guess.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Expr:
     """
 
     __slots__ = ("_digest", "args", "op", "param")
+    _digest: str
 
     def __init__(self, op: str, param: Any = None, args: tuple[Expr, ...] = ()) -> None:
         self.op, self.param, self.args = op, param, args

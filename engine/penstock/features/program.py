@@ -1,7 +1,8 @@
-"""From expressions to the bytes that `_core.FeatureProgram` runs, and the row-by-row oracle that is their meaning.
+"""From expressions to the bytes that `_core.FeatureProgram` runs, and the oracle that is their meaning.
 
-`evaluate` is slow and obvious on purpose: what it returns is what each operation means, bit for bit after NaNs are
-made one. Values are Python scalars: float, int (also timestamps and durations in microseconds), bool; null is None.
+`evaluate` is slow and obvious on purpose: what it returns, row by row, is what each operation means, bit for
+bit after NaNs are made one. Values are Python scalars: float, int (also timestamps and durations, in
+microseconds), bool; null is None.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from typing import Any
 
 from penstock.errors import DefinitionError
@@ -90,7 +92,7 @@ class Distribution:
     def __post_init__(self) -> None:
         v, c = self.values, self.cumulative
         good = len(v) == len(c) > 0 and not any(map(math.isnan, v)) and c[0] > 0
-        if not good or any(a >= b for a, b in zip(v, v[1:])) or any(a >= b for a, b in zip(c, c[1:])):
+        if not good or any(a >= b for a, b in pairwise(v)) or any(a >= b for a, b in pairwise(c)):
             raise DefinitionError("a distribution needs ascending values with growing cumulative counts")
 
     @classmethod
@@ -195,7 +197,7 @@ def _lower(b: _Builder, node: Expr, refs: list[tuple[str, int]], types: list[str
 
 
 def program_inputs(outputs: Sequence[tuple[str, Expr]], schema: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, dtype) of the columns that the outputs read, by name, then ("now", "timestamp") if it is read."""
+    """(name, dtype) of each column that the outputs read, by name; last ("now", "timestamp") if read."""
     roots = [expr for _, expr in outputs]
     infer(roots, schema)
     inputs = [(name, schema[name]) for name in columns_read(*roots)]
@@ -313,7 +315,7 @@ def _apply(node: Expr, args: list[Any], types: list[str], distributions: Mapping
         value = x + y if op == "add" else x - y if op == "sub" else x * y
         return _wrap(value) if isinstance(value, int) else value
     if op == "div":
-        return _divide(float(x), float(y))
+        return _divide(float(x), float(args[1]))
     if op in ("neg", "abs"):
         return (
             (-x if op == "neg" else abs(x)) if isinstance(x, float) else _wrap(-x if op == "neg" else abs(x))

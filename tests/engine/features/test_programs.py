@@ -201,11 +201,10 @@ def test_a_corrupt_program_is_an_error_and_never_a_crash():
         except (ValueError, UnicodeDecodeError):
             continue
         kinds = [np.float64 if k == "f" else np.int64 for k in ("i", "f", "i")]
-        if len(program_inputs([("x", col("f"))], SCHEMA)) == 1:
-            try:
-                program.run([(np.ones(3, k), None) for k in kinds])
-            except (ValueError, UnicodeDecodeError):
-                continue
+        try:
+            program.run([(np.ones(3, k), None) for k in kinds])
+        except (ValueError, UnicodeDecodeError):
+            continue  # the change gave an input another dtype or name
 
 
 @pytest.mark.parametrize(
