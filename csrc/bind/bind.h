@@ -12,5 +12,6 @@ void bind_wire(py::module_& m);
 void bind_model(py::module_& m);
 void bind_cache(py::module_& m);
 void bind_drift(py::module_& m);
+void bind_features(py::module_& m);
 
 }  // namespace penstock::bind

@@ -1,0 +1,54 @@
+// A compiled feature expression program: a register machine over blocks of 64 rows.
+//
+// The bytes come from penstock.features.program.compile_program, whose Python oracle is the meaning of each
+// operation. parse() checks every index, kind and length, so run() trusts them: corrupt bytes are an error.
+// A program is immutable; any number of threads may run it, each with its own Scratch. run() never allocates.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "features/row.h"
+
+namespace penstock {
+
+class FeatureProgram {
+ public:
+  struct Scratch {
+    std::vector<Block> registers;
+    std::vector<const Block*> refs;
+  };
+
+  static Status parse(const uint8_t* data, size_t size, std::shared_ptr<const FeatureProgram>* out);
+
+  const std::vector<Field>& inputs() const { return inputs_; }
+  const std::vector<Field>& outputs() const { return outputs_; }
+  Scratch make_scratch() const;
+
+  // inputs: inputs().size() blocks; outputs: outputs().size() blocks, not aliasing the inputs; n <= 64.
+  // The value of a null output is zero.
+  void run(const Block* inputs, size_t n, Block* outputs, Scratch& scratch) const;
+
+ private:
+  struct Instruction {
+    uint16_t op;
+    uint32_t a, b, c;
+  };
+  struct Table {
+    uint8_t kind;
+    std::vector<double> f64;
+    std::vector<int64_t> i64;
+  };
+  void step(const Instruction& code, size_t n, const std::vector<const Block*>& refs, Block* out) const;
+
+  std::vector<Field> inputs_;
+  std::vector<Field> outputs_;
+  std::vector<uint32_t> output_registers_;
+  std::vector<Block> constants_;
+  std::vector<Table> tables_;
+  std::vector<Instruction> code_;
+};
+
+}  // namespace penstock

@@ -1,0 +1,290 @@
+"""What a feature repository declares: entities, sources, views, services. Nothing here reads data or a clock.
+
+A view's features fall into three lots, found when the view is made: window aggregates and expressions without
+`now()` are stored columns; an expression with `now()` is computed at request time, and the source columns
+that it reads become hidden stored columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from penstock.errors import DefinitionError
+from penstock.features.expressions import DTYPES, Expr, columns_read, uses_now
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
+_WINDOW = re.compile(r"([1-9][0-9]*)(s|m|h|d)\Z")
+_UNIT_US = {"s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
+HIDDEN_PREFIX = "__column_"
+
+
+def parse_window(text: str, what: str = "window") -> int:
+    """Microseconds of a length such as "90s", "60m", "7h" or "1d"; DefinitionError if it is none."""
+    match = _WINDOW.match(text) if isinstance(text, str) else None
+    length = int(match[1]) * _UNIT_US[match[2]] if match else 0
+    if not 0 < length < 2**62:
+        raise DefinitionError(f"{what} is {text!r}; expected a length such as '90s', '60m', '7h' or '1d'")
+    return length
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.match(name) or name.startswith("__"):
+        raise DefinitionError(f"{what} is {name!r}; expected letters, digits and '_', not starting with '__'")
+
+
+def _check_distinct(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if list(names).count(name) > 1:
+            raise DefinitionError(f"{what} '{name}' is given twice")
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A thing that features describe; `join_keys` name its columns, in key order."""
+
+    name: str
+    join_keys: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _check_name("entity name", self.name)
+        if isinstance(self.join_keys, str) or not self.join_keys:
+            raise DefinitionError(f"entity '{self.name}': join_keys is {self.join_keys!r}; expected a list")
+        for key in self.join_keys:
+            _check_name(f"entity '{self.name}': join key", key)
+        _check_distinct(f"entity '{self.name}': join key", self.join_keys)
+        object.__setattr__(self, "join_keys", tuple(self.join_keys))
+
+
+@dataclass(frozen=True)
+class _FileSource:
+    """A table of events in a file.
+
+    Attributes:
+        path: file, folder or glob, relative to the repository.
+        timestamp: column of the event's time.
+        created: column of the time when the row became known, or None.
+    """
+
+    path: str
+    timestamp: str
+    created: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, value in (("path", self.path), ("timestamp", self.timestamp)):
+            if not isinstance(value, str) or not value:
+                raise DefinitionError(f"{type(self).__name__}: {what} is {value!r}; expected a text")
+        if self.created is not None and (not self.created or self.created == self.timestamp):
+            raise DefinitionError(
+                f"{type(self).__name__}: created is {self.created!r}; expected another column"
+            )
+
+    def describe(self) -> list[Any]:
+        return [type(self).__name__, str(self.path), self.timestamp, self.created]
+
+
+class ParquetSource(_FileSource):
+    """Events in Parquet."""
+
+
+class CSVSource(_FileSource):
+    """Events in CSV with a header."""
+
+
+class ArrowSource(_FileSource):
+    """Events in an Arrow IPC file."""
+
+
+@dataclass(frozen=True)
+class RequestSource:
+    """Values that come with a request; `schema` maps each name to its dtype."""
+
+    name: str
+    schema: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _check_name("request source name", self.name)
+        for column, dtype in self.schema.items():
+            _check_name(f"request source '{self.name}': input", column)
+            if dtype not in DTYPES:
+                raise DefinitionError(
+                    f"request source '{self.name}': input '{column}' has dtype {dtype!r}; "
+                    f"expected one of {', '.join(DTYPES)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class WindowAggregate:
+    """An aggregate over events in (T - window_us, T]; T is the time asked, floored to `every_us` if set."""
+
+    kind: str
+    value: Expr | None
+    window_us: int
+    every_us: int | None
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the declaration."""
+        value = None if self.value is None else self.value.fingerprint()
+        return _digest([self.kind, value, self.window_us, self.every_us])
+
+
+def _aggregate(kind: str, value: Any, window: str, every: str | None) -> WindowAggregate:
+    if value is None and kind == "count":
+        pass
+    elif not isinstance(value, Expr):
+        raise DefinitionError(f"{kind}: value is {value!r}; expected an expression such as col('amount')")
+    elif uses_now(value):
+        raise DefinitionError(f"{kind}: an aggregated expression cannot read now()")
+    every_us = None if every is None else parse_window(every, f"{kind}: every")
+    return WindowAggregate(kind, value, parse_window(window, f"{kind}: window"), every_us)
+
+
+def count(value: Expr | None = None, *, window: str, every: str | None = None) -> WindowAggregate:
+    """Rows in the window, or those where `value` is not null."""
+    return _aggregate("count", value, window, every)
+
+
+def sum(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
+    """Sum in event order; 0 for an empty window."""
+    return _aggregate("sum", value, window, every)
+
+
+def mean(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
+    """Mean; null for an empty window."""
+    return _aggregate("mean", value, window, every)
+
+
+def min(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
+    """Least value; null for an empty window."""
+    return _aggregate("min", value, window, every)
+
+
+def max(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
+    """Greatest value; null for an empty window."""
+    return _aggregate("max", value, window, every)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredColumn:
+    """A column of a view's stored row. A hidden one serves request-time expressions and is no feature."""
+
+    name: str
+    value: Expr | WindowAggregate
+    hidden: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureView:
+    """Features of one entity set computed from one source.
+
+    Attributes:
+        stored: columns of the stored row: features in the order given, then hidden columns by name.
+        request_time: expressions to evaluate for each request; they read source columns by their own names.
+        hidden: hidden stored column of each source column that request-time expressions read.
+    """
+
+    name: str
+    entities: Sequence[Entity]
+    source: _FileSource
+    features: Mapping[str, Expr | WindowAggregate]
+    ttl: timedelta | None = None
+    stored: tuple[StoredColumn, ...] = field(init=False)
+    request_time: Mapping[str, Expr] = field(init=False)
+    hidden: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_name("view name", self.name)
+        where = f"view '{self.name}'"
+        if not self.entities or not all(isinstance(e, Entity) for e in self.entities):
+            raise DefinitionError(f"{where}: entities is {self.entities!r}; expected a list of Entity")
+        if not isinstance(self.source, _FileSource):
+            raise DefinitionError(
+                f"{where}: source is {self.source!r}; expected a Parquet, CSV or Arrow source"
+            )
+        if self.ttl is not None and self.ttl <= timedelta(0):
+            raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
+        if not self.features:
+            raise DefinitionError(f"{where} has no features")
+        _check_distinct(f"{where}: entity", [e.name for e in self.entities])
+        keys = self.join_keys
+        _check_distinct(f"{where}: join key", keys)
+        stored: list[StoredColumn] = []
+        request_time: dict[str, Expr] = {}
+        for name, value in self.features.items():
+            _check_name(f"{where}: feature name", name)
+            if name in keys:
+                raise DefinitionError(f"{where}: feature '{name}' has the name of a join key")
+            if isinstance(value, Expr) and uses_now(value):
+                request_time[name] = value
+            elif isinstance(value, Expr | WindowAggregate):
+                stored.append(StoredColumn(name, value))
+            else:
+                raise DefinitionError(
+                    f"{where}: feature '{name}' is {value!r}; expected an expression or an aggregate"
+                )
+        hidden = {column: HIDDEN_PREFIX + column for column in columns_read(*request_time.values())}
+        stored += [StoredColumn(name, Expr("col", column), True) for column, name in hidden.items()]
+        for attribute, found in (
+            ("entities", tuple(self.entities)),
+            ("features", dict(self.features)),
+            ("stored", tuple(stored)),
+            ("request_time", request_time),
+            ("hidden", hidden),
+        ):
+            object.__setattr__(self, attribute, found)
+
+    @property
+    def join_keys(self) -> list[str]:
+        """Join-key columns of all entities, in key order."""
+        return [key for entity in self.entities for key in entity.join_keys]
+
+    @property
+    def ttl_us(self) -> int | None:
+        """The ttl in microseconds."""
+        return None if self.ttl is None else self.ttl // timedelta(microseconds=1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that decides the view's values."""
+        features = [[name, value.fingerprint()] for name, value in self.features.items()]
+        entities = [[e.name, list(e.join_keys)] for e in self.entities]
+        return _digest([self.name, entities, self.source.describe(), self.ttl_us, features])
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureService:
+    """The ordered inputs of a model: "view:feature" names, and the request's inputs."""
+
+    name: str
+    features: Sequence[str]
+    request: RequestSource | None = None
+    on_missing: str = "nan"
+
+    def __post_init__(self) -> None:
+        _check_name("service name", self.name)
+        where = f"service '{self.name}'"
+        if isinstance(self.features, str) or not self.features:
+            raise DefinitionError(
+                f"{where}: features is {self.features!r}; expected a list of 'view:feature'"
+            )
+        for reference in self.features:
+            parts = reference.split(":") if isinstance(reference, str) else []
+            if len(parts) != 2 or not all(map(_NAME.match, parts)):
+                raise DefinitionError(f"{where}: feature is {reference!r}; expected 'view:feature'")
+        _check_distinct(f"{where}: feature", self.features)
+        if self.on_missing not in ("nan", "error"):
+            raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")
+        object.__setattr__(self, "features", tuple(self.features))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the service's own declaration; views have their own."""
+        request = None if self.request is None else [self.request.name, list(self.request.schema.items())]
+        return _digest([self.name, list(self.features), request, self.on_missing])
