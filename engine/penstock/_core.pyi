@@ -1,0 +1,331 @@
+"""
+Native core of Penstock.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import numpy
+import numpy.typing
+
+__all__: list[str] = [
+    "FeatureCache",
+    "FeatureProgram",
+    "HistogramCounts",
+    "RowSchema",
+    "TreeEnsemble",
+    "WireSession",
+    "cpu_level",
+    "force_cpu_level",
+    "keys128",
+    "siphash128",
+    "wire_decode_predict",
+    "wire_decode_predict_vectors",
+    "wire_transcode",
+]
+
+class WireSession:
+    """
+    One connection's framing, requests in flight and output. One thread.
+    """
+    def __init__(
+        self,
+        max_message_bytes: typing.SupportsInt | typing.SupportsIndex = 16777216,
+        max_depth: typing.SupportsInt | typing.SupportsIndex = 16,
+        max_in_flight: typing.SupportsInt | typing.SupportsIndex = 1024,
+        max_output_bytes: typing.SupportsInt | typing.SupportsIndex = 67108864,
+    ) -> None: ...
+    def advance(self, n: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        `n` bytes were written into the last get_buffer.
+        """
+    def feed(self, data: str) -> None:
+        """
+        Copy bytes in. RuntimeError when there is no room or it is closed.
+        """
+    def finish(self, msgid: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        The request is answered; False if not in flight.
+        """
+    def get_buffer(self, hint: typing.SupportsInt | typing.SupportsIndex = 16384) -> memoryview:
+        """
+        Writable memoryview for the next read; valid until the next get_buffer or feed. Empty: no room.
+        """
+    def goaway(self, grace_ms: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Append the goaway notification. False: the output limit is hit.
+        """
+    def next_message(self) -> typing.Any:
+        """
+        (kind, msgid | None, method, params bytes, (code, message) | None), or None when none is complete.
+        """
+    def output_sent(self) -> None:
+        """
+        The bytes of take_output are sent.
+        """
+    def reply_error(
+        self,
+        msgid: typing.SupportsInt | typing.SupportsIndex | None,
+        code: str,
+        message: str,
+        retryable: bool,
+        retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
+    ) -> bool:
+        """
+        Append an error response. False: the output limit is hit.
+        """
+    def reply_raw(self, msgid: typing.SupportsInt | typing.SupportsIndex, result: str) -> bool:
+        """
+        Append a response whose result is MessagePack bytes already.
+        """
+    def reply_scores(
+        self,
+        msgid: typing.SupportsInt | typing.SupportsIndex,
+        scores: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        version: str,
+        request_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        status: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None,
+        timings: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]] = [],
+        as_bin_f32: bool = False,
+    ) -> bool:
+        """
+        Append a scores response (scores row-major float64). False: the output limit is hit.
+        """
+    def take_output(self) -> typing.Any:
+        """
+        Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def input_capacity(self) -> int: ...
+    @property
+    def pending_output_bytes(self) -> int: ...
+
+class TreeEnsemble:
+    """
+    A forest loaded from the bytes of trees.bin; immutable.
+    """
+    def __init__(self, data: bytes) -> None:
+        """
+        Raises ValueError if data is corrupt.
+        """
+    def predict(self, rows: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Transformed scores, float64 [n, n_outputs], of rows float32 [n, n_features]; NaN is missing.
+        Raises ValueError on another shape, TypeError on another dtype.
+        """
+    def predict_leaf(self, rows: numpy.typing.NDArray[numpy.float32]) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Leaf reached in each tree, int32 [n, n_trees], numbered from left to right in its tree.
+        """
+    def predict_margin(
+        self, rows: numpy.typing.NDArray[numpy.float32]
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        As predict, before the transform.
+        """
+    @property
+    def n_features(self) -> int: ...
+    @property
+    def n_outputs(self) -> int: ...
+    @property
+    def n_trees(self) -> int: ...
+
+class FeatureCache:
+    """
+    Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.
+    """
+    def __init__(
+        self,
+        capacity: typing.SupportsInt | typing.SupportsIndex,
+        row_words: typing.SupportsInt | typing.SupportsIndex,
+        ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        """
+    def _abandon_put(
+        self,
+        key: typing.Any,
+        row: typing.Any,
+        meta: typing.Any,
+        stamp: typing.SupportsInt | typing.SupportsIndex,
+        mono_ns: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.SupportsInt | typing.SupportsIndex,
+        words: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        For tests: a put that stops after `words` words with the bucket locked.
+        """
+    def clear(self, owner: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        Remove every row; the stamps are remembered.
+        """
+    def discard_many(
+        self,
+        keys: typing.Any,
+        stamp: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Remove keys uint64[n, 2] whose rows have no greater stamp, and refuse lesser stamps from then on. Returns how many were removed.
+        """
+    def get_many(
+        self,
+        keys: typing.Any,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        mono_ns: typing.SupportsInt | typing.SupportsIndex,
+        out: typing.Any,
+        status: typing.Any,
+        meta: typing.Any = None,
+        slot_versions: typing.Any = None,
+    ) -> int:
+        """
+        Read keys uint64[n, 2] into out uint64[n, row_words], status uint8[n] (0 hit, 1 miss, 2 expired, 3 busy) and, if given, meta int64[n, 4] and slot_versions uint64[n]. Rows of non-hits are left as they were. Returns the number of hits. Raises ValueError naming the array.
+        """
+    def put_many(
+        self,
+        keys: typing.Any,
+        rows: typing.Any,
+        meta: typing.Any,
+        stamp: typing.SupportsInt | typing.SupportsIndex,
+        mono_ns: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> numpy.typing.NDArray[numpy.uint8]:
+        """
+        Store rows uint64[n, row_words] with meta int64[n, 4] (valid_from, valid_until, event_time, known_at; us). Returns uint8[n]: 0 stored, 1 replaced, 2 superseded. Raises ValueError naming the array.
+        """
+    def reclaim_owner(
+        self,
+        dead: typing.SupportsInt | typing.SupportsIndex,
+        survivor: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> int:
+        """
+        Take over the bucket locks of a writer known to have ended and empty what it left half-written. Returns the number of locks.
+        """
+    def stats(self) -> dict:
+        """
+        Counters and sizes, by name.
+        """
+
+class HistogramCounts:
+    """
+    Counts per column: fine bins (e[k-1], e[k]] or codes, then missing, unseen, -inf, +inf. One writer at a time.
+    """
+    def __init__(self, columns: list) -> None:
+        """
+        columns: per column a float32 array of strictly increasing finite edges, or the int number of codes of a categorical column. Raises ValueError.
+        """
+    def clear(self) -> None:
+        """
+        Sets every count to zero.
+        """
+    def count(self, rows: numpy.typing.NDArray[numpy.float32]) -> None:
+        """
+        Adds float32 rows [n, columns]. Raises ValueError on another shape.
+        """
+    def merge(self, other: HistogramCounts) -> None:
+        """
+        Adds other's counts. Raises ValueError, unchanged, when the specs differ.
+        """
+    def snapshot(self) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        A copy of all counts, uint64 [slots].
+        """
+
+class FeatureProgram:
+    """
+    A compiled feature program; immutable.
+    """
+    def __init__(self, data: bytes) -> None:
+        """
+        Load the bytes of compile_program; ValueError if any part of them is corrupt.
+        """
+    def run(self, inputs: list, rows: typing.SupportsInt | typing.SupportsIndex = 0) -> list:
+        """
+        inputs: a list of (values [n] float64 or int64, valid bool [n] or None) in the order of `inputs`.
+        rows: the row count of a program without inputs. Returns a like list of outputs; the value of a null
+        is 0. ValueError names the column that has a wrong dtype or length.
+        """
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """
+        (name, dtype) of each input column.
+        """
+    @property
+    def outputs(self) -> list[tuple[str, str]]:
+        """
+        (name, dtype) of each output column.
+        """
+
+class RowSchema:
+    """
+    Layout of a stored feature row.
+    """
+    def __init__(self, fields: collections.abc.Sequence[tuple[str, str]]) -> None:
+        """
+        fields: a list of (name, dtype); ValueError for a repeated name or unknown dtype.
+        """
+    def decode(self, rows: numpy.typing.NDArray[numpy.uint64]) -> list:
+        """
+        rows: uint64 [n, row_words]. Returns a list of (values [n], valid bool [n]).
+        """
+    def encode(
+        self, columns: list, status: numpy.typing.NDArray[numpy.uint8]
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        columns: a list of (values [n] float64 or int64, valid bool [n] or None); status uint8 [n].
+        Returns uint64 [n, row_words].
+        """
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        """
+        (name, dtype) of each field.
+        """
+    @property
+    def row_words(self) -> int:
+        """
+        64-bit words in a row.
+        """
+
+def cpu_level() -> int:
+    """
+    Instruction-set path in force: 0 portable, 1 AVX2, 2 AVX-512.
+    """
+
+def force_cpu_level(level: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Lower the path in force (tests, benchmarks); returns the path that now holds.
+    """
+
+def keys128(columns: list, seed: bytes) -> tuple:
+    """
+    Entity keys of n rows. columns: one int64[n] array or list of int, str, bytes or None per join key, in order; seed: 16 bytes. Returns (keys uint64[n, 2] as lo, hi; nulls bool[n]); a null key's words are 0. Raises ValueError naming the column, row and value.
+    """
+
+def siphash128(data: bytes, seed: bytes) -> bytes:
+    """
+    SipHash-2-4 with 128-bit output of data under a 16-byte seed, as 16 bytes.
+    """
+
+def wire_decode_predict(params: str, kinds: dict = {}) -> dict:
+    """
+    Decode the params of `predict`: dict of model, rows, entities, inputs, options. `kinds` maps a column to int64 (default), float64, bool or string. ValueError names field, value and expectation.
+    """
+
+def wire_decode_predict_vectors(params: str) -> dict:
+    """
+    Decode the params of `predict_vectors`: dict of model, data (bytes), rows, options. ValueError as above.
+    """
+
+def wire_transcode(message: str) -> bytes:
+    """
+    Re-encode one MessagePack value (bytes) in smallest form. ValueError if it is not one whole value.
+    """
