@@ -30,15 +30,13 @@ from penstock.errors import (
     UnavailableError,
     from_wire,
 )
-from penstock.features.plan import ServicePlan
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import ModelBundle, load_bundle
 from penstock.models.registry import ModelRegistry
 from penstock.monitoring.label_log import LabelLog
-from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
-from penstock.serving.live import LiveModel, new_performance, watch
+from penstock.serving.live import LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 
@@ -62,10 +60,6 @@ class Engine:
         self.lock = DataDirLock(config.data_dir)
         self.core = _core.ServingCore()
         self.store: FeatureStore | None = None
-        self.live: dict[str, LiveModel] = {}
-        self._previous: dict[str, LiveModel] = {}
-        self._performance: dict[str, PerformanceTracker] = {}
-        self._caches: dict[str, _core.FeatureCache] = {}
         self._changing = threading.RLock()  # one change of models or sources at a time
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
@@ -96,10 +90,9 @@ class Engine:
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
-        for name, settings_of in self._configured().items():
-            bundle = self._bundle(name, settings_of)
-            self._performance[name] = new_performance(config)
-            self._publish(self._load(bundle))
+        self.live = LiveModels(config, self.core, self.store, self.served_log)
+        for name, model in self._configured().items():
+            self.live.publish(self.live.load(self._bundle(name, model)))
         self._replay_logs()
         for target in (self._run_loader, self._run_monitor):
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
@@ -121,115 +114,20 @@ class Engine:
         self.registry.add(settings.path)
         return bundle
 
-    def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
-        if bundle.service is None:
-            return None
-        where = f"model '{bundle.name}' version {bundle.version}"
-        if self.store is None:
-            raise BundleError(
-                f"{where} reads the feature service '{bundle.service}'; set feature_store.repo_path"
-            )
-        plan = self.store.service_plan(bundle.service)
-        if plan.fingerprint != bundle.fingerprint:
-            raise BundleError(
-                f"{where} was trained on other definitions of the service '{bundle.service}' "
-                f"(fingerprint {bundle.fingerprint}, now {plan.fingerprint}); train it again or restore them"
-            )
-        return plan
-
-    def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
-        assert self.store is not None
-        views = []
-        capacity, ttl = self.config.caches.features.capacity, self.config.caches.features.ttl
-        for view, keys in zip(plan.views, plan.view_keys):
-            computer = self.store.computer(view.name)
-            if view.name not in self._caches:
-                self._caches[view.name] = _core.FeatureCache(
-                    capacity, computer.row_schema.row_words, int(ttl * 1e9) if ttl else 0
-                )
-            views.append(
-                {
-                    "name": view.name,
-                    "cache": self._caches[view.name],
-                    "fields": computer.schema,
-                    "key_columns": list(keys),
-                }
-            )
-        return {
-            "entities": list(plan.entities),
-            "views": views,
-            "request_source": plan.request_source or "",
-            "inputs": list(plan.inputs),
-            "program": plan.program,
-            "key_seed": self.store.key_seed,
-            "error_on_missing": "error" in (plan.on_missing, on_missing),
-        }
-
-    def _load(self, bundle: ModelBundle) -> LiveModel:
-        """Load and warm a version; it is not live yet."""
-        serving = self.config.serving
-        plan = self._plan(bundle)
-        model_config = self.config.models.get(bundle.name, ModelConfig())
-        try:
-            served = self.core.load(
-                bundle.name,
-                bundle.version,
-                bundle.trees,
-                None if plan is None else self._native_plan(plan, model_config.on_missing),
-                max_batch_rows=serving.max_batch_size,
-                max_latency_ms=serving.max_latency_ms,
-                guard_ms=min(serving.guard_ms, serving.max_latency_ms / 4),
-                inline_limit_us=serving.inline_limit_us,
-                max_rows_per_request=serving.max_rows_per_request,
-                max_requests=serving.max_requests,
-                max_queued_rows=serving.max_queued_rows,
-                allow_replay=serving.allow_replay,
-                served_capacity=self.config.monitoring.ring_rows,
-            )
-        except ValueError as error:
-            raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
-        if plan is not None:
-            self._warm_views(plan)
-        return watch(
-            bundle, plan, served, self.config, self._performance.get(bundle.name), self.served_log
-        )
-
-    def _warm_views(self, plan: ServicePlan) -> None:
-        """Load one row of each view, so that no request waits for a compiler."""
-        assert self.store is not None
-        for view in plan.views:
-            keys = self.store.computer(view.name).keys[:1]
-            if not len(keys):
-                keys = np.zeros((1, 2), np.uint64)
-            self.store.load_rows(view.name, keys, np.full(len(keys), self.clock.now_us(), np.int64))
-
-    def _publish(self, model: LiveModel) -> None:
-        """Make it live by one pointer swap; the version before stays warm, the one before that stops."""
-        name = model.bundle.name
-        before = self.live.get(name)
-        self.core.publish(model.served)
-        self.live[name] = model
-        if before is not None and before is not model:
-            stale = self._previous.get(name)
-            self._previous[name] = before
-            if stale is not None and stale is not model and stale is not before:
-                stale.served.stop()
-                stale.drain()
-
     def _replay_logs(self) -> None:
         """Give the label join what was served and labelled before a restart."""
         import pyarrow.compute as pc
 
-        for name, performance in self._performance.items():
+        for name, performance in self.live.performance.items():
             table = self.served_log.read(name)
             for version in table["version"].unique().to_pylist():
                 part = table.filter(pc.equal(table["version"], version))
                 scores = part["score"].to_numpy()
-                if len(scores) and 0.0 <= scores.min() and scores.max() <= 1.0:
+                if len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0:
                     performance.record(
                         part["rid"].to_numpy(), part["now_us"].to_numpy(), scores, str(version)
                     )
-        if self._performance:
+        if self.live.performance:
             for ids, labels, times in self.label_log.read():
                 self._join(ids, labels, times)
 
@@ -265,7 +163,7 @@ class Engine:
 
     def drain_served(self) -> None:
         """Take every row served so far into the monitors and the log."""
-        for model in (*list(self.live.values()), *list(self._previous.values())):
+        for model in self.live.all():
             model.drain()
 
     # Prediction
@@ -317,14 +215,16 @@ class Engine:
         """Score a table (columns of entities and inputs) in chunks of the low priority class."""
         columns = protocol.to_columns("table", table)
         rows = self.config.serving.max_batch_size
-        live = self._model(model)
+        live = self.live.get(model)
         parts = [
             self.predict(model, entities, inputs, deadline_ms=deadline_ms, now=now, priority="low")
             for entities, inputs in protocol.split_table(columns, live.entities(), rows)
         ]
         return protocol.join_predictions(parts)
 
-    async def predict_async(self, model: str, entities: Mapping[str, Any], *args: Any, **options: Any) -> Prediction:
+    async def predict_async(
+        self, model: str, entities: Mapping[str, Any], *args: Any, **options: Any
+    ) -> Prediction:
         """As `predict`, on a thread of the running loop's executor."""
         return await asyncio.to_thread(self.predict, model, entities, *args, **options)
 
@@ -338,41 +238,34 @@ class Engine:
             raise from_wire(wire)
         scores, version, ids, status, stages = got
         return Prediction(
-            scores[:, 0] if scores.shape[1] == 1 else scores, version, ids, status, stages if timings else None
+            scores[:, 0] if scores.shape[1] == 1 else scores,
+            version,
+            ids,
+            status,
+            stages if timings else None,
         )
 
     # State
 
-    def _model(self, name: str) -> LiveModel:
-        found = self.live.get(name)
-        if found is None:
-            known = ", ".join(sorted(self.live)) or "none is loaded"
-            raise NotFoundError(f"model '{name}' is unknown; expected one of: {known}")
-        return found
-
     def promote(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Make `version` (default: the challenger) the champion, durably, and serve it."""
         with self._changing:
-            self._model(name)
+            live = self.live.get(name)
             bundle = self.registry.get(name, version or "challenger")
-            if bundle.version == self.live[name].bundle.version:
-                return {"model": name, "version": bundle.version}
-            previous = self._previous.get(name)
-            warm = previous if previous is not None and previous.bundle.version == bundle.version else None
-            model = warm or self._load(bundle)
+            if bundle.version != live.bundle.version:
+                live = self.live.warm(name, bundle.version) or self.live.load(bundle)
             self.registry.promote(name, bundle.version)
-            self._publish(model)
+            self.live.publish(live)
             return {"model": name, "version": bundle.version}
 
     def rollback(self, name: str) -> dict[str, Any]:
         """Serve the champion before this one again."""
         with self._changing:
-            self._model(name)
+            self.live.get(name)
             version = self.registry.rollback(name)
-            previous = self._previous.get(name)
-            if previous is None or previous.bundle.version != version:
-                previous = self._load(self.registry.get(name, version))
-            self._publish(previous)
+            self.live.publish(
+                self.live.warm(name, version) or self.live.load(self.registry.get(name, version))
+            )
             return {"model": name, "version": version}
 
     def materialize(self, end: Time | None = None) -> dict[str, Any]:
@@ -396,8 +289,7 @@ class Engine:
         if store.refresh():
             with self._filling:
                 self._generation += 1
-                for cache in self._caches.values():
-                    cache.clear()
+                self.live.clear_caches()
 
     def _store(self) -> FeatureStore:
         if self.store is None:
@@ -410,14 +302,16 @@ class Engine:
         stamps = [self.clock.now_us()] * len(ids) if times is None else _listed("times", times)
         for name, given in (("labels", values), ("times", stamps)):
             if len(given) != len(ids):
-                raise InvalidArgumentError(f"{name} has {len(given)} values; expected {len(ids)}, one per row")
+                raise InvalidArgumentError(
+                    f"{name} has {len(given)} values; expected {len(ids)}, one per row"
+                )
         for row, (rid, label) in enumerate(zip(ids, values)):
             if type(rid) is not int or not 0 <= rid < 1 << 64:
                 raise InvalidArgumentError(f"request_ids[{row}] is {rid!r}; expected a uint64")
             if label not in (0, 1):
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
-        if not self._performance:
+        if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
         values = [int(label) for label in values]
@@ -427,11 +321,11 @@ class Engine:
     def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
         """Counts by outcome. An id belongs to one model at most: to the others it is an orphan."""
         totals: dict[str, int] = {}
-        for performance in self._performance.values():
+        for performance in self.live.performance.values():
             counts = performance.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))
             for what, n in counts.items():
                 totals[what] = totals.get(what, 0) + n
-        totals["orphan"] -= len(ids) * (len(self._performance) - 1)
+        totals["orphan"] -= len(ids) * (len(self.live.performance) - 1)
         return totals
 
     def health(self) -> dict[str, Any]:
@@ -441,7 +335,7 @@ class Engine:
             "ready": self.ready,
             "penstock": __version__,
             "uptime_s": (time.monotonic_ns() - self.started_ns) / 1e9,
-            "models": {name: model.bundle.version for name, model in self.live.items()},
+            "models": {name: model.bundle.version for name, model in self.live.live.items()},
         }
 
     def models(self) -> dict[str, Any]:
@@ -450,7 +344,7 @@ class Engine:
         for info in self.registry.list():
             versions.setdefault(info.name, []).append(info.version)
         described = {}
-        for name, model in self.live.items():
+        for name, model in self.live.live.items():
             described[name] = {
                 **model.describe(),
                 "versions": versions.get(name, []),
@@ -463,28 +357,28 @@ class Engine:
         self.drain_served()
         models = {}
         window_us = int(self.config.monitoring.window * 1e6)
-        for name, model in self.live.items():
+        for name, model in self.live.live.items():
             entry = dict(model.served.stats())
             entry["version"] = model.bundle.version
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(
-                    model.drift.newest_us or self.clock.now_us(), window_us
+                    model.newest_us or self.clock.now_us(), window_us
                 )
             models[name] = entry
         return {
             "models": models,
-            "caches": {name: cache.stats() for name, cache in self._caches.items()},
+            "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
         }
 
     def drift(self, name: str | None = None, window_s: float | None = None) -> dict[str, Any]:
         """Drift and freshness of each live model (or one) over the last `window_s` of request time."""
         self.drain_served()
-        chosen = list(self.live) if name is None else [name]
+        chosen = list(self.live.live) if name is None else [name]
         window_us = None if window_s is None else int(window_s * 1e6)
         reports = {}
         for each in chosen:
-            model = self._model(each)
+            model = self.live.get(each)
             reports[each] = {
                 "version": model.bundle.version,
                 "drift": model.drift.report(window_us=window_us).to_dict(),
@@ -515,14 +409,16 @@ class Engine:
         self.core.close()
         for thread in self._threads:
             thread.join()
-        for model in (*self.live.values(), *self._previous.values()):
-            model.served.stop()
-            model.drain()
+        if self._opened("live"):
+            self.live.stop()
         for part in ("served_log", "label_log", "store"):
-            opened = getattr(self, part, None)
-            if opened is not None:
-                opened.close()
+            if self._opened(part):
+                getattr(self, part).close()
         self.lock.release()
+
+    def _opened(self, part: str) -> bool:
+        """Whether `_open` came that far."""
+        return getattr(self, part, None) is not None
 
     def __enter__(self) -> Engine:
         return self
