@@ -464,7 +464,7 @@ def test_bad_windows_and_thresholds_are_refused():
         monitor.report(window_us=5 * PANE)
     with pytest.raises(InvalidArgumentError, match="end_us is -1"):
         monitor.report(end_us=-1)
-    with pytest.raises(InvalidArgumentError, match="psi_warn is 0.5"):
+    with pytest.raises(InvalidArgumentError, match=r"psi_warn is 0\.5"):
         DriftThresholds(psi_warn=0.5)
     with pytest.raises(InvalidArgumentError, match="q is 1"):
         DriftThresholds(q=1.0)
