@@ -47,8 +47,7 @@ class Peer(asyncio.BufferedProtocol):
         self.stalled_since = 0.0
         self.stalled_bytes = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         transport.set_write_buffer_limits(high=0)  # pause_writing tells whenever a write is not all sent
         self._server.add(self)
@@ -117,8 +116,7 @@ class Farewell(asyncio.BufferedProtocol):
         self._last_words = last_words
         self.transport: asyncio.Transport
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         if not self._server.linger(self):
             transport.abort()
