@@ -90,7 +90,7 @@ class FakeConnection:
         model = call["model"]
         deadline_us = call["options"]["deadline_us"]
         if model == "hold":
-            deadline = _NEVER if deadline_us is None else time.monotonic_ns() + 1000 * deadline_us
+            deadline = _NEVER if deadline_us == 0 else time.monotonic_ns() + 1000 * deadline_us
             self.core.held.append(Held(self, msgid, scores, deadline))
             self.core.arrived.release()
         elif model == "busy" and self.core.busy > 0:
