@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
 
-.PHONY: build test test-long lint format clean
+.PHONY: build test test-long lint format gpu clean
 
 build: $(STAMP)
 
@@ -35,6 +35,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The kernels on an NVIDIA GPU: needs no build, only numpy, CuPy, Triton and pytest.
+gpu:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bench/gpu/run.sh
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

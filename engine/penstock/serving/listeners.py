@@ -42,7 +42,7 @@ class Listener:
 
 
 def bind_all(addresses: list[str]) -> list[Listener]:
-    """Bind every address, or none: the first that fails raises InvalidArgument- or FailedPreconditionError."""
+    """Bind every address, or none. Raises InvalidArgumentError or FailedPreconditionError."""
     made: list[Listener] = []
     try:
         for text in addresses:
