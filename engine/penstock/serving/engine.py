@@ -8,9 +8,11 @@ call any method.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from penstock.serving.live import LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 
+_log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _MONITOR_WAIT_S = 0.1
 
@@ -64,6 +67,7 @@ class Engine:
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
         self._closing = threading.Event()
+        self.monitor_errors = 0
         self._threads: list[threading.Thread] = []
         try:
             self._open()
@@ -86,11 +90,12 @@ class Engine:
         settings = config.monitoring
         self.served_log = ServedLog(
             config.data_dir / "log",
-            flush_us=int(settings.log_flush * 1e6),
+            flush_ms=settings.log_flush * 1e3,
+            segment_bytes=min(settings.log_bytes, 64 << 20),
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
-        self.live = LiveModels(config, self.core, self.store, self.served_log)
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
         for name, model in self._configured().items():
             self.live.publish(self.live.load(self._bundle(name, model)))
         self._replay_logs()
@@ -119,7 +124,10 @@ class Engine:
         import pyarrow.compute as pc
 
         for name, performance in self.live.performance.items():
-            table = self.served_log.read(name)
+            try:
+                table = self.served_log.read(name)
+            except NotFoundError:
+                continue
             for version in table["version"].unique().to_pylist():
                 part = table.filter(pc.equal(table["version"], version))
                 scores = part["score"].to_numpy()
@@ -158,13 +166,17 @@ class Engine:
 
     def _run_monitor(self) -> None:
         while not self._closing.wait(_MONITOR_WAIT_S):
-            self.drain_served()
-            self.served_log.flush(self.clock.now_us())
+            try:
+                self.drain_served()
+                self.served_log.tick(self.clock.mono_ns() // 1000)
+            except Exception:  # what one batch of rows breaks must not end the watch over the next
+                self.monitor_errors += 1
+                _log.exception("the monitor failed on a batch of served rows")
 
     def drain_served(self) -> None:
         """Take every row served so far into the monitors and the log."""
         for model in self.live.all():
-            model.drain()
+            model.drain(self.clock.mono_ns() // 1000)
 
     # Prediction
 
@@ -368,21 +380,27 @@ class Engine:
         return {
             "models": models,
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
-            "served_log": self.served_log.stats(),
+            "served_log": asdict(self.served_log.stats()),
+            "monitor_errors": self.monitor_errors,
         }
 
-    def drift(self, name: str | None = None, window_s: float | None = None) -> dict[str, Any]:
-        """Drift and freshness of each live model (or one) over the last `window_s` of request time."""
+    def drift(
+        self, name: str | None = None, window_s: float | None = None, end: Time | None = None
+    ) -> dict[str, Any]:
+        """Drift and freshness by live model (or of one) over `window_s` seconds of request time up to `end`.
+
+        Defaults: the whole of `monitoring.window`, up to the newest row served.
+        """
         self.drain_served()
-        chosen = list(self.live.live) if name is None else [name]
-        window_us = None if window_s is None else int(window_s * 1e6)
+        window_us = None if window_s is None else round(window_s * 1e6)
+        end_us = None if end is None else protocol.to_micros(end, "end")
         reports = {}
-        for each in chosen:
+        for each in [*self.live.live] if name is None else [name]:
             model = self.live.get(each)
             reports[each] = {
                 "version": model.bundle.version,
-                "drift": model.drift.report(window_us=window_us).to_dict(),
-                "freshness": model.freshness.report(),
+                "drift": model.drift.report(end_us=end_us, window_us=window_us).to_dict(),
+                "freshness": model.freshness.report(end_us=end_us, window_us=window_us).to_dict(),
             }
         return reports
 
@@ -435,7 +453,7 @@ class Engine:
             "models": (self.models, 0, 0),
             "health": (self.health, 0, 0),
             "stats": (self.stats, 0, 0),
-            "drift": (self.drift, 0, 2),
+            "drift": (self.drift, 0, 3),
             "features": (self.features, 2, 3),
             "materialize": (self.materialize, 0, 1),
             "apply": (self.apply, 0, 0),

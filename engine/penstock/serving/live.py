@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from penstock import _core
+from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
 from penstock.errors import BundleError, NotFoundError
 from penstock.features.plan import ServicePlan
@@ -41,8 +42,8 @@ class LiveModel:
     newest_us: int | None = None  # request time of the newest row served
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
-    def drain(self) -> None:
-        """Take every row served so far into the monitors and the log. Any thread."""
+    def drain(self, mono_us: int) -> None:
+        """Take every row served so far into the monitors and the log, at monotonic `mono_us`. Any thread."""
         with self._draining:
             while True:
                 ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
@@ -57,14 +58,15 @@ class LiveModel:
                 if self.performance is not None:
                     self.performance.record(ids, now_us, first, self.bundle.version)
                 self.log.append(
-                    model=self.bundle.name,
-                    version=self.bundle.version,
-                    names=[name for name, _ in self.bundle.inputs],
-                    rid=ids,
-                    now_us=now_us,
-                    rows=rows,
-                    scores=first,
-                    status=status,
+                    self.bundle.name,
+                    self.bundle.version,
+                    [name for name, _ in self.bundle.inputs],
+                    ids,
+                    now_us,
+                    rows,
+                    first,
+                    status,
+                    at_us=mono_us,
                 )
 
     def entities(self) -> list[str]:
@@ -92,9 +94,15 @@ class LiveModels:
     """
 
     def __init__(
-        self, config: Config, core: _core.ServingCore, store: FeatureStore | None, log: ServedLog
+        self,
+        config: Config,
+        core: _core.ServingCore,
+        store: FeatureStore | None,
+        log: ServedLog,
+        clock: SystemClock,
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
+        self._clock = clock
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -151,7 +159,7 @@ class LiveModels:
                     bins=monitoring.score_bins,
                 ),
             )
-        views = [] if plan is None else [view.name for view in plan.views]
+        views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
         return LiveModel(
             bundle,
             plan,
@@ -176,7 +184,7 @@ class LiveModels:
         self.previous[name] = before
         if stale is not None and stale is not model:
             stale.served.stop()
-            stale.drain()
+            stale.drain(self._clock.mono_ns() // 1000)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
@@ -191,7 +199,7 @@ class LiveModels:
         """Stop every version and take in its last rows."""
         for model in self.all():
             model.served.stop()
-            model.drain()
+            model.drain(self._clock.mono_ns() // 1000)
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:
@@ -235,7 +243,7 @@ class LiveModels:
         return {
             "entities": list(plan.entities),
             "views": views,
-            "request_source": plan.request_source or "",
+            "request_source": plan.request_name or "",
             "inputs": list(plan.inputs),
             "program": plan.program,
             "key_seed": self._store.key_seed,
