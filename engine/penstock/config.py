@@ -106,7 +106,7 @@ class AutoscalingConfig(Section):
 class ServingConfig(Section):
     """Batching.
 
-    `max_latency_ms` is the limit of each request; `guard_ms` of it are kept for encoding and writing the reply.
+    `max_latency_ms` is the limit of each request; `guard_ms` of it are kept to encode and write the reply.
     `inline_limit_us`: a shorter predicted run starts on the thread that read the request. `max_requests` and
     `max_queued_rows` bound each model's lane.
     """
