@@ -169,7 +169,8 @@ class Registry:
                     None
                     if identity in state.view_ids
                     else _replace(
-                        state, view_ids={**state.view_ids, identity: max(state.view_ids.values(), default=0) + 1}
+                        state,
+                        view_ids={**state.view_ids, identity: max(state.view_ids.values(), default=0) + 1},
                     )
                 )
             )
