@@ -1,7 +1,7 @@
 """The reference distributions of a model version: what its training rows and scores looked like.
 
-Counts over fixed fine bins (penstock_kernels.reference), taken once at training, against which drift
-is measured for as long as the version serves. Bins never change afterwards, so counts of any two windows can be compared.
+Counts over fixed fine bins (penstock_kernels.reference), taken once at training, against which drift is
+measured for as long as the version serves. The bins never change, so counts of any two windows compare.
 Immutable; safe to share between threads.
 """
 
