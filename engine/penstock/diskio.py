@@ -1,8 +1,8 @@
 """Durable, atomic writes of small files and folders.
 
 Everything is written under a temporary name in the same folder, synced, renamed, and the folder is synced:
-after a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content and
-no temporary; a kill can leave a temporary, which `sweep` removes. Any thread; one writer of a name at a time.
+after a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content
+and no temporary; a kill can leave a temporary, which `sweep` removes. Any thread; one writer of a name at once.
 """
 
 from __future__ import annotations
