@@ -36,7 +36,7 @@ def check_component(field: str, value: str) -> str:
     """Return `value` if it can be a model's name or version. Raises InvalidArgumentError naming `field`."""
     if not isinstance(value, str) or re.fullmatch(_COMPONENT, value) is None or value.endswith("\n"):
         raise InvalidArgumentError(
-            f"{field} is {value!r}; expected up to 128 letters, digits, '.', '_', '-', a letter or digit first"
+            f"{field} is {value!r}; expected 1 to 128 letters, digits, '.', '_', '-', the first no sign"
         )
     return value
 
