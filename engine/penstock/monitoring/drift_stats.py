@@ -306,7 +306,7 @@ def _state(item: FeatureDrift, thresholds: DriftThresholds) -> FeatureDrift:
         for level in (ALERT, WARN):
             limit = getattr(thresholds, f"{name}_{level}")
             if effect >= limit:
-                reasons.append(f"{text.format(effect)} ({level} from {limit:g}, q = {q:.2g})")
+                reasons.append(f"{text.format(effect)} ({level} from {limit:g})")
                 state = ALERT if ALERT in (state, level) else WARN
                 break
     return replace(item, state=state, reason="; ".join(reasons))
