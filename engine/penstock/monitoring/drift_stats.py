@@ -297,7 +297,7 @@ def _state(item: FeatureDrift, thresholds: DriftThresholds) -> FeatureDrift:
         ("unseen", item.unseen, item.unseen_reference, item.unseen_q),
     ):
         if share is not None and before is not None:
-            text = f"{name} share is {share:.3g}, was {before:.3g}: {{:.3g}} apart"
+            text = f"{name} share moved {{:.3g}}, from {before:.3g} to {share:.3g}"
             effects.append((name, abs(share - before), q, text))
     state, reasons = OK, []
     for name, effect, q, text in effects:

@@ -53,11 +53,15 @@ def lines(
 ) -> str:
     """Lines over `times` (microseconds UTC [k], ascending), at most two series; None leaves a gap.
 
-    `bounds` are the least range of the vertical axis, `limit` a dashed horizontal line.
+    `bounds` are the least range of the vertical axis, `limit` a dashed horizontal line,
+    drawn where the values come near it.
     """
     values = [v for _, points in series for v in points if v is not None and math.isfinite(v)]
     low = min([*values, *(bounds or ())], default=0.0)
-    high = max([*values, *(bounds or ()), *([] if limit is None else [limit])], default=1.0)
+    high = max([*values, *(bounds or ())], default=1.0)
+    if limit is not None and not low <= limit <= 3.0 * high:
+        limit = None  # far above: its line would flatten the others
+    high = high if limit is None else max(high, limit)
     if high <= low:
         high = low + 1.0
     span = max(1, times[-1] - times[0]) if times else 1

@@ -74,17 +74,17 @@ def by_severity(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with `digits` decimals, or "-" where there is none; a small one is never shown as 0."""
+    """A figure with `digits` decimals, or "-" where there is none; a small one is "< 0.001", not 0."""
     if value is None or not math.isfinite(value):
         return "-"
-    if value and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}"
+    if 0.0 < value < 0.5 * 10**-digits:
+        return f"< {10**-digits:.{digits}f}"
     return f"{value:.{digits}f}"
 
 
 def probability(value: float | None) -> str:
-    """A p- or q-value."""
-    return "< 0.001" if value is not None and value < 0.001 else number(value)
+    """A p- or q-value; one that rounds to 0, or underflowed, is "< 0.001"."""
+    return "< 0.001" if value is not None and value < 0.0005 else number(value)
 
 
 def count(value: int | None) -> str:

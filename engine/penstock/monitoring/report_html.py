@@ -31,7 +31,9 @@ from penstock.monitoring.report_data import (
 _CSS = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--text:#1b2430;--soft:#5d6b7a;--line:#dfe4ea;
 --ref:#aab6c3;--cur:#2f6fde;--ok:#1c7c4a;--warn:#9a6200;--alert:#c22f2f;--insufficient:#5d6b7a}
-@media(prefers-color-scheme:dark){:root{--page:#12161b;--card:#1b2129;--text:#e4e9ef;--soft:#97a4b2;--line:#2d3641;
+@media screen and (prefers-color-scheme:dark){:root{
+--page:#12161b;--card:#1b2129;--text:#e4e9ef;
+--soft:#97a4b2;--line:#2d3641;
 --ref:#5b6876;--cur:#6aa2ff;--ok:#5cc98d;--warn:#e6b04d;--alert:#ff7a70;--insufficient:#97a4b2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:14px/1.45 system-ui,sans-serif}
@@ -51,14 +53,14 @@ border-radius:4px;background:currentColor;margin-right:6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500}tr:last-child td{border-bottom:0}
-th:first-child,td:first-child,.left{text-align:left}td.why{white-space:normal;min-width:220px;text-align:left}
+th:first-child,td:first-child,.left{text-align:left}.why{white-space:normal;min-width:220px;text-align:left}
 svg{display:block;width:100%;height:auto;margin-top:8px}svg text{font-size:11px;fill:var(--soft)}
 path.ref,circle.ref{fill:var(--ref)}path.cur,circle.cur{fill:var(--cur)}.tip{fill:transparent}
 .axis,.grid{stroke:var(--line);fill:none}.limit{stroke:var(--alert);stroke-dasharray:4 4;fill:none}
 path.line{fill:none;stroke-width:1.8}path.line.cur{stroke:var(--cur)}path.line.ref{stroke:var(--ref)}
 .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}
 .key.r{background:var(--ref)}.key.c{background:var(--cur)}
-@media print{body{background:#fff}.card{break-inside:avoid}}
+@media print{.card{break-inside:avoid}}
 """
 
 
@@ -75,7 +77,7 @@ def render(data: ReportData) -> str:
         f"made {time(data['generated_us'])}</p>",
         _tiles(data, features),
         _history(history, latency),
-        _feature_table([*features, drift["score"]]),
+        _feature_table([drift["score"], *features]),
         _plots([drift["score"], *features]),
         _freshness(data.get("freshness")),
         _footnote(drift.get("thresholds")),
@@ -94,8 +96,11 @@ def _state(state: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    css = [{"State": ' class="left"', "Why": ' class="why"'}.get(cell, "") for cell in head]
+    top = "".join(f"<th{at}>{cell}</th>" for at, cell in zip(css, head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{at}>{cell}</td>" for at, cell in zip(css, row)) + "</tr>" for row in rows
+    )
     return f'<div class="card scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -160,37 +165,29 @@ def _series(points: Sequence[HistoryPoint], key: str, scale: float) -> list[floa
 
 def _feature_table(items: Sequence[dict[str, Any]]) -> str:
     head = ("Feature", "State", "PSI", "adjusted", "q", "KS distance", "q", "Missing", "was", "Why")
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{cell}</td>"
-            for cell in (
-                escape(item["name"]) + (" (model output)" if item["kind"] == "score" else ""),
-                _state(item["state"]),
-                number(item["psi"]),
-                number(item["psi_adj"]),
-                escape(probability(item["psi_q"])),
-                _band(item),
-                escape(probability(item["ks_q"])),
-                escape(share(item["missing"])),
-                escape(share(item["missing_reference"])),
-            )
+    rows = [
+        (
+            escape(item["name"]) + (" (model output)" if item["kind"] == "score" else ""),
+            _state(item["state"]),
+            escape(number(item["psi"])),
+            escape(number(item["psi_adj"])),
+            escape(probability(item["psi_q"])),
+            _band(item),
+            escape(probability(item["ks_q"])),
+            escape(share(item["missing"])),
+            escape(share(item["missing_reference"])),
+            escape(item["reason"]),
         )
-        + f'<td class="why">{escape(item["reason"])}</td></tr>'
         for item in items
-    )
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    return (
-        '<h2>Drift from the training data</h2><div class="card scroll"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    ]
+    return f"<h2>Drift from the training data</h2>{_table(head, rows)}"
 
 
 def _band(item: dict[str, Any]) -> str:
     low, high = item["ks_low"], item["ks_high"]
     if low is None:
         return "-"
-    return number(low) if number(low) == number(high) else f"{number(low)} to {number(high)}"
+    return escape(number(low) if number(low) == number(high) else f"{number(low)} to {number(high)}")
 
 
 def _plots(items: Sequence[dict[str, Any]]) -> str:
@@ -198,10 +195,12 @@ def _plots(items: Sequence[dict[str, Any]]) -> str:
     for item in items:
         groups = item["groups"]
         chart = bars(groups["labels"], groups["reference"], groups["current"], item["name"])
-        ends = f"{groups['labels'][0]} ... {groups['labels'][-1]}" if groups["labels"] else ""
+        ends = [groups["labels"][0], groups["labels"][-1]] if len(groups["labels"]) > 1 else groups["labels"]
         cards.append(
             f'<div class="card"><div class="head"><h3>{escape(item["name"])}</h3>'
-            f'{_state(item["state"])}</div>{chart}<p class="soft">{escape(ends)}</p></div>'
+            f'{_state(item["state"])}</div>{chart}<p class="head soft">'
+            + "".join(f"<span>{escape(end)}</span>" for end in ends)
+            + "</p></div>"
         )
     keys = '<span class="key r"></span>training<span class="key c"></span>served'
     return f'<h2>Distributions <span class="soft">{keys}</span></h2><div class="plots">{"".join(cards)}</div>'
