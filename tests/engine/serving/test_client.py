@@ -124,7 +124,7 @@ def test_async_client_has_the_same_methods(serve, run):
             assert (await client.health())["ready"] is True
             assert (await client.stats())["server"]["connections"] == 1
             assert "echo" in await client.models()
-            assert await client.features(["3"], {"id": [1]}) == {"columns": {"big": "xxx"}}
+            assert await client.features("3", {"id": [1]}) == {"columns": {"big": "xxx"}}
             await client.label([1], [0])
             await client.push("trips", {"id": [1]})
             await client.materialize(5, ["v"])
@@ -284,7 +284,7 @@ def test_async_client_reconnects_after_the_server_was_killed(spawn, tmp_path, ru
     first = spawn(listen=[address])
 
     async def main():
-        async with AsyncClient(address, retries=0) as client:
+        async with AsyncClient(address, retries=0, pool_size=1) as client:
             await client.health()
             held = asyncio.create_task(client.predict("hold", {"id": 1}))
             await client.health()
@@ -407,7 +407,7 @@ def test_nobody_listens(run):
 
     async def main():
         async with AsyncClient(address, retries=1) as client:
-            with pytest.raises(UnavailableError, match=r"refused|111"):
+            with pytest.raises(UnavailableError, match="refused"):
                 await client.health()
 
     run(main())
