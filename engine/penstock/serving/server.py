@@ -142,9 +142,12 @@ class Server:
         self.close_listeners()
         self._drain_timer = self._loop.call_later(self.settings.drain_timeout, self._end, False)
         grace_ms = int(self.settings.drain_timeout * 1000)
-        for peer in list(self._peers.values()):
+        peers = list(self._peers.values())
+        for peer in peers:  # all, before any is flushed: an idle peer may be hung up on at once
             peer.connection.goaway(grace_ms)
-            peer.flush()
+        for peer in peers:
+            if peer.connection.id in self._peers:
+                peer.flush()
         self._check_drained()
 
     async def finished(self) -> bool:

@@ -529,6 +529,7 @@ def test_retry_rules():
 
     busy = ResourceExhaustedError("x", retry_after_ms=500)
     assert 0.5 <= pause(busy) <= 0.51
+    assert 0 <= pause(UnavailableError("x")) <= 0.01
     assert pause(busy, deadline=10.4) is None
     assert pause(busy, retries=0) is None
     assert pause(busy, idempotent=False) is None

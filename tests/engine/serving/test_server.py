@@ -291,7 +291,51 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(spawn, connec
     assert peer.read() == [1, 1, None, {"scores": [7.0], "version": "1", "request_ids": [0]}]
     assert peer.read() is None
     assert idle.read() is None
+    peer.close()
+    idle.close()
     assert spawned.wait() == (0, "")
+
+
+def test_shutdown_says_goaway_to_idle_connections_and_hangs_up(serve, connect):
+    running = serve()
+    peers = [connect(running.address) for _ in range(5)]
+    for peer in peers:
+        peer.send([0, 1, "health", []])
+        assert peer.read()[2] is None
+    running.begin_stop()
+    for peer in peers:
+        assert peer.read() == [2, "goaway", [30_000]]
+        assert peer.read() is None
+        peer.close()
+    assert running.stop() is True
+
+
+def test_shutdown_does_not_wait_for_a_peer_that_never_hangs_up(serve, connect):
+    running = serve()
+    peer = connect(running.address)
+    peer.send([0, 1, "health", []])
+    assert running.stop() is True
+    assert [peer.read()[0] for _ in range(2)] == [1, 2]
+
+
+def test_accepts_again_after_it_ran_out_of_files(spawn, connect):
+    spawned = spawn()
+    address = spawned.addresses[0]
+    first = connect(address)
+    first.send(_predict(1, "echo", 1))
+    assert first.read()[2] is None
+    pid = spawned.process.pid
+    used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 2, hard))
+    crowd = [connect(address) for _ in range(8)]
+    first.send(_predict(2, "echo", 2))
+    assert first.read()[3]["scores"] == [2.0]
+    for peer in crowd:
+        peer.close()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    with Client(address) as client:
+        assert client.predict("echo", {"id": 3}).scores.tolist() == [3.0]
 
 
 def test_second_signal_exits_at_once(spawn, connect):
