@@ -99,7 +99,7 @@ def test_predict_and_the_other_methods(serve):
         with pytest.raises(InvalidArgumentError, match="model is 'echo'"):
             client.promote("echo", 2)
         with pytest.raises(InternalError, match="no reference"):
-            client.drift()
+            client.drift("echo", 60, 5)
     assert [call[:2] for call in running.engine.calls[3:]] == [
         ("label", [[1, 2], [0, 1]]),
         ("push", ["trips", {"id": [1]}]),
@@ -108,7 +108,7 @@ def test_predict_and_the_other_methods(serve):
         ("apply", []),
         ("rollback", ["echo"]),
         ("promote", ["echo", "2"]),
-        ("drift", []),
+        ("drift", ["echo", 60, 5]),
     ]
 
 

@@ -215,7 +215,7 @@ def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
         assert error is None
         replies[msgid] = result
     assert replies[4]["server"]["admin_calls_outstanding"] == 2
-    assert replies[5] == {"ready": True, "state": "serving", "penstock": replies[5]["penstock"]}
+    assert replies[5] == {"ready": True, "state": "serving", "models": {"echo": "1"}}
     peer.send([0, 6, "push", ["open", {}]])
     assert sorted(peer.read()[1] for _ in range(3)) == [1, 2, 6]
 
@@ -269,6 +269,15 @@ def test_reply_above_the_output_limit_is_an_error(serve, connect):
     peer.send([0, 1, "features", [1 << 17, {}]])
     _, _, error, _ = peer.read()
     assert (error["code"], "bytes" in error["message"]) == ("RESOURCE_EXHAUSTED", True)
+
+
+def test_health_that_fails_is_an_error_reply(serve, connect, monkeypatch):
+    running = serve()
+    monkeypatch.setattr(running.engine, "health", lambda: {"bad": object()})
+    peer = connect(running.address)
+    peer.send([0, 1, "health", []], [0, 2, "models", []])
+    assert peer.read()[2]["code"] == "INTERNAL"
+    assert peer.read()[2] is None
 
 
 def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(spawn, connect):
