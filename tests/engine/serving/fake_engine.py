@@ -81,7 +81,7 @@ class FakeConnection:
                 call = _core.wire_decode_predict_vectors(params)
                 scores = [float(byte) for byte in call["data"]]
             else:
-                call = _core.wire_decode_predict(params)
+                call = _core.wire_decode_predict(params, {"km": "float64"})
                 scores = [float(value) for value in call["entities"]["id"]]
         except ValueError as error:
             self.reply_error(msgid, "INVALID_ARGUMENT", str(error), False)
@@ -194,6 +194,9 @@ class FakeEngine:
         if method == "features":
             return {"columns": {"big": "x" * int(params[0])}}
         return {"method": method}
+
+    def health(self) -> dict[str, Any]:
+        return {"ready": self.ready, "models": {"echo": "1"}}
 
     def drain(self) -> None:
         self.ready = False
