@@ -3,7 +3,7 @@
 The registry is a folder of numbered versions. A version is one JSON file with a checksum, written to a
 temporary file, synced and renamed, so it is whole or absent; the greatest number counts and a few older ones
 are kept. Fitted distributions lie beside it in files named after their content. Every change reads the newest
-version under a lock file, so several processes may share a registry. A `Registry` may be used from any thread.
+version under a lock file, so several processes may share a registry. Any thread may use a `Registry`.
 """
 
 from __future__ import annotations
