@@ -10,8 +10,8 @@ is a hole that takes no disk), so that its length never depends on which pages L
 
 A row's key is the view number and the key's hi and lo words, big-endian; its value is the row's meta, 4
 int64, and its words, little-endian. Number 0 holds what describes the store: its identity, and the header of
-each view. A view's rows count only for a reader that names the same tag as the header: the state of the source
-that they came from.
+each view. A view's rows count only for a reader that names the same tag as the header: the state of the
+source that they came from.
 """
 
 from __future__ import annotations
