@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 import numpy as np
 
+from penstock import diskio
 from penstock.errors import StoreError
-from penstock.features.registry import sync_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -218,11 +218,11 @@ def _create(path: Path) -> None:
     """Make an empty store, whole or absent: a file without its meta pages would look cut short."""
     scratch = path / f".new-{os.getpid()}-{threading.get_ident()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        diskio.make_folders(path)
         lmdb.open(str(scratch), map_size=_FIRST_MAP).close()
         with contextlib.suppress(FileExistsError):  # another process was first
             os.link(scratch / "data.mdb", path / "data.mdb")
-        sync_folder(path)
+        diskio.sync_folder(path)
     except (lmdb.Error, OSError) as error:
         raise StoreError(f"online store '{path}' cannot be made: {error}") from error
     finally:
