@@ -85,7 +85,8 @@ def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[
     """Do `method` on the registry in `data_dir`; plain values in and out.
 
     list {} -> {"models": [version, ...]}; add {path} -> version; promote {name, version | None} and
-    rollback {name} -> {"model", "version"}. A version is `ModelInfo.to_dict()`. Raises PenstockError, OSError.
+    rollback {name} -> {"model", "version"}.
+    A version is `ModelInfo.to_dict()`. Raises PenstockError or OSError.
     """
     from penstock.models.registry import ModelRegistry
 

@@ -10,7 +10,6 @@ import lightgbm as lgb
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from penstock.cli_models import app, call_models
@@ -30,11 +29,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fraud"
 
 
-def run(*arguments: Any) -> Result:
+def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def at(tmp_path: Path, *arguments: Any) -> Result:
+def at(tmp_path: Path, *arguments: Any) -> Any:
     return run(*arguments, "--data-dir", tmp_path / "data")
 
 
