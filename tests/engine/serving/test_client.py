@@ -370,6 +370,27 @@ def test_goaway_moves_new_calls_to_another_server(serve, run):
         assert staying.core.predictions == before + 1
 
 
+def test_no_call_is_lost_while_its_server_shuts_down(serve):
+    old, new = serve(goaway_grace=60.0), serve()
+    with Client([old.address, new.address], pool_size=1) as client, ThreadPoolExecutor(4) as threads:
+        began, stopped = threading.Semaphore(0), threading.Event()
+
+        def work():
+            made = []
+            while not stopped.is_set() or len(made) < 50:
+                made.append(client.predict("echo", {"id": len(made)}).scores[0])
+                began.release()
+            return made == list(range(len(made)))
+
+        futures = [threads.submit(work) for _ in range(4)]
+        for _ in range(40):
+            assert began.acquire(timeout=30)
+        assert old.stop() is True
+        stopped.set()
+        assert all(future.result(30) for future in futures)
+        assert old.core.predictions and new.core.predictions
+
+
 def test_async_client_follows_a_goaway(serve, run):
     old, new = serve(), serve()
 

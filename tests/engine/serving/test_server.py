@@ -319,12 +319,29 @@ def test_shutdown_says_goaway_to_idle_connections_and_hangs_up(serve, connect):
     assert running.stop() is True
 
 
+def test_request_that_crosses_the_goaway_is_refused_with_an_answer(serve, connect):
+    running = serve(goaway_grace=60.0)
+    peers = [connect(running.address) for _ in range(2)]
+    for peer in peers:
+        peer.send([0, 1, "health", []])
+        assert peer.read()[2] is None
+    running.begin_stop()
+    for peer in peers:
+        assert peer.read()[1] == "goaway"
+    for peer in peers:
+        peer.send(_predict(2, "echo", 1), [0, 3, "models", []])
+        assert [peer.read()[2]["code"] for _ in range(2)] == ["UNAVAILABLE"] * 2
+        peer.close()
+    assert running.stop() is True  # without the grace: nobody is left
+
+
 def test_shutdown_does_not_wait_for_a_peer_that_never_hangs_up(serve, connect):
     running = serve()
     peer = connect(running.address)
     peer.send([0, 1, "health", []])
+    assert peer.read()[2] is None
     assert running.stop() is True
-    assert [peer.read()[0] for _ in range(2)] == [1, 2]
+    assert peer.read() == [2, "goaway", [30_000]]
 
 
 def test_accepts_again_after_it_ran_out_of_files(spawn, connect):
