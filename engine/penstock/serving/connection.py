@@ -128,12 +128,20 @@ class Connection:
                         raise _out_of_time()
                     ticket.event.clear()  # before `done` is looked at again: no wake-up is lost
         except BaseException:
-            if self._forget(ticket):
-                self._cancel(ticket.msgid)
+            self.abandon(ticket)
             raise
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Take the request of `ticket` back: nobody waits for its reply any more."""
+        if self._forget(ticket):
+            try:
+                deadline = time.monotonic() + _CANCEL_SECONDS
+                self._send(pack_notification("cancel", ticket.msgid), deadline)
+            except (LinkError, DeadlineExceededError):
+                return
 
     def retire(self) -> None:
         """Take no new calls; close when the last reply has come."""
@@ -263,12 +271,6 @@ class Connection:
         if finished:
             self.close()
         return waiting
-
-    def _cancel(self, msgid: int) -> None:
-        try:
-            self._send(pack_notification("cancel", msgid), time.monotonic() + _CANCEL_SECONDS)
-        except (LinkError, DeadlineExceededError):
-            return
 
     def _start_reading(self) -> bool:
         with self._lock:

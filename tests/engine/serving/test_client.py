@@ -478,6 +478,21 @@ def test_requests_and_replies_that_fill_both_sockets(serve, run):
     run(main())
 
 
+def test_predict_many_that_fails_takes_back_what_it_sent_ahead(serve):
+    running = serve()
+    with Client(running.address, pool_size=1) as client:
+        ids = [0, "x", 2, 3]  # the second chunk is refused while the others are held
+        with ThreadPoolExecutor(1) as threads:
+            failing = threads.submit(client.predict_many, "hold", {"id": ids}, entities=["id"], chunk_rows=1)
+            for _ in range(3):
+                assert running.core.arrived.acquire(timeout=30)
+            running.core.release_first()
+            with pytest.raises(InvalidArgumentError, match=r"entities\.id\[0\] is"):
+                failing.result(30)
+        client.health()
+        assert (running.core.cancelled, running.core.held) == (2, [])
+
+
 def test_client_reads_while_it_cannot_write():
     """The peer reads nothing until we have taken 32 MiB from it: more than the sockets hold."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -200,6 +200,16 @@ def test_requests_of_a_peer_that_is_gone_are_dropped(serve, connect):
     assert running.core.held == []
 
 
+def test_core_that_breaks_costs_one_connection(serve, connect, caplog):
+    running = serve()
+    peer, other = connect(running.address), connect(running.address)
+    peer.send(_predict(1, "boom", 1))
+    assert peer.read() is None
+    other.send(_predict(1, "echo", 1))
+    assert other.read()[2] is None
+    assert "the core broke" in caplog.text
+
+
 def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
     running = serve(admin_queue=2)
     peer = connect(running.address)
