@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import resource
 import select
 import signal
@@ -35,6 +36,10 @@ def _settled(connect, address, check):
         if check(stats):
             return stats
     raise AssertionError(f"never came: {stats}")
+
+
+def _open_files():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_answers_over_tcp_and_unix_sockets(serve, connect, tmp_path):
@@ -208,6 +213,51 @@ def test_core_that_breaks_costs_one_connection(serve, connect, caplog):
     other.send(_predict(1, "echo", 1))
     assert other.read()[2] is None
     assert "the core broke" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_peers_leave_nothing_behind(serve, connect, seed):
+    """Peers that send whole, cut off, broken and cancelled requests, and go away in every way."""
+    rng = random.Random(seed)
+    running = serve()
+    good = connect(running.address)
+    good.send([0, 0, "health", []])
+    assert good.read()[2] is None
+    files = _open_files()
+    for i in range(100):
+        peer = connect(running.address)
+        messages = [
+            msgpack.packb(
+                rng.choice(
+                    [
+                        _predict(msgid, "echo", msgid),
+                        _predict(msgid, "hold", msgid, deadline_ms=rng.choice([1, 5, 60_000])),
+                        _predict(msgid, "echo", "text"),
+                        [0, msgid, "stats", []],
+                        [2, "cancel", [rng.randrange(6)]],
+                        [2, "predict", []],
+                        [5],
+                    ]
+                )
+            )
+            for msgid in range(rng.randrange(6))
+        ]
+        data = b"".join([*messages, rng.choice([b"", b"", b"\xc1", b"\xc6\xff\xff\xff\xff", b"\x94\x00"])])
+        ending = rng.choice(["close", "reset", "shut"])
+        peer.socket.sendall(data[: rng.choice([len(data), rng.randrange(len(data) + 1)])])
+        if ending == "reset":
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif ending == "shut" and b"\xcd\xea\x60" not in data:  # nothing that is held for a minute
+            peer.socket.shutdown(socket.SHUT_WR)
+            while peer.read() is not None:
+                pass
+        peer.close()
+        good.send(_predict(i, "echo", i))
+        assert good.read()[3]["scores"] == [float(i)]
+    running.core.release()  # a stream that ended may still want its replies, until they are written
+    _settled(connect, running.address, lambda stats: stats["connections"] == 2)
+    assert running.core.held == []
+    _settled(connect, running.address, lambda _: _open_files() <= files + 4)
 
 
 def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
