@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
 
-.PHONY: build test test-long lint format clean
+.PHONY: build test test-long bench lint format clean
 
 build: $(STAMP)
 
@@ -24,6 +24,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long --timeout 1800
+
+# Peers that pip cannot install are named and left out.
+bench: $(STAMP)
+	for peer in onnxruntime onnxmltools tl2cgen cachetools cachebox; do \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $$peer || echo "$$peer: cannot be installed"; done
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/run.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
