@@ -62,6 +62,12 @@ def check(
 cli_features.register(app)
 
 
+cli_features.register(app)
+cli_serving.register(app)
+app.add_typer(cli_models.app, name="models")
+cli_demo.register(app)
+
+
 def main() -> None:
     """Entry point of the `penstock` script."""
     app()
