@@ -44,30 +44,35 @@ def flights(n: int = 400) -> pa.Table:
 class Oracle:
     """Answers like a server and notes every message with its order."""
 
-    def __init__(self, *, fail_row: int | None = None, hang_up_after: int | None = None) -> None:
+    def __init__(self, *, path: Path = Path(), fail_row: int | None = None, die_after: int | None = None) -> None:
         self.seen: list[tuple[str, list[Any], int]] = []
         self.connections = 0
-        self._fail_row, self._hang_up_after = fail_row, hang_up_after
+        self.tasks: list[Any] = []
+        self.path, self._fail_row, self._die_after = path, fail_row, die_after
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.tasks.append(asyncio.current_task())
         number, self.connections = self.connections, self.connections + 1
         unpacker = msgpack.Unpacker(raw=False)
-        while data := await reader.read(4096):
+        while data := await reader.read(1 << 16):
             unpacker.feed(data)
             for _, msgid, method, params in unpacker:
                 self.seen.append((method, params, number))
-                if len(self.seen) == self._hang_up_after:
-                    writer.close()
-                    return
+                if self._die_after is not None and len(self.seen) >= self._die_after:
+                    self.path.unlink(missing_ok=True)
+                    return writer.close()
                 error, result = None, None
                 if method == "predict":
                     row = params[3]["request_id"]
                     result = {"scores": [row / 2000], "version": "1", "request_ids": [row]}
                     if row == self._fail_row:
                         error, result = {"code": "DEADLINE_EXCEEDED", "message": "", "retryable": True}, None
+                elif method == "health":
+                    result = {}
                 elif method == "label":
                     result = {"matched": len(params[0])}
                 writer.write(msgpack.packb([1, msgid, error, result]))
+        return writer.close()
 
 
 async def replay(oracle: Oracle, table: pa.Table, folder: Path, **options: Any) -> Replay:
@@ -79,6 +84,7 @@ async def replay(oracle: Oracle, table: pa.Table, folder: Path, **options: Any) 
             return run
     finally:
         server.close()
+        await asyncio.gather(*oracle.tasks)
 
 
 def test_every_flight_is_asked_once_with_its_now_over_every_connection(tmp_path: Path) -> None:
@@ -129,9 +135,9 @@ def test_an_error_reply_is_counted_by_its_code(tmp_path: Path) -> None:
     assert (tally.requests, tally.ok) == (50, 49)
 
 
-def test_a_server_that_hangs_up_ends_the_replay(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="closed"):
-        asyncio.run(replay(Oracle(hang_up_after=40), flights(), tmp_path))
+def test_a_server_that_is_gone_ends_the_replay(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="connect"):
+        asyncio.run(replay(Oracle(path=tmp_path / "s", die_after=40), flights(), tmp_path))
 
 
 def test_auc_is_the_share_of_ordered_pairs() -> None:
