@@ -30,7 +30,7 @@ from penstock.errors import InvalidArgumentError
 from penstock.examples.flights import data
 from penstock.examples.flights.compare import Comparison, compare_log
 from penstock.examples.flights.replay import Replay, Tally
-from penstock.examples.flights.server import ServerProcess, write_config
+from penstock.examples.flights.server import ServerProcess, serve_command, write_config
 from penstock.examples.flights.train import Span, Trained, train
 from penstock.features.store import FeatureStore
 
@@ -125,7 +125,7 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
     with tempfile.TemporaryDirectory(prefix="penstock-") as sockets:  # a socket's path must be short
         address = f"unix://{sockets}/serve.sock"
         config = write_config(run, trained.bundle.path, address)
-        server = ServerProcess(config, run / "server.log")
+        server = ServerProcess(serve_command(config), run / "server.log")
         with _step(console, "server start"):
             server.start()
         try:

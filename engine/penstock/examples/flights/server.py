@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,6 @@ from penstock.errors import UnavailableError
 from penstock.examples.flights.train import MODEL
 
 _READY_TIMEOUT_S = 120.0
-_DRAIN_TIMEOUT_S = 20.0
 
 
 def write_config(run: Path, bundle: Path, address: str) -> Path:
@@ -36,20 +36,29 @@ def write_config(run: Path, bundle: Path, address: str) -> Path:
     return path
 
 
-class ServerProcess:
-    """The child. It has its own session, so that Ctrl-C reaches the parent alone, which then stops it."""
+def serve_command(config: Path) -> list[str]:
+    """`penstock serve` by the Python that runs now."""
+    return [sys.executable, "-c", "from penstock.cli import main; main()", "serve", str(config)]
 
-    def __init__(self, config: Path, log: Path) -> None:
-        self._config = config
+
+class ServerProcess:
+    """A child that says "ready" in a line of its output, which goes to `log`.
+
+    The child has its own session, so that Ctrl-C reaches the parent alone, which then stops it.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, *, drain_timeout_s: float = 20.0) -> None:
+        self._command = list(command)
         self._log = log
+        self._drain_timeout_s = drain_timeout_s
         self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
 
     def start(self) -> None:
         """Start it and return when it is ready; UnavailableError with its last words if it never is."""
-        command = [sys.executable, "-c", "from penstock.cli import main; main()", "serve", str(self._config)]
         log = self._log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            self._command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
         try:
             self._wait_ready(self._process, log)
@@ -73,7 +82,8 @@ class ServerProcess:
             ended.set()
             ready.set()
 
-        threading.Thread(target=read, daemon=True).start()
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
         if not ready.wait(_READY_TIMEOUT_S) or ended.is_set():
             tail = self._log.read_text(encoding="utf-8").splitlines()[-15:]
             raise UnavailableError("\n".join(["the server did not start; its last words:", *tail]))
@@ -85,8 +95,10 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
-                self._process.wait(_DRAIN_TIMEOUT_S)
+                self._process.wait(self._drain_timeout_s)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._reader is not None:
+            self._reader.join()
         return self._process.returncode
