@@ -113,12 +113,15 @@ def result(**changes: Any) -> Result:
         "batches": {1: 6, 4: 1},
         "performance": {"auc": 0.8},
     }
-    stats = {"models": {MODEL: model}, "caches": {"features": {"weather": {"hits": 3, "misses": 1}}}}
+    stats = {
+        "models": {MODEL: model},
+        "caches": {"weather": {"hits": 3, "misses": 0, "expired": 1, "busy": 0}},
+    }
     given: dict[str, Any] = {
         "trained": SimpleNamespace(holdout_auc=0.78, train_rows=1000, holdout_rows=100),
         "tally": Tally(requests=10, ok=10, labels=9, matched=9, serving_s=2.0, waits_ms=[1.0, 3.0]),
-        "live": Snapshot(stats, {MODEL: report}),
-        "july": Snapshot(stats, {MODEL: report}),
+        "live": Snapshot(stats, {MODEL: {"drift": report}}),
+        "july": Snapshot(stats, {MODEL: {"drift": report}}),
         "comparison": Comparison(10, 0),
         "never_labelled": 9430,
         "server_exit": 0,
@@ -153,7 +156,7 @@ def test_a_run_with_a_fault_says_which(changes: dict[str, Any], told: str) -> No
 
 def test_a_july_without_drift_of_temperature_is_a_fault() -> None:
     calm = result()
-    calm.july.drift[MODEL]["drifted"] = []
+    calm.july.drift[MODEL]["drift"]["drifted"] = []
     assert "temperature" in " ".join(faults(calm))
 
 

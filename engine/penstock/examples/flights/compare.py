@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from penstock.examples.flights.train import ENTITIES, SERVICE, matrix
+from penstock.examples.flights.train import ENTITIES, MODEL, SERVICE, matrix
 
 if TYPE_CHECKING:
     from penstock.features.store import FeatureStore
@@ -62,14 +61,10 @@ def compare(
 
 def compare_log(store: FeatureStore, flights: pa.Table, log: Path) -> Comparison:
     """Compare every row in the server's log of served rows."""
-    from penstock.monitoring.served_log import ServedLog
+    from penstock.monitoring.served_log import read_served
 
-    served = ServedLog.read(log)
+    served = read_served(log, MODEL)
     names = store.service_plan(SERVICE).output_names
     return compare(
-        store,
-        flights,
-        served["request_id"].to_numpy(),
-        pc.cast(served["now"], pa.int64()).to_numpy(),
-        matrix(served, names),
+        store, flights, served["rid"].to_numpy(), served["now_us"].to_numpy(), matrix(served, names)
     )

@@ -25,7 +25,7 @@ def live_auc(snapshot: Snapshot) -> float:
 
 def drifted(snapshot: Snapshot) -> list[str]:
     """Inputs (and the score) in warn or alert."""
-    return list(snapshot.drift[MODEL]["drifted"])
+    return list(snapshot.drift[MODEL]["drift"]["drifted"])
 
 
 def mean_batch(snapshot: Snapshot) -> float:
@@ -37,8 +37,8 @@ def mean_batch(snapshot: Snapshot) -> float:
 def hit_rates(snapshot: Snapshot) -> dict[str, float]:
     """Share of feature reads that the cache answered, by view."""
     rates = {}
-    for view, counts in snapshot.stats["caches"]["features"].items():
-        reads = counts["hits"] + counts["misses"]
+    for view, counts in snapshot.stats["caches"].items():
+        reads = sum(counts[what] for what in ("hits", "misses", "expired", "busy"))
         rates[view] = counts["hits"] / reads if reads else float("nan")
     return rates
 
@@ -129,7 +129,7 @@ def _number(value: float | None) -> str:
 
 
 def _drift(result: Result) -> Table:
-    report = result.july.drift[MODEL]
+    report = result.july.drift[MODEL]["drift"]
     rows = [*report["features"], report["score"]]
     rows.sort(key=lambda row: (_WORST_FIRST.index(row["state"]), -(row["psi"] or 0.0)))
     table = Table(title=f"Drift in July against training ({report['n']:,} rows)")
