@@ -82,12 +82,11 @@ class Scans:
 
     def rows(self, name: str, flight: dict[str, Any], keys: list[str], low: int, high: int) -> np.ndarray:
         """Rows of the flight's keys with time in (low, high], in order of time."""
-        found = (self.time[name] > low) & (self.time[name] <= high)
+        first, last = np.searchsorted(self.time[name], [low, high], side="right")  # tables are in order
+        found = np.ones(last - first, bool)
         for key in keys:
-            found &= self.text[name, key] == flight[key]
-            if flight[key] is None:
-                found &= False
-        return np.flatnonzero(found)
+            found &= (self.text[name, key][first:last] == flight[key]) & (flight[key] is not None)
+        return first + np.flatnonzero(found)
 
     def value(self, name: str, column: str, rows: np.ndarray) -> list[Any]:
         return self.tables[name][column].take(rows).to_pylist()
