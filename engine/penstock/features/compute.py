@@ -86,6 +86,7 @@ class ViewComputer:
         keys: uint64[m, 2]; the distinct keys of the source.
         join_dtypes: "int64" or "string" for each join key.
         dictionaries: texts by code, for each stored string column.
+        distributions: fitted distribution of each `percentile_rank`, by the fingerprint of its argument.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ViewComputer:
             DefinitionError: a stored expression does not fit the source, or has no distribution.
         """
         self.view = view
+        self.distributions: dict[str, Distribution] = dict(distributions or {})
         where = f"view '{view.name}'"
         self._check_columns(table, where)
         joins = [table.columns[name] for name in view.join_keys]

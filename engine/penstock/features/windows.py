@@ -2,7 +2,8 @@
 
 A window's float64 sum adds its values one by one in event order to 0.0, whoever asks and in whatever batch,
 so that equal windows give equal bits. `locate` and `bounds` narrow `meta`, the interval of request time
-around `now` in which they would find the same events. Kernels only write to their outputs; any thread may run them.
+around `now` in which they would find the same events.
+Kernels only write to their outputs; any thread may run them.
 """
 
 from __future__ import annotations
