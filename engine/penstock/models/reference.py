@@ -1,7 +1,7 @@
 """The reference distributions of a model version: what its training rows and scores looked like.
 
-Counts over fixed fine bins (penstock_kernels.reference), taken once at training, against which drift is measured
-for as long as the version serves. Bins never change afterwards, so counts of any two windows can be compared.
+Counts over fixed fine bins (penstock_kernels.reference), taken once at training, against which drift is
+measured for as long as the version serves. The bins never change, so counts of any two windows compare.
 Immutable; safe to share between threads.
 """
 
@@ -117,13 +117,13 @@ class ReferenceDistribution:
         return list(self.score_spec.columns)
 
     def atoms(self, j: int) -> NDArray[np.float32]:
-        """Values of input j with reference mass of at least one fine bin, each alone in its bin; float32 [a]."""
+        """Values of input j that hold the mass of a fine bin, each in a bin of its own; float32 [a]."""
         return _atoms(self.spec, self.counts, j)
 
     def to_arrow(self) -> pa.Table:
         """One row per input, in order, then the score.
 
-        Columns: feature, kind, edges list<float32>, codes uint32 (0: numeric), counts list<uint64> of the bins,
+        Columns: feature, kind, edges list<float32>, codes uint32 (0: numeric), counts list<uint64> by bin,
         atoms list<float32>, slots list<uint64> = missing, unseen, -inf, +inf.
         """
         import pyarrow as pa
