@@ -114,8 +114,7 @@ class AsyncConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -235,17 +234,20 @@ class AsyncClient:
             predict_call(model, keys, inputs, now=now, priority="low")
             for keys, inputs in split_table(columns, names, chunk_rows)
         ]
-        parts: list[Prediction | None] = [None] * len(calls)
+        parts: dict[int, Prediction] = {}
         queue = iter(range(len(calls)))
 
         async def work() -> None:
             for i in queue:
                 parts[i] = await self._run(calls[i], persists=True)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(_MANY_WINDOW, len(calls))):
-                group.create_task(work())
-        return join_predictions([part for part in parts if part is not None])
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(_MANY_WINDOW, len(calls))):
+                    group.create_task(work())
+        except* PenstockError as errors:
+            raise errors.exceptions[0] from None
+        return join_predictions([parts[i] for i in range(len(calls))])
 
     async def features(self, refs: str | Sequence[str], entities: Columns) -> dict[str, Any]:
         """As `Client.features`."""
@@ -379,7 +381,7 @@ class AsyncClient:
 
         if address.path is not None:
             return (await loop.create_unix_connection(factory, address.path))[1]
-        transport, link = await loop.create_connection(factory, address.host, address.port)
+        transport, link = await loop.create_connection(factory, address.host or "", address.port)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return link
 

@@ -2,8 +2,8 @@
 
 A thread that waits for a reply takes the read role if it is free, and hands out whatever arrives until its
 own reply is there; then it passes the role to another waiter. So a lone caller has no hand-off, and many
-callers share one reader. Writers take turns; one that finds the socket full reads meanwhile, so that a server that
-waits for us to read cannot wait for ever.
+callers share one reader. Writers take turns; one that finds the socket full reads meanwhile, so that a
+server that waits for us to read cannot wait for ever.
 
 Locks: `_lock` guards all state and is never held over a system call; `_send_lock` keeps messages whole.
 """
