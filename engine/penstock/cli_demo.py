@@ -12,6 +12,11 @@ import typer
 _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(demo)
+
+
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)  # unwinds, so that the server is stopped
 

@@ -39,18 +39,17 @@ _MARK = ".penstock-demo"  # a folder that has it may be cleared
 
 @dataclass(frozen=True)
 class Scenario:
-    """Which days a run takes. `stride`: every n-th flight is trained on."""
+    """Which days a run takes."""
 
     training: Span
     holdout: Span
     live: Span
     july: Span
-    stride: int = 1
 
 
 _HOLDOUT = Span.days(5, 1, 5, 16)
 FULL = Scenario(Span.days(1, 1, 5, 1), _HOLDOUT, Span.days(5, 16, 6, 1), Span.days(7, 1, 7, 8))
-SHORT = Scenario(Span.days(2, 1, 5, 1), _HOLDOUT, Span.days(5, 16, 5, 19), Span.days(7, 1, 7, 3), stride=2)
+SHORT = Scenario(Span.days(2, 1, 5, 1), _HOLDOUT, Span.days(5, 16, 5, 19), Span.days(7, 1, 7, 3))
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,6 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
             run / "models",
             span=scenario.training,
             holdout=scenario.holdout,
-            stride=scenario.stride,
         )
     with tempfile.TemporaryDirectory(prefix="penstock-") as sockets:  # a socket's path must be short
         address = f"unix://{sockets}/serve.sock"

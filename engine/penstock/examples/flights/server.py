@@ -38,11 +38,11 @@ def write_config(run: Path, bundle: Path, address: str) -> Path:
 
 def serve_command(config: Path) -> list[str]:
     """`penstock serve` by the Python that runs now."""
-    return [sys.executable, "-c", "from penstock.cli import main; main()", "serve", str(config)]
+    return [sys.executable, "-c", "from penstock.cli import main; main()", "serve", str(config), "--json"]
 
 
 class ServerProcess:
-    """A child that says "ready" in a line of its output, which goes to `log`.
+    """A child that is ready once it has written a line. What it writes goes to `log`.
 
     The child has its own session, so that Ctrl-C reaches the parent alone, which then stops it.
     """
@@ -67,7 +67,7 @@ class ServerProcess:
             raise
 
     def _wait_ready(self, process: subprocess.Popen[str], log: IO[str]) -> None:
-        """Return at the ready line; a thread sends this and later output to the log."""
+        """Return at the first line; a thread sends this and later ones to the log."""
         ready = threading.Event()
         ended = threading.Event()
 
@@ -77,8 +77,7 @@ class ServerProcess:
                 for line in process.stdout:
                     log.write(line)
                     log.flush()
-                    if "ready" in line:
-                        ready.set()
+                    ready.set()
             ended.set()
             ready.set()
 

@@ -136,9 +136,8 @@ def train(
     span: Span,
     holdout: Span,
     trees: int = 200,
-    stride: int = 1,
 ) -> Trained:
-    """Train on every `stride`-th labelled flight of `span`, test on `holdout`, save a bundle in `directory`.
+    """Train on the labelled flights of `span`, test on those of `holdout`, save a bundle in `directory`.
 
     Raises:
         FailedPreconditionError: the AUC shows a leak; nothing is saved.
@@ -148,9 +147,7 @@ def train(
     from penstock.models.bundle import save_bundle
 
     asked, later = span.of(flights), holdout.of(flights)
-    training = _labelled(asked)
-    training = training.take(np.arange(0, training.num_rows, stride))
-    testing = _labelled(later)
+    training, testing = _labelled(asked), _labelled(later)
     plan = store.service_plan(SERVICE)
     names = list(plan.output_names)
     rows = join(store, training)
@@ -175,5 +172,5 @@ def train(
             "rows": training.num_rows,
         },
     )
-    unlabelled = asked.num_rows + later.num_rows - _labelled(asked).num_rows - testing.num_rows
+    unlabelled = asked.num_rows + later.num_rows - training.num_rows - testing.num_rows
     return Trained(bundle, found, training.num_rows, testing.num_rows, unlabelled)
