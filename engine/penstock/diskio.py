@@ -1,8 +1,8 @@
 """Durable, atomic writes of small files and folders.
 
-Everything is written under a temporary name in the same folder, synced, renamed, and the folder is synced: after
-a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content and no
-temporary; a kill can leave a temporary, which `sweep` removes. Any thread; writers of one name must be serialised.
+Everything is written under a temporary name in the same folder, synced, renamed, and the folder is synced:
+after a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content and
+no temporary; a kill can leave a temporary, which `sweep` removes. Any thread; one writer of a name at a time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends, whole and durable, or is removed on an error.
+    """A temporary folder that becomes `path`, whole and durable, when the block ends; removed on an error.
 
     Write its files with `write_synced`. Raises OSError if `path` is there and not empty.
     """
@@ -86,7 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; call it only while no other writer can be at work there."""
+    """Remove what killed writers left in `folder`; only while no other writer can be at work there."""
     for entry in folder.glob(f"{_PREFIX}*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
