@@ -7,7 +7,7 @@ metadata.
 
 Invariants: a file holds whole messages and at most one cut message at its end, which a reader drops; a
 segment is never written again once it is closed, nor by another process. Loss is bounded: a killed process
-loses what was not yet flushed (`flush_ms`, or `flush_rows` if that comes first); rows that a full or failing
+loses what was not yet flushed (`flush_us`, or `flush_rows` if that comes first); rows that a full or failing
 disk refuses are counted and dropped. The bytes reach the kernel at a flush and the disk when a segment is
 closed.
 
@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from penstock.errors import FailedPreconditionError, InvalidArgumentError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,29 +61,15 @@ class _Stream:
     size: int = 0
 
 
-@dataclass(frozen=True)
-class ServedLogStats:
-    """Counters since the log was opened: rows = written + pending + lost."""
-
-    rows: int
-    written: int
-    pending: int
-    lost: int
-    errors: int
-    last_error: str | None
-    deleted_segments: int
-    segments: int
-    bytes: int
-
-
 class ServedLog:
     """The writer: one per data_dir, held by the process that serves.
 
     Args:
         directory: ``data_dir/log``; made if missing.
-        flush_ms: rows wait at most this long, by the times passed to `append` and `tick`.
+        flush_us: rows wait this long, by the times passed to `flush`, microseconds.
         flush_rows: and at most so many of one model version.
-        segment_bytes: a segment that reached this size is closed and the next begun.
+        segment_bytes: a segment that reached this size is closed and the next begun; None: 64 MiB, or a
+            quarter of `max_bytes` if that is less.
         max_bytes, max_segments: bounds of the whole log; the oldest segments are deleted, and counted.
     """
 
@@ -91,14 +77,16 @@ class ServedLog:
         self,
         directory: str | Path,
         *,
-        flush_ms: float = 1_000.0,
+        flush_us: int = 1_000_000,
         flush_rows: int = 65_536,
-        segment_bytes: int = 64 << 20,
+        segment_bytes: int | None = None,
         max_bytes: int = 4 << 30,
         max_segments: int = 1_024,
     ) -> None:
+        if segment_bytes is None:
+            segment_bytes = max(1, min(64 << 20, max_bytes // 4))
         for name, value in (
-            ("flush_ms", flush_ms),
+            ("flush_us", flush_us),
             ("flush_rows", flush_rows),
             ("segment_bytes", segment_bytes),
             ("max_segments", max_segments),
@@ -109,7 +97,7 @@ class ServedLog:
             raise InvalidArgumentError(f"max_bytes is {max_bytes}; expected at least {segment_bytes}")
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._flush_us = round(flush_ms * 1_000)
+        self._flush_us = flush_us
         self._flush_rows = flush_rows
         self._segment_bytes = segment_bytes
         self._max_bytes = max_bytes
@@ -134,10 +122,8 @@ class ServedLog:
         rows: NDArray[np.float32],
         scores: NDArray[np.float64],
         status: NDArray[np.uint8],
-        *,
-        at_us: int,
     ) -> None:
-        """Take served rows (copied) and flush if that is due.
+        """Take served rows (copied); they are written by a later `flush`, or now if `flush_rows` wait.
 
         Args:
             names: model inputs in order, [F]; a version keeps its names.
@@ -146,7 +132,6 @@ class ServedLog:
             rows: model inputs, float32 [n, F].
             scores: first output, float64 [n].
             status: the worst row status of the row's views, uint8 [n].
-            at_us: the monotonic clock now, microseconds.
 
         Raises InvalidArgumentError for another shape or dtype, or other names than before,
         FailedPreconditionError after close. A disk error is not raised: it is counted.
@@ -173,16 +158,17 @@ class ServedLog:
                 self._rows += n
             if stream.n_pending >= self._flush_rows:
                 self._write(model, version, stream)
-            self._tick(at_us)
 
-    def tick(self, at_us: int) -> None:
-        """Flush if `flush_ms` have passed since the last flush by monotonic time `at_us`, microseconds."""
-        with self._lock:
-            self._tick(at_us)
+    def flush(self, at_us: int | None = None) -> None:
+        """Write the rows that wait: at once, or, at a time `at_us`, if `flush_us` passed since the last one.
 
-    def flush(self) -> None:
-        """Write all rows that wait."""
+        `at_us` is microseconds of any clock; one that steps back flushes.
+        """
         with self._lock:
+            if at_us is not None:
+                if self._flushed_us is not None and 0 <= at_us - self._flushed_us < self._flush_us:
+                    return
+                self._flushed_us = at_us
             self._flush()
 
     def read(self, model: str, version: str | None = None, since: int | None = None) -> pa.Table:
@@ -190,20 +176,24 @@ class ServedLog:
         self.flush()
         return read_served(self._directory, model, version, since)
 
-    def stats(self) -> ServedLogStats:
-        """The counters, in one consistent copy."""
+    def stats(self) -> dict[str, int | str | None]:
+        """Counters since the log was opened, where rows = written + pending + lost, and the log's size now.
+
+        `errors` counts failed disk calls and `last_error` is the text of the last. `deleted_segments` left to
+        keep the bounds; `segments` and `bytes` are what is on the disk.
+        """
         with self._lock:
-            return ServedLogStats(
-                rows=self._rows,
-                written=self._written,
-                pending=sum(stream.n_pending for stream in self._streams.values()),
-                lost=self._lost,
-                errors=self._errors,
-                last_error=self._last_error,
-                deleted_segments=self._deleted,
-                segments=len(self._sizes),
-                bytes=sum(self._sizes.values()),
-            )
+            return {
+                "rows": self._rows,
+                "written": self._written,
+                "pending": sum(stream.n_pending for stream in self._streams.values()),
+                "lost": self._lost,
+                "errors": self._errors,
+                "last_error": self._last_error,
+                "deleted_segments": self._deleted,
+                "segments": len(self._sizes),
+                "bytes": sum(self._sizes.values()),
+            }
 
     def close(self) -> None:
         """Flush and close every segment; the log takes no rows afterwards. A second call does nothing."""
@@ -240,13 +230,6 @@ class ServedLog:
             self._end(self._streams.pop(oldest))
         stream = self._streams[model, version] = _Stream(names, schema)
         return stream
-
-    def _tick(self, at_us: int) -> None:
-        if self._flushed_us is None:
-            self._flushed_us = at_us
-        elif at_us - self._flushed_us >= self._flush_us:
-            self._flushed_us = at_us
-            self._flush()
 
     def _flush(self) -> None:
         for (model, version), stream in self._streams.items():
@@ -357,8 +340,8 @@ def read_served(
         version: only this version; None takes all, where an input that a version lacks is null.
         since: only rows with ``now_us >= since``, microseconds UTC.
 
-    Returns columns `version` string, `rid`, `now_us`, `status`, `score` and the inputs. Raises NotFoundError
-    where the log has no segment of the model (and version).
+    Returns columns `version` string, `rid`, `now_us`, `status`, `score` and the inputs; no rows, and no
+    inputs, where the log has nothing of the model (and version).
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -380,9 +363,8 @@ def read_served(
         column = pa.repeat(pa.scalar(segment.version, pa.string()), len(table))
         tables.append(table.add_column(0, "version", column))
     if not tables:
-        raise NotFoundError(
-            f"no served rows of model {model!r}{'' if version is None else f' version {version!r}'}"
-        )
+        empty = _schema(model, version or "", ()).remove_metadata().empty_table()
+        return empty.add_column(0, "version", pa.array([], pa.string()))
     return pa.concat_tables(tables, promote_options="default")
 
 
