@@ -6,6 +6,7 @@ Cancelling an awaited call takes it back and tells the server. Works under async
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -364,7 +365,7 @@ class AsyncClient:
                     link = await self._connect(endpoint)
             except OSError as error:
                 self._pool.failed(endpoint, time.monotonic())
-                reason = error.strerror or str(error) or "timed out"
+                reason = os.strerror(error.errno) if error.errno else str(error) or "timed out"
                 raise LinkError(refused(endpoint.address, reason), sent=False) from error
             if self._closed:
                 link.close()

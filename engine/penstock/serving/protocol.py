@@ -107,7 +107,10 @@ def to_column(field: str, values: Values) -> Any:
         items = values.to_list()
     else:
         return _plain(field, values)
-    if _PLAIN.issuperset(map(type, items)):
+    kinds = set(map(type, items))
+    if str in kinds and float in kinds:  # pandas marks a missing string with NaN
+        items = [None if item != item else item for item in items]
+    if kinds <= _PLAIN:
         return items
     return [_plain(f"{field}[{i}]", item) for i, item in enumerate(items)]
 
@@ -368,7 +371,7 @@ def unpack_params(params: bytes) -> list[Any]:
     """Return the params of a request that the native core passed on; InvalidArgumentError if not plain."""
     try:
         made = msgpack.unpackb(params, raw=False, strict_map_key=False, timestamp=3)
-    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError, TypeError, msgpack.UnpackException) as error:
         raise InvalidArgumentError(f"params cannot be read: {error}") from error
     if not isinstance(made, list):
         raise InvalidArgumentError(f"params is a {type(made).__name__}; expected a list")

@@ -81,7 +81,7 @@ class FakeConnection:
                 call = _core.wire_decode_predict_vectors(params)
                 scores = [float(byte) for byte in call["data"]]
             else:
-                call = _core.wire_decode_predict(params)
+                call = _core.wire_decode_predict(params, {"km": "float64"})
                 scores = [float(value) for value in call["entities"]["id"]]
         except ValueError as error:
             self.reply_error(msgid, "INVALID_ARGUMENT", str(error), False)
