@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from penstock.examples.flights.train import ENTITIES, MODEL, SERVICE, matrix
+from penstock.examples.flights.train import ENTITIES, MODEL, SERVICE
+from penstock.models.rows import model_rows
 
 if TYPE_CHECKING:
     from penstock.features.store import FeatureStore
@@ -51,7 +52,7 @@ def compare(
     names = store.service_plan(SERVICE).output_names
     service = store.services[SERVICE]
     joined = store.get_historical_features(pa.table(asked), features=service).to_arrow()
-    wrong = different(np.ascontiguousarray(rows, np.float32), matrix(joined, names))
+    wrong = different(np.ascontiguousarray(rows, np.float32), model_rows(joined, names))
     return Comparison(
         len(rows),
         int(wrong.any(axis=1).sum()),
@@ -66,5 +67,5 @@ def compare_log(store: FeatureStore, flights: pa.Table, log: Path) -> Comparison
     served = read_served(log, MODEL)
     names = store.service_plan(SERVICE).output_names
     return compare(
-        store, flights, served["rid"].to_numpy(), served["now_us"].to_numpy(), matrix(served, names)
+        store, flights, served["rid"].to_numpy(), served["now_us"].to_numpy(), model_rows(served, names)
     )

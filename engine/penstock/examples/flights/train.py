@@ -7,7 +7,6 @@ alone, which is known too late, gives 0.94.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from penstock.features.store import FeatureStore
     from penstock.models.bundle import ModelBundle
 
-F32 = NDArray[np.float32]
 SERVICE = "arrival_delay"
 MODEL = "arrival_delay"
 ENTITIES = ("carrier", "origin", "dest", "tailnum")
@@ -106,18 +104,6 @@ def refuse_leak(holdout_auc: float) -> None:
         )
 
 
-def matrix(features: pa.Table, names: Sequence[str]) -> F32:
-    """Model rows, float32 ``[n, len(names)]``: the columns of a historical join, null as NaN."""
-    rows = np.empty((features.num_rows, len(names)), np.float32)
-    for i, name in enumerate(names):
-        column = features[name]
-        if pa.types.is_boolean(column.type):
-            column = column.cast(pa.int8())
-        values = column.to_numpy()  # nulls of an integer column make it float64
-        rows[:, i] = values.astype(np.float32)
-    return rows
-
-
 def _labelled(flights: pa.Table) -> pa.Table:
     return flights.filter(flights["late"].is_valid())
 
@@ -145,6 +131,7 @@ def train(
     import lightgbm
 
     from penstock.models.bundle import save_bundle
+    from penstock.models.rows import model_rows
 
     asked, later = span.of(flights), holdout.of(flights)
     training, testing = _labelled(asked), _labelled(later)
@@ -152,14 +139,14 @@ def train(
     names = list(plan.output_names)
     rows = join(store, training)
     labels = training["late"].to_numpy()
-    data = lightgbm.Dataset(matrix(rows, names), label=labels, feature_name=names)
+    data = lightgbm.Dataset(model_rows(rows, names), label=labels, feature_name=names)
     booster = lightgbm.train(PARAMS, data, num_boost_round=trees)
-    scores = booster.predict(matrix(join(store, testing), names))
+    scores = booster.predict(model_rows(join(store, testing), names))
     found = auc(testing["late"].to_numpy(), np.asarray(scores))
     refuse_leak(found)
     bundle = save_bundle(
         booster,
-        rows.select(names).append_column("late", training["late"]).to_pandas(),
+        rows.append_column("late", training["late"]),
         name=MODEL,
         directory=directory,
         label="late",
