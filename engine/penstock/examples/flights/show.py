@@ -35,12 +35,16 @@ def mean_batch(snapshot: Snapshot) -> float:
 
 
 def hit_rates(snapshot: Snapshot) -> dict[str, float]:
-    """Share of feature reads that the cache answered, by view."""
-    rates = {}
-    for view, counts in snapshot.stats["caches"].items():
-        reads = sum(counts[what] for what in ("hits", "misses", "expired", "busy"))
-        rates[view] = counts["hits"] / reads if reads else float("nan")
-    return rates
+    """Share of the rows asked for whose features the cache held, by view.
+
+    The cache's own hits are no measure: a row that waits for a load reads every view once more.
+    """
+    rows = max(1, _model(snapshot)["rows"]["submitted"])
+    failed = {
+        view: sum(counts[what] for what in ("misses", "expired", "busy"))
+        for view, counts in snapshot.stats["caches"].items()
+    }
+    return {view: max(0.0, 1.0 - n / rows) for view, n in failed.items()}
 
 
 def figures(result: Result) -> dict[str, Any]:
