@@ -111,11 +111,12 @@ def result(**changes: Any) -> Result:
     model = {
         "latency": {"p50_ns": 1_500_000, "p99_ns": 9_000_000},
         "batches": {1: 6, 4: 1},
+        "rows": {"submitted": 8},
         "performance": {"auc": 0.8},
     }
     stats = {
         "models": {MODEL: model},
-        "caches": {"weather": {"hits": 3, "misses": 0, "expired": 1, "busy": 0}},
+        "caches": {"weather": {"hits": 10, "misses": 1, "expired": 1, "busy": 0}},
     }
     given: dict[str, Any] = {
         "trained": SimpleNamespace(holdout_auc=0.78, train_rows=1000, holdout_rows=100),
