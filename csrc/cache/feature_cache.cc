@@ -8,13 +8,13 @@
 #include <thread>
 
 #include "cache/slot_protocol.h"
+#include "cache/wide_reads.h"
 
 namespace penstock {
 namespace {
 
 constexpr uint64_t kMagic = 0x3143'4b43'4f54'5350U;
-constexpr uint64_t kLayoutVersion = 1;
-constexpr size_t kGroup = 16;      // keys whose lines are fetched together
+constexpr uint64_t kLayoutVersion = 2;
 constexpr int kReadAttempts = 16;  // then kBusy: a get ends in bounded steps whatever a writer does
 
 // Control word of a bucket: visited bits 0..14 | hand 15..18 | owner + 1 in 19..51, 0 when unlocked.
@@ -40,8 +40,9 @@ constexpr uint64_t align_up(uint64_t value, uint64_t to) {
   return (value + to - 1) / to * to;
 }
 
+// To the second-level cache, which has more outstanding misses than the first (measured: 10 % a batch).
 void prefetch(const void* at, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
 }
 
 int64_t expiry(int64_t mono_ns, int64_t ttl_ns) {
@@ -50,7 +51,7 @@ int64_t expiry(int64_t mono_ns, int64_t ttl_ns) {
   return at;
 }
 
-// Words of a slot's metadata: one cache line.
+// Words of a slot's metadata: one cache line, followed by the row's.
 enum MetaWord : size_t {
   kKeyLo,
   kKeyHi,
@@ -67,7 +68,7 @@ enum MetaWord : size_t {
 
 struct FeatureCache::Header {
   // Written once by create.
-  uint64_t magic, layout_version, n_buckets, row_words, row_stride;
+  uint64_t magic, layout_version, n_buckets, row_words, slot_stride;
   int64_t ttl_ns;
   uint64_t bytes;
   // Counters: relaxed adds, read by stats; they publish nothing.
@@ -144,10 +145,10 @@ Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<Fe
   }
   // At most 2^40 slots of 2^14 + 64 bytes: no sum below overflows 64 bits.
   const uint64_t n_buckets = (config.capacity + kWays - 1) / kWays;
-  const uint64_t row_stride = align_up(config.row_words, 8);
-  const uint64_t slot_bytes = (kMetaWords + row_stride) * sizeof(uint64_t);
+  const uint64_t slot_stride = align_up(kMetaWords + config.row_words, 8);
   const uint64_t bytes = align_up(sizeof(Header), 128) + n_buckets * sizeof(Bucket) +
-                         align_up(n_buckets * sizeof(Side), 64) + n_buckets * kWays * slot_bytes;
+                         align_up(n_buckets * sizeof(Side), 64) +
+                         n_buckets * kWays * slot_stride * sizeof(uint64_t);
   void* arena = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (arena == MAP_FAILED) {
     return {Code::kResourceExhausted, "cannot map " + std::to_string(bytes) + " bytes for capacity " +
@@ -160,7 +161,7 @@ Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<Fe
   header->layout_version = kLayoutVersion;
   header->n_buckets = n_buckets;
   header->row_words = config.row_words;
-  header->row_stride = row_stride;
+  header->slot_stride = slot_stride;
   header->ttl_ns = config.ttl_ns;
   header->bytes = bytes;
   out->reset(new FeatureCache(arena, bytes));
@@ -170,12 +171,11 @@ Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<Fe
 FeatureCache::FeatureCache(void* arena, size_t bytes) : base_(static_cast<uint8_t*>(arena)), bytes_(bytes) {
   n_buckets_ = header().n_buckets;
   row_words_ = static_cast<uint32_t>(header().row_words);
-  row_stride_ = header().row_stride;
+  slot_stride_ = header().slot_stride;
   ttl_ns_ = header().ttl_ns;
   buckets_at_ = align_up(sizeof(Header), 128);
   sides_at_ = buckets_at_ + n_buckets_ * sizeof(Bucket);
-  metas_at_ = sides_at_ + align_up(n_buckets_ * sizeof(Side), 64);
-  rows_at_ = metas_at_ + n_buckets_ * kWays * kMetaWords * sizeof(uint64_t);
+  slots_at_ = sides_at_ + align_up(n_buckets_ * sizeof(Side), 64);
 }
 
 FeatureCache::~FeatureCache() {
@@ -192,10 +192,10 @@ FeatureCache::Side& FeatureCache::side(uint64_t index) const {
   return reinterpret_cast<Side*>(base_ + sides_at_)[index];
 }
 sync::Word* FeatureCache::slot_meta(uint64_t bucket, uint32_t way) const {
-  return reinterpret_cast<sync::Word*>(base_ + metas_at_) + (bucket * kWays + way) * kMetaWords;
+  return reinterpret_cast<sync::Word*>(base_ + slots_at_) + (bucket * kWays + way) * slot_stride_;
 }
 sync::Word* FeatureCache::slot_row(uint64_t bucket, uint32_t way) const {
-  return reinterpret_cast<sync::Word*>(base_ + rows_at_) + (bucket * kWays + way) * row_stride_;
+  return slot_meta(bucket, way) + kMetaWords;
 }
 
 FeatureCache::Place FeatureCache::place(const Key128& key) const {
@@ -208,40 +208,76 @@ FeatureCache::Place FeatureCache::place(const Key128& key) const {
 uint32_t FeatureCache::candidates(const Place& place) const {
   uint32_t ways = 0;
   Bucket& b = bucket(place.bucket);
-  for (uint32_t way = 0; way < kWays; ++way) {
+  const uint64_t tag = slot::make_word(place.tag, 0);
+  for (uint32_t way = kWays; way-- > 0;) {
     // Relaxed: only a hint, checked again in read_one. A put that happened before this get is seen by
-    // coherence.
-    ways |= uint32_t{slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) == place.tag} << way;
+    // coherence. Equal tags leave only version bits in the exclusive or.
+    const uint64_t apart = sync::load(b.slots[way], sync::kRelaxed) ^ tag;
+    ways += ways + (apart <= slot::kVersionMask ? 1 : 0);
   }
   return ways;
 }
 
+// A row costs two misses that follow one another, the bucket and the slot, so keys go through three stages in
+// groups: while one group's buckets are on their way, the slots of an earlier group are found and fetched,
+// and the rows of a still earlier one are read. Within a stage the fetches stand together: each may wait for
+// an address translation, and only what the processor sees close together waits at the same time.
+struct FeatureCache::Reading {
+  static constexpr size_t kGroup = 8;
+  static constexpr size_t kSlotLag = 2 * kGroup;  // keys between the fetches of a bucket and of its slot
+  static constexpr size_t kRowLag = 4 * kGroup;   // keys between the fetch of a bucket and the read
+  static constexpr size_t kRing = 64;
+  static_assert(kRing >= kRowLag + kGroup && kRing % kGroup == 0);
+
+  Place places[kRing];
+  const uint64_t* buckets[kRing];
+  uint64_t tags[kRing];
+  uint32_t ways[kRing];
+};
+
 size_t FeatureCache::get_many(const Key128* keys, size_t n, int64_t now_us, int64_t mono_ns, uint64_t* rows,
                               ReadStatus* status, RowMeta* meta, uint64_t* slot_versions) {
+  using R = Reading;
+  const WideReads* wide = wide_reads();
+  Reading ring;
   uint64_t counts[4] = {};
-  Place places[kGroup];
-  uint32_t ways[kGroup];
-  for (size_t start = 0; start < n; start += kGroup) {
-    const size_t size = std::min(kGroup, n - start);
-    for (size_t i = 0; i < size; ++i) {
-      places[i] = place(keys[start + i]);
-      prefetch(&bucket(places[i].bucket), sizeof(Bucket));
+  for (size_t step = 0; step < n + R::kRowLag; step += R::kGroup) {
+    if (step < n) {
+      const size_t first = step % R::kRing;
+      const size_t size = std::min(R::kGroup, n - step);
+      for (size_t i = 0; i < size; ++i) {
+        const Place at = place(keys[step + i]);
+        ring.places[first + i] = at;
+        ring.tags[first + i] = at.tag;
+        ring.buckets[first + i] = &bucket(at.bucket).control;
+      }
+      for (size_t i = first; i < first + size; ++i) prefetch(ring.buckets[i], sizeof(Bucket));
     }
-    for (size_t i = 0; i < size; ++i) {
-      ways[i] = candidates(places[i]);
-      for (uint32_t left = ways[i]; left != 0; left &= left - 1) {
-        const auto way = static_cast<uint32_t>(__builtin_ctz(left));
-        prefetch(slot_meta(places[i].bucket, way), 64);
-        prefetch(slot_row(places[i].bucket, way), row_words_ * sizeof(uint64_t));
+    if (step >= R::kSlotLag && step - R::kSlotLag < n) {
+      const size_t first = (step - R::kSlotLag) % R::kRing;
+      const size_t size = std::min(R::kGroup, n - (step - R::kSlotLag));
+      if (wide != nullptr) {
+        wide->match_tags(ring.buckets + first, ring.tags + first, size, ring.ways + first);
+      } else {
+        for (size_t i = first; i < first + size; ++i) ring.ways[i] = candidates(ring.places[i]);
+      }
+      const size_t bytes = (kMetaWords + row_words_) * sizeof(uint64_t);
+      for (size_t i = first; i < first + size; ++i) {
+        for (uint32_t left = ring.ways[i]; left != 0; left &= left - 1) {
+          prefetch(slot_meta(ring.places[i].bucket, static_cast<uint32_t>(__builtin_ctz(left))), bytes);
+        }
       }
     }
-    for (size_t i = 0; i < size; ++i) {
-      const size_t at = start + i;
-      uint64_t version = 0;
-      status[at] = read_one(keys[at], places[i], ways[i], now_us, mono_ns, rows + at * row_words_,
-                            meta == nullptr ? nullptr : meta + at, &version);
-      if (slot_versions != nullptr) slot_versions[at] = version;
-      ++counts[static_cast<uint8_t>(status[at])];
+    if (step >= R::kRowLag) {
+      const size_t end = std::min(step - R::kRowLag + R::kGroup, n);
+      for (size_t at = step - R::kRowLag; at < end; ++at) {
+        const size_t i = at % R::kRing;
+        uint64_t version = 0;
+        status[at] = read_one(keys[at], ring.places[i], ring.ways[i], now_us, mono_ns, wide,
+                              rows + at * row_words_, meta == nullptr ? nullptr : meta + at, &version);
+        if (slot_versions != nullptr) slot_versions[at] = version;
+        ++counts[static_cast<uint8_t>(status[at])];
+      }
     }
   }
   sync::Word* counters[4] = {&header().hits, &header().misses, &header().expired, &header().busy};
@@ -251,17 +287,27 @@ size_t FeatureCache::get_many(const Key128* keys, size_t n, int64_t now_us, int6
   return counts[0];
 }
 
-ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us,
-                                  int64_t mono_ns, uint64_t* row, RowMeta* meta, uint64_t* version) {
-  // The row is copied here first: a copy that turns out torn must not reach the caller's row.
+// A copy that turns out torn must not reach the caller's row.
+bool FeatureCache::copy_confirmed(sync::Word* from, uint64_t* row, sync::Word& word, uint64_t seen) const {
   alignas(64) uint64_t copy[kMaxRowWords];
+  slot::copy_out(from, copy, row_words_);
+  if (!slot::read_confirm(word, seen)) return false;
+  std::copy_n(copy, row_words_, row);
+  return true;
+}
+
+ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us,
+                                  int64_t mono_ns, const WideReads* wide, uint64_t* row, RowMeta* meta,
+                                  uint64_t* version) {
   uint64_t head[kMetaWords];
   Bucket& b = bucket(place.bucket);
+  const bool fits = wide != nullptr && row_words_ <= WideReads::kMaxWords;
   int attempts = kReadAttempts;
   for (; ways != 0; ways &= ways - 1) {
     const auto way = static_cast<uint32_t>(__builtin_ctz(ways));
+    sync::Word& word = b.slots[way];
     for (;; sync::pause()) {
-      const uint64_t seen = slot::read_begin(b.slots[way]);
+      const uint64_t seen = slot::read_begin(word);
       if (slot::tag_of(seen) != place.tag) break;
       if (!slot::is_being_written(seen)) {
         slot::copy_out(slot_meta(place.bucket, way), head, kMetaWords);
@@ -269,11 +315,13 @@ ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_
         const bool valid = mono_ns < static_cast<int64_t>(head[kExpires]) &&
                            static_cast<int64_t>(head[kValidFrom]) <= now_us &&
                            now_us < static_cast<int64_t>(head[kValidUntil]);
-        if (same && valid) slot::copy_out(slot_row(place.bucket, way), copy, row_words_);
-        if (slot::read_confirm(b.slots[way], seen)) {
-          if (!same) break;
-          if (!valid) return ReadStatus::kExpired;
-          std::copy_n(copy, row_words_, row);
+        if (!same || !valid) {
+          if (slot::read_confirm(word, seen)) {
+            if (!same) break;
+            return ReadStatus::kExpired;
+          }
+        } else if (fits ? wide->copy_confirmed(slot_row(place.bucket, way), row, row_words_, &word, seen)
+                        : copy_confirmed(slot_row(place.bucket, way), row, word, seen)) {
           if (meta != nullptr) {
             *meta = {static_cast<int64_t>(head[kValidFrom]), static_cast<int64_t>(head[kValidUntil]),
                      static_cast<int64_t>(head[kEventTime]), static_cast<int64_t>(head[kKnownAt])};

@@ -24,6 +24,8 @@
 
 namespace penstock {
 
+struct WideReads;
+
 enum class ReadStatus : uint8_t { kHit = 0, kMiss = 1, kExpired = 2, kBusy = 3 };
 
 struct RowMeta {
@@ -90,6 +92,7 @@ class FeatureCache {
     uint64_t tag;
   };
   struct Lock;
+  struct Reading;
 
   FeatureCache(void* arena, size_t bytes);
   Header& header() const;
@@ -100,7 +103,8 @@ class FeatureCache {
   Place place(const Key128& key) const;
   uint32_t candidates(const Place& place) const;
   ReadStatus read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us, int64_t mono_ns,
-                      uint64_t* row, RowMeta* meta, uint64_t* version);
+                      const WideReads* wide, uint64_t* row, RowMeta* meta, uint64_t* version);
+  bool copy_confirmed(sync::Word* from, uint64_t* row, sync::Word& word, uint64_t seen) const;
   int find_locked(const Key128& key, const Place& place) const;
   uint32_t choose_way(const Place& place, int64_t mono_ns, Lock& lock);
   void raise_floor(uint64_t bucket, uint64_t stamp);
@@ -114,9 +118,9 @@ class FeatureCache {
   size_t bytes_;
   uint64_t n_buckets_;
   uint32_t row_words_;
-  uint64_t row_stride_;  // words, whole cache lines
+  uint64_t slot_stride_;  // words of a slot's metadata and row: whole cache lines
   int64_t ttl_ns_;
-  uint64_t buckets_at_, sides_at_, metas_at_, rows_at_;
+  uint64_t buckets_at_, sides_at_, slots_at_;
 };
 
 }  // namespace penstock

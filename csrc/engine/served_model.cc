@@ -25,6 +25,8 @@ class TreeModel final : public Model {
   TreeEnsemble::Scratch scratch_;
 };
 
+constexpr int64_t kEndOfTimeUs = 253'402'300'800'000'000;  // the year 10000
+
 Status exhausted(std::string text) {
   return {Code::kResourceExhausted, std::move(text)};
 }
@@ -130,6 +132,10 @@ Status ServedModel::check_options(const wire::Options& options, uint32_t rows, i
   }
   if (options.has_now && !config_.allow_replay) {
     return {Code::kFailedPrecondition, "options.now is given, but serving.allow_replay is false"};
+  }
+  if (options.has_now && (options.now_us < 0 || options.now_us >= kEndOfTimeUs)) {
+    return Status::invalid("options.now is " + std::to_string(options.now_us) +
+                           "; expected microseconds of the years 1970 to 9999");
   }
   int64_t limit_ns = config_.max_latency_ns;
   if (options.deadline_us > 0 && options.deadline_us < limit_ns / 1000) limit_ns = options.deadline_us * 1000;

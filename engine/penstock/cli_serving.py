@@ -37,6 +37,7 @@ def serve(
     logging.basicConfig(format="penstock: %(message)s")
 
     def on_listening(addresses: list[str]) -> None:
+        engine.lock.announce(addresses)  # other commands find the server by it
         for address in addresses:
             typer.echo(f"penstock: listening on {address}", err=True)
         if as_json:

@@ -1,8 +1,8 @@
 """Durable, atomic writes of small files and folders.
 
 Everything is written under a temporary name in the same folder, synced, renamed, and the folder is synced:
-after a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content and
-no temporary; a kill can leave a temporary, which `sweep` removes. Any thread; one writer of a name at a time.
+after a crash a name holds the old content or the new, whole. An error (a full disk) leaves the old content
+and no temporary; a kill can leave one, which `sweep` removes. Any thread; one writer of a name at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PREFIX = ".tmp-"
+PREFIX = ".tmp-"
 
 
 def sync_folder(path: Path) -> None:
@@ -55,7 +55,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace file `path` by `data`, atomically and durably. Raises OSError, the old content kept."""
-    temporary = path.parent / f"{_PREFIX}{uuid.uuid4().hex}"
+    temporary = path.parent / f"{PREFIX}{uuid.uuid4().hex}"
     try:
         write_synced(temporary, data)
         os.replace(temporary, path)  # noqa: PTH105
@@ -67,13 +67,13 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, prefix: str = PREFIX) -> Iterator[Path]:
     """A temporary folder that becomes `path`, whole and durable, when the block ends; removed on an error.
 
     Write its files with `write_synced`. Raises OSError if `path` is there and not empty.
     """
     make_folders(path.parent)
-    temporary = path.parent / f"{_PREFIX}{uuid.uuid4().hex}"
+    temporary = path.parent / f"{prefix}{uuid.uuid4().hex}"
     os.mkdir(temporary)  # noqa: PTH102
     try:
         yield temporary
@@ -85,9 +85,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; only while no other writer can be at work there."""
-    for entry in folder.glob(f"{_PREFIX}*"):
+def sweep(folder: Path, prefix: str = PREFIX) -> None:
+    """Remove what killed writers left in `folder`; only while no writer with that prefix is at work there."""
+    for entry in folder.glob(f"{prefix}*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:

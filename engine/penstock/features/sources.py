@@ -192,8 +192,9 @@ def _read_file(source: _FileSource, path: Path, wanted: list[str] | None) -> pa.
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        return file.read(columns=None if wanted is None else [n for n in names if n in wanted])
+        # A file that lacks a column is read whole, so that the error can list what there is.
+        whole = wanted is None or not set(wanted) <= set(file.schema_arrow.names)
+        return file.read(columns=None if whole else wanted)
 
 
 def feature_dtype(kind: pa.DataType) -> str | None:

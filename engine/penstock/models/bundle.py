@@ -1,8 +1,8 @@
 """Model bundles: a folder NAME/VERSION with model.yaml, trees.bin and reference.arrow.
 
 A bundle is whole or absent (written aside, synced, renamed) and never changes. Saving proves, on rows of the
-training table, that our trees give the library's own margins; loading proves every byte. Loading needs neither
-treelite nor the library that trained the model.
+training table, that our trees give the library's own margins; loading proves every byte. Loading needs
+neither treelite nor the library that trained the model.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from penstock.models.manifest import (
     DTYPES,
     MANIFEST,
     REFERENCE,
-    SCHEMA_VERSION,
     TREES,
     ClassLabel,
     FileEntry,
+    FileName,
     InputEntry,
     Manifest,
     OutputEntry,
@@ -155,10 +155,10 @@ def save_bundle(
             "expected kind='value' or kind='margin'"
         )
     reference = ReferenceDistribution.capture(names, rows, np.ascontiguousarray(scores[:, 0]))
-    files = {TREES: trees, REFERENCE: _arrow_bytes(reference.to_arrow())}
+    files: dict[FileName, bytes] = {TREES: trees, REFERENCE: _arrow_bytes(reference.to_arrow())}
     try:
         manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
+            schema_version=1,
             name=name,
             version=version,
             format="trees",
@@ -166,7 +166,7 @@ def save_bundle(
             fingerprint=None if plan is None else plan.fingerprint,
             inputs=[InputEntry.model_validate({"name": n, "dtype": d}) for n, d in zip(names, dtypes)],
             output=OutputEntry(kind=kind, classes=library.class_labels(model, kind, ensemble.n_outputs)),
-            files={  # type: ignore[misc]
+            files={
                 file: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
                 for file, data in files.items()
             },

@@ -53,10 +53,10 @@ def feature_names(model: Any) -> list[str] | None:
     """The names that the model was trained with, in order, or None if it was trained without."""
     library = library_of(model)
     if library == "lightgbm":
-        names = list(getattr(model, "booster_", model).feature_name())
-        return None if all(_UNNAMED.fullmatch(name) for name in names) else names
+        given = list(getattr(model, "booster_", model).feature_name())
+        return None if all(_UNNAMED.fullmatch(name) for name in given) else given
     if library == "xgboost":
-        return model.feature_names
+        return None if model.feature_names is None else list(model.feature_names)
     names = getattr(model, "feature_names_in_", None)
     return None if names is None else [str(name) for name in names]
 
@@ -87,7 +87,7 @@ def class_labels(model: Any, kind: str, n_outputs: int) -> list[Any]:
 def margins(model: Any, rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """The library's own margins, float64 [n, outputs], of float32 rows [n, F].
 
-    A random forest's margin is its averaged leaf. Raises InvalidArgumentError if the library refuses the rows.
+    A random forest's margin is its mean leaf. Raises InvalidArgumentError if the library refuses the rows.
     """
     try:
         with warnings.catch_warnings():

@@ -1,14 +1,14 @@
 """model.yaml: what a model bundle says of itself. Its JSON Schema is `model-schema-1.json` beside this file.
 
-Unknown keys, wrong types and names that are not one plain path component are errors: nothing that a bundle says
-may point outside its folder.
+Unknown keys, wrong types and names that are not one plain path component are errors: nothing that a bundle
+says may point outside its folder.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, Valid
 from penstock.errors import BundleError, InvalidArgumentError
 
 SCHEMA_VERSION = 1
-MANIFEST, TREES, REFERENCE = "model.yaml", "trees.bin", "reference.arrow"
+MANIFEST = "model.yaml"
+FileName = Literal["trees.bin", "reference.arrow"]
+TREES: Literal["trees.bin"] = "trees.bin"
+REFERENCE: Literal["reference.arrow"] = "reference.arrow"
 ALIASES = ("champion", "challenger", "previous")
 DTYPES = ("float32", "float64", "int64", "bool")
 OutputKind = Literal["probability", "margin", "value"]
@@ -33,7 +36,7 @@ def check_component(field: str, value: str) -> str:
     """Return `value` if it can be a model's name or version. Raises InvalidArgumentError naming `field`."""
     if not isinstance(value, str) or re.fullmatch(_COMPONENT, value) is None or value.endswith("\n"):
         raise InvalidArgumentError(
-            f"{field} is {value!r}; expected 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first"
+            f"{field} is {value!r}; expected 1 to 128 letters, digits, '.', '_', '-', the first no sign"
         )
     return value
 
@@ -92,7 +95,7 @@ class Manifest(_Part):
     fingerprint: Hash | None
     inputs: Annotated[list[InputEntry], Field(min_length=1)]
     output: OutputEntry
-    files: dict[Literal["trees.bin", "reference.arrow"], FileEntry]
+    files: dict[FileName, FileEntry]
     training: TrainingEntry
     metrics: dict[str, FiniteFloat]
 
@@ -127,9 +130,9 @@ def read_manifest(folder: Path) -> Manifest:
     names = [entry.name for entry in manifest.inputs]
     if len(set(names)) != len(names):
         raise BundleError(f"{file}: inputs repeats {next(n for n in names if names.count(n) > 1)!r}")
-    for name in (TREES, REFERENCE):
-        if name not in manifest.files:
-            raise BundleError(f"{file}: files lacks {name}")
+    for required in get_args(FileName):
+        if required not in manifest.files:
+            raise BundleError(f"{file}: files lacks {required}")
     if (manifest.service is None) != (manifest.fingerprint is None):
         raise BundleError(f"{file}: service and fingerprint must be given together")
     return manifest

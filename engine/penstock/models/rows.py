@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def as_table(data: Any, field: str = "table") -> pa.Table:
-    """`data` as an Arrow table. Raises InvalidArgumentError for what is no table, or repeats a column name."""
+    """`data` as an Arrow table. Raises InvalidArgumentError for what is no table or repeats a column name."""
     import pyarrow as pa
 
     try:
@@ -29,7 +29,7 @@ def as_table(data: Any, field: str = "table") -> pa.Table:
             raise InvalidArgumentError(
                 f"{field} is a {type(data).__name__}; expected a pandas, Arrow or polars table"
             )
-    except (pa.ArrowException, AttributeError, TypeError) as error:
+    except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(f"{field} cannot be read as a table: {error}") from error
     names = table.column_names
     if len(set(names)) != len(names):
@@ -39,7 +39,7 @@ def as_table(data: Any, field: str = "table") -> pa.Table:
 
 
 def input_dtype(table: pa.Table, name: str, field: str = "table") -> str:
-    """The feature dtype of a column that can be a model input. Raises InvalidArgumentError naming the column."""
+    """The feature dtype of a column, if it can be a model input. Raises InvalidArgumentError naming it."""
     import pyarrow.types as kinds
 
     if name not in table.column_names:
@@ -61,7 +61,7 @@ def input_dtype(table: pa.Table, name: str, field: str = "table") -> str:
 
 
 def model_rows(table: pa.Table, inputs: Sequence[str], field: str = "table") -> NDArray[np.float32]:
-    """float32 [n, F] of the columns `inputs`, in order. Raises InvalidArgumentError naming a column at fault."""
+    """float32 [n, F] of the columns `inputs`, in order. Raises InvalidArgumentError naming a bad column."""
     import pyarrow as pa
 
     rows = np.empty((table.num_rows, len(inputs)), np.float32)

@@ -297,7 +297,7 @@ def _state(item: FeatureDrift, thresholds: DriftThresholds) -> FeatureDrift:
         ("unseen", item.unseen, item.unseen_reference, item.unseen_q),
     ):
         if share is not None and before is not None:
-            text = f"{name} share is {share:.3g}, was {before:.3g}: {{:.3g}} apart"
+            text = f"{name} share moved {{:.3g}}, from {before:.3g} to {share:.3g}"
             effects.append((name, abs(share - before), q, text))
     state, reasons = OK, []
     for name, effect, q, text in effects:
@@ -306,7 +306,7 @@ def _state(item: FeatureDrift, thresholds: DriftThresholds) -> FeatureDrift:
         for level in (ALERT, WARN):
             limit = getattr(thresholds, f"{name}_{level}")
             if effect >= limit:
-                reasons.append(f"{text.format(effect)} ({level} from {limit:g}, q = {q:.2g})")
+                reasons.append(f"{text.format(effect)} ({level} from {limit:g})")
                 state = ALERT if ALERT in (state, level) else WARN
                 break
     return replace(item, state=state, reason="; ".join(reasons))

@@ -250,10 +250,13 @@ class AsyncClient:
             raise errors.exceptions[0] from None
         return join_predictions([parts[i] for i in range(len(calls))])
 
-    async def features(self, refs: str | Sequence[str], entities: Columns) -> dict[str, Any]:
+    async def features(
+        self, refs: str | Sequence[str], entities: Columns, *, now: Time | None = None
+    ) -> dict[str, Any]:
         """As `Client.features`."""
         wanted = refs if isinstance(refs, str) else list(refs)
-        return await self.call("features", wanted, to_columns("entities", entities))
+        when = None if now is None else to_micros(now)
+        return await self.call("features", wanted, to_columns("entities", entities), when)
 
     async def label(self, request_ids: ArrayLike, labels: Any, times: Any = None) -> dict[str, Any]:
         """As `Client.label`."""
@@ -275,9 +278,11 @@ class AsyncClient:
         """As `Client.stats`."""
         return await self.call("stats")
 
-    async def drift(self) -> dict[str, Any]:
+    async def drift(
+        self, model: str | None = None, window_s: float | None = None, end: Time | None = None
+    ) -> dict[str, Any]:
         """As `Client.drift`."""
-        return await self.call("drift")
+        return await self.call("drift", model, window_s, None if end is None else to_micros(end, "end"))
 
     async def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> Any:
         """As `Client.materialize`."""

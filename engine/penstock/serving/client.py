@@ -144,10 +144,13 @@ class Client:
             parts.append(self._collect(*window.popleft()))
         return join_predictions(parts)
 
-    def features(self, refs: str | Sequence[str], entities: Columns) -> dict[str, Any]:
-        """Return `{"columns": ..., "status": ...}` of a service or of feature references now."""
+    def features(
+        self, refs: str | Sequence[str], entities: Columns, *, now: Time | None = None
+    ) -> dict[str, Any]:
+        """Return `{"columns": ..., "status": ...}` of a service or of feature references, at `now`."""
         wanted = refs if isinstance(refs, str) else list(refs)
-        return self.call("features", wanted, to_columns("entities", entities))
+        when = None if now is None else to_micros(now)
+        return self.call("features", wanted, to_columns("entities", entities), when)
 
     def label(self, request_ids: ArrayLike, labels: Any, times: Any = None) -> dict[str, Any]:
         """Tell what became of served rows; returns `{"matched": n, ...}` once it is durable."""
@@ -170,9 +173,15 @@ class Client:
         """Return the counters of the server and its engine."""
         return self.call("stats")
 
-    def drift(self) -> dict[str, Any]:
-        """Return the drift of each feature and of the score against the reference."""
-        return self.call("drift")
+    def drift(
+        self, model: str | None = None, window_s: float | None = None, end: Time | None = None
+    ) -> dict[str, Any]:
+        """Return the drift of each feature and of the score against the reference, by model.
+
+        Of `model` alone, if given; over `window_s` seconds of request time up to `end`; the server knows the
+        defaults.
+        """
+        return self.call("drift", model, window_s, None if end is None else to_micros(end, "end"))
 
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> Any:
         """Write the stored features as of `end` (default: now) to the online store."""

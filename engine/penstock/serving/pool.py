@@ -144,9 +144,11 @@ class Retry:
         if not retryable or (sent and not self._idempotent) or (self._left <= 0 and not self._persists):
             return None
         self._left -= 1
-        pause = random.uniform(0, self._step)
-        if error.retry_after_ms is not None:
-            pause += error.retry_after_ms / 1000
+        if error.retry_after_ms is None:
+            pause = random.uniform(0, self._step)
+        else:  # the server knows better how long; the jitter keeps its clients apart
+            hint = error.retry_after_ms / 1000
+            pause = hint + random.uniform(0, min(self._step, max(hint, _FIRST_PAUSE)))
         self._step = min(2 * self._step, _LONGEST_PAUSE)
         if self._deadline is not None and now + pause >= self._deadline:
             return None

@@ -181,7 +181,7 @@ class Prediction:
         version: version of the model that ran.
         request_ids: uint64 [n]; `label` takes them.
         status: uint8 [n] or [n, views] (0 present, 1 null, 2 not found, 3 expired), where the server told it.
-        timings: microseconds by stage, where asked for.
+        timings: nanoseconds by stage (queue, run, total), where asked for.
     """
 
     scores: NDArray[np.float64]
@@ -231,15 +231,19 @@ class Call(Generic[T]):
     def idempotent(self) -> bool:
         return self.method in IDEMPOTENT_METHODS
 
-    def message(self, msgid: int, remaining_ms: float | None = None) -> bytes:
-        """Return the request's bytes; `remaining_ms` replaces the deadline of a call that has one."""
+    def packed_params(self, remaining_ms: float | None = None) -> bytes:
+        """Return the params; `remaining_ms` replaces the deadline of a call that has one."""
         options = dict(self.options) if self.options else {}
         if self.deadline_ms is not None:
             options["deadline_ms"] = self.deadline_ms if remaining_ms is None else remaining_ms
-        head = b"\x94\x00" + msgpack.packb(msgid) + msgpack.packb(self.method)
         if options:
-            return head + bytes([0x90 | self.count + 1]) + self.params + msgpack.packb(options)
-        return head + bytes([0x90 | self.count]) + self.params
+            return bytes([0x90 | self.count + 1]) + self.params + msgpack.packb(options)
+        return bytes([0x90 | self.count]) + self.params
+
+    def message(self, msgid: int, remaining_ms: float | None = None) -> bytes:
+        """Return the request's bytes, its params as by `packed_params`."""
+        head = b"\x94\x00" + msgpack.packb(msgid) + msgpack.packb(self.method)
+        return head + self.packed_params(remaining_ms)
 
 
 def predict_call(

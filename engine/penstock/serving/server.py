@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import penstock
 from penstock.config import Config
 from penstock.errors import (
     NotFoundError,
@@ -46,6 +45,7 @@ _NEVER = 2**63 - 1
 _SLOW_PROGRESS = 64 << 10  # bytes that a peer must take within slow_reader_timeout
 _LINGER = 1.0  # seconds that a peer has to read the last words of its connection
 _MOST_LINGERING = 256
+_ENVELOPE = 512  # bytes around a result, with what an error reply may need
 _RESERVED_FILES = 64
 _SWITCH_INTERVAL = 0.0005  # seconds; threads that compute in Python let the loop in this soon
 _REFUSED_RETRY_MS = 100
@@ -63,6 +63,9 @@ class ServedEngine(Protocol):
 
     def call(self, method: str, params: list[Any], *, admin: bool) -> Any:
         """Run a method other than a prediction; blocks; any thread."""
+
+    def health(self) -> dict[str, Any]:
+        """Describe the engine without waiting for anything: this runs on the loop."""
 
     def drain(self) -> None:
         """Turn not ready and refuse new predictions as UNAVAILABLE; returns at once."""
@@ -142,9 +145,12 @@ class Server:
         self.close_listeners()
         self._drain_timer = self._loop.call_later(self.settings.drain_timeout, self._end, False)
         grace_ms = int(self.settings.drain_timeout * 1000)
-        for peer in list(self._peers.values()):
+        peers = list(self._peers.values())
+        for peer in peers:  # all, before any is flushed: an idle peer may be hung up on at once
             peer.connection.goaway(grace_ms)
-            peer.flush()
+        for peer in peers:
+            if peer.connection.id in self._peers:
+                peer.flush()
         self._check_drained()
 
     async def finished(self) -> bool:
@@ -180,10 +186,10 @@ class Server:
         }
 
     def health(self) -> dict[str, Any]:
-        """Return the reply of `health`."""
+        """Return the reply of `health`: the engine's, and whether this server takes new work."""
         ready = bool(self._engine.ready) and not self.draining
         state = "draining" if self.draining else "serving" if ready else "starting"
-        return {"ready": ready, "state": state, "penstock": penstock.__version__}
+        return {**self._engine.health(), "ready": ready, "state": state}
 
     # Connections
 
@@ -304,7 +310,10 @@ class Server:
         """Answer the requests, or hand them to a pool."""
         for msgid, method, params in requests:
             if method == "health":
-                self._reply(peer, msgid, pack_result(self.health()))
+                try:
+                    self._reply(peer, msgid, pack_result(self.health()))
+                except Exception as error:
+                    self._fail(peer, msgid, error)
             elif method not in METHODS:
                 known = ", ".join(sorted(METHODS))
                 self._fail(peer, msgid, NotFoundError(f'method is "{method}"; expected one of: {known}'))
@@ -335,9 +344,12 @@ class Server:
         self._check_drained()
 
     def _reply(self, peer: Peer, msgid: int, result: bytes) -> None:
-        if peer.connection.reply(msgid, result) is False:
-            message = f"the reply has {len(result)} bytes, above what the connection may hold"
+        room = self.settings.max_output_bytes - peer.connection.pending_output_bytes - _ENVELOPE
+        if len(result) > room:
+            message = f"the reply has {len(result)} bytes; the connection has room for {max(0, room)}"
             self._fail(peer, msgid, ResourceExhaustedError(message))
+        else:
+            peer.connection.reply(msgid, result)
 
     def _fail(self, peer: Peer, msgid: int, error: BaseException) -> None:
         wire = to_wire(error)

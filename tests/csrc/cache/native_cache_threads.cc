@@ -6,7 +6,9 @@
 #include <thread>
 #include <vector>
 
+#include "base/cpu.h"
 #include "cache/feature_cache.h"
+#include "cache/wide_reads.h"
 #include "check.h"
 
 namespace {
@@ -79,9 +81,10 @@ void run_reader(FeatureCache& cache, uint64_t* hits) {
   }
 }
 
-}  // namespace
-
-int main() {
+void run_all() {
+  for (auto& stamp : begun) stamp.store(0);
+  for (auto& stamp : ended) stamp.store(0);
+  writers_left.store(2);
   std::unique_ptr<FeatureCache> cache;
   CHECK(FeatureCache::create({30, kWords, 0}, &cache).is_ok());
   uint64_t hits[2] = {};
@@ -94,5 +97,20 @@ int main() {
   CHECK(cache->stats().evictions > 0);
   CHECK(cache->stats().size <= cache->stats().capacity);
   CHECK(cache->stats().hits == hits[0] + hits[1]);
+}
+
+}  // namespace
+
+// Once with each way to read rows that this build and processor have.
+int main() {
+  using penstock::CpuLevel;
+  const penstock::WideReads* last = nullptr;
+  for (const CpuLevel level : {CpuLevel::kAvx512, CpuLevel::kAvx2, CpuLevel::kPortable}) {
+    if (penstock::force_cpu_level(level) != level) continue;
+    const penstock::WideReads* wide = penstock::wide_reads();
+    if (level != CpuLevel::kPortable && wide == last) continue;
+    last = wide;
+    run_all();
+  }
   return 0;
 }

@@ -96,12 +96,14 @@ def test_served_rows_are_drained_once_with_what_was_answered(core: Any, image: b
 @pytest.mark.parametrize(
     ("params", "code", "words"),
     [
-        (["nobody", b"\0" * 16, 1], "NOT_FOUND", "expected one of: m"),
+        (["nobody", b"\0" * 16, 1], "NOT_FOUND", "expected one of: "),
         (["m", b"\0" * 12, 1], "INVALID_ARGUMENT", "1 rows of 4 float32"),
         (["m", b"", 0], "INVALID_ARGUMENT", "0 rows"),
         (["m", b"\0" * 16 * 4097, 4097], "INVALID_ARGUMENT", "at most 4096"),
         (["m", b"\0" * 16, 1, {"now": 5}], "FAILED_PRECONDITION", "allow_replay"),
         (["m", b"\0" * 16, 1, {"deadline_ms": 0}], "INVALID_ARGUMENT", "deadline_ms"),
+        (["r", b"\0" * 16, 1, {"now": -1}], "INVALID_ARGUMENT", "options.now is -1"),
+        (["r", b"\0" * 16, 1, {"now": 1 << 62}], "INVALID_ARGUMENT", "years 1970 to 9999"),
         (["m"], "INVALID_ARGUMENT", "params"),
     ],
 )
@@ -110,6 +112,7 @@ def test_a_bad_call_is_refused_by_name(
 ) -> None:
     served = core.load("m", "1", image)
     core.publish(served)
+    core.publish(core.load("r", "1", image, allow_replay=True))
     got, message, _ = core.call(True, msgpack.packb(params))
     assert got == code and words in message
     assert core.call(True, vectors("m", np.zeros((1, F))))[1] == "1"

@@ -27,6 +27,7 @@ from penstock.models import library
 from penstock.models.bundle import load_bundle, save_bundle, score
 from penstock.models.manifest import Manifest, read_manifest
 from penstock.models.reference import score_column
+from penstock.models.rows import model_rows
 from penstock_kernels.reference import count_rows
 
 FEATURES = ["amount", "count", "flag", "price"]
@@ -49,10 +50,8 @@ def training(n: int = 400, *, nulls: bool = True) -> pd.DataFrame:
     return frame
 
 
-def classifier(frame: pd.DataFrame, **settings: Any) -> lgb.LGBMClassifier:
-    model = lgb.LGBMClassifier(
-        n_estimators=8, num_leaves=8, min_child_samples=5, verbose=-1, n_jobs=1, **settings
-    )
+def classifier(frame: pd.DataFrame) -> lgb.LGBMClassifier:
+    model = lgb.LGBMClassifier(n_estimators=8, num_leaves=8, min_child_samples=5, verbose=-1, n_jobs=1)
     return model.fit(frame[FEATURES], frame["label"])
 
 
@@ -148,7 +147,7 @@ def test_any_kind_of_table_scores_alike(frame, saved, to):
 def test_nulls_of_any_type_are_nan(saved):
     bundle = load_bundle(saved)
     empty = pa.table({"amount": pa.nulls(1), "count": pa.array([None], pa.int64()),
-                      "flag": pa.array([None], pa.bool_()), "price": pa.array([None], pa.float32())})  # fmt: skip
+                      "flag": pa.array([None], pa.bool_()), "price": pa.nulls(1, pa.float32())})  # fmt: skip
     np.testing.assert_array_equal(score(bundle, empty), score(bundle, np.full((1, 4), np.nan, np.float32)))
 
 
@@ -253,7 +252,7 @@ def _text(frame: pd.DataFrame) -> pd.DataFrame:
         ({"plan": plan(), "inputs": FEATURES[::-1]}, "gives .*'amount', 'count'"),
         ({"plan": plan(output_dtypes=("string", "int64", "bool", "float32"))}, "'amount' of service"),
         ({"metrics": {"auc": float("nan")}}, "metrics.auc"),
-        ({"facts": {"a": object()}}, "training.facts"),
+        ({"facts": {"a": object()}}, "facts.a"),
         ({"timestamp": "nope"}, "timestamp is 'nope'"),
         ({"timestamp": "amount"}, "expected a timestamp"),
         ({"table": 3}, "training_df is a int"),
@@ -282,11 +281,9 @@ def test_unsigned_beyond_int64_is_refused_by_name(saved):
         score(load_bundle(saved), table)
 
 
-def test_int64_is_rounded_once(saved):
+def test_int64_is_rounded_once():
     wide = 2**62 + 2**38 + 1  # through float64 it would round down
-    table = pa.table({"amount": [0.0], "count": [wide], "flag": [True], "price": [1.0]})
-    from penstock.models.rows import model_rows
-
+    table = pa.table({"count": [wide]})
     assert model_rows(table, ["count"])[0, 0] == np.array([wide]).astype(np.float32)[0]
 
 
@@ -316,13 +313,13 @@ def test_scores_unlike_the_library_are_not_published(frame, model, tmp_path, mon
         return out
 
     monkeypatch.setattr(library, "margins", off)
-    with pytest.raises(InvalidArgumentError, match="our margin of training row 3 is .* not published"):
+    with pytest.raises(InvalidArgumentError, match=r"our margin of training row 3 is .* not published"):
         save_bundle(model, frame, name="m", directory=tmp_path, label="label")
     assert names_in(tmp_path / "m") == []
 
 
 def test_rows_that_the_library_cannot_score_are_refused(frame, models, tmp_path):
-    with pytest.raises(InvalidArgumentError, match="cannot score training_df.*NaN"):
+    with pytest.raises(InvalidArgumentError, match=r"cannot score training_df.*NaN"):
         save_bundle(models["gbc"][0], frame, name="m", directory=tmp_path, label="label")
 
 

@@ -348,7 +348,7 @@ def test_an_all_missing_column_alerts_by_its_missing_share():
     assert item.state == "alert"
     assert item.missing == 1.0
     assert item.ks_low is None
-    assert "missing share is 1" in item.reason
+    assert "missing share moved 1, from 0 to 1" in item.reason
 
 
 def test_a_column_missing_from_the_reference_too_is_ok():

@@ -195,6 +195,9 @@ class FakeEngine:
             return {"columns": {"big": "x" * int(params[0])}}
         return {"method": method}
 
+    def health(self) -> dict[str, Any]:
+        return {"ready": self.ready, "models": {"echo": "1"}}
+
     def drain(self) -> None:
         self.ready = False
         self.core.draining = True

@@ -99,7 +99,7 @@ def test_predict_and_the_other_methods(serve):
         with pytest.raises(InvalidArgumentError, match="model is 'echo'"):
             client.promote("echo", 2)
         with pytest.raises(InternalError, match="no reference"):
-            client.drift()
+            client.drift("echo", 60, 5)
     assert [call[:2] for call in running.engine.calls[3:]] == [
         ("label", [[1, 2], [0, 1]]),
         ("push", ["trips", {"id": [1]}]),
@@ -108,7 +108,7 @@ def test_predict_and_the_other_methods(serve):
         ("apply", []),
         ("rollback", ["echo"]),
         ("promote", ["echo", "2"]),
-        ("drift", []),
+        ("drift", ["echo", 60, 5]),
     ]
 
 
@@ -529,6 +529,7 @@ def test_retry_rules():
 
     busy = ResourceExhaustedError("x", retry_after_ms=500)
     assert 0.5 <= pause(busy) <= 0.51
+    assert 0 <= pause(UnavailableError("x")) <= 0.01
     assert pause(busy, deadline=10.4) is None
     assert pause(busy, retries=0) is None
     assert pause(busy, idempotent=False) is None

@@ -215,7 +215,7 @@ def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
         assert error is None
         replies[msgid] = result
     assert replies[4]["server"]["admin_calls_outstanding"] == 2
-    assert replies[5] == {"ready": True, "state": "serving", "penstock": replies[5]["penstock"]}
+    assert replies[5] == {"ready": True, "state": "serving", "models": {"echo": "1"}}
     peer.send([0, 6, "push", ["open", {}]])
     assert sorted(peer.read()[1] for _ in range(3)) == [1, 2, 6]
 
@@ -271,6 +271,15 @@ def test_reply_above_the_output_limit_is_an_error(serve, connect):
     assert (error["code"], "bytes" in error["message"]) == ("RESOURCE_EXHAUSTED", True)
 
 
+def test_health_that_fails_is_an_error_reply(serve, connect, monkeypatch):
+    running = serve()
+    monkeypatch.setattr(running.engine, "health", lambda: {"bad": object()})
+    peer = connect(running.address)
+    peer.send([0, 1, "health", []], [0, 2, "models", []])
+    assert peer.read()[2]["code"] == "INTERNAL"
+    assert peer.read()[2] is None
+
+
 def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(spawn, connect):
     spawned = spawn()
     peer, idle = connect(spawned.addresses[0]), connect(spawned.addresses[0])
@@ -291,7 +300,51 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(spawn, connec
     assert peer.read() == [1, 1, None, {"scores": [7.0], "version": "1", "request_ids": [0]}]
     assert peer.read() is None
     assert idle.read() is None
+    peer.close()
+    idle.close()
     assert spawned.wait() == (0, "")
+
+
+def test_shutdown_says_goaway_to_idle_connections_and_hangs_up(serve, connect):
+    running = serve()
+    peers = [connect(running.address) for _ in range(5)]
+    for peer in peers:
+        peer.send([0, 1, "health", []])
+        assert peer.read()[2] is None
+    running.begin_stop()
+    for peer in peers:
+        assert peer.read() == [2, "goaway", [30_000]]
+        assert peer.read() is None
+        peer.close()
+    assert running.stop() is True
+
+
+def test_shutdown_does_not_wait_for_a_peer_that_never_hangs_up(serve, connect):
+    running = serve()
+    peer = connect(running.address)
+    peer.send([0, 1, "health", []])
+    assert running.stop() is True
+    assert [peer.read()[0] for _ in range(2)] == [1, 2]
+
+
+def test_accepts_again_after_it_ran_out_of_files(spawn, connect):
+    spawned = spawn()
+    address = spawned.addresses[0]
+    first = connect(address)
+    first.send(_predict(1, "echo", 1))
+    assert first.read()[2] is None
+    pid = spawned.process.pid
+    used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 2, hard))
+    crowd = [connect(address) for _ in range(8)]
+    first.send(_predict(2, "echo", 2))
+    assert first.read()[3]["scores"] == [2.0]
+    for peer in crowd:
+        peer.close()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    with Client(address) as client:
+        assert client.predict("echo", {"id": 3}).scores.tolist() == [3.0]
 
 
 def test_second_signal_exits_at_once(spawn, connect):
