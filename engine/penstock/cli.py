@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import penstock
+from penstock import cli_features
 
 app = typer.Typer(
     name="penstock",
@@ -56,6 +57,9 @@ def check(
         typer.echo(f"{path}: ok")
     if faults:
         raise typer.Exit(1)
+
+
+cli_features.register(app)
 
 
 def main() -> None:

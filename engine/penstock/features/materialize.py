@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from penstock.errors import InvalidArgumentError
-from penstock.features.compute import ViewComputer
+from penstock.features.live import LiveView
 from penstock.features.online import OnlineStore, ViewHeader
 from penstock.features.times import iso
 
@@ -26,25 +26,6 @@ Progress = Callable[[str, int, int], None]
 """Called with a view, and the rows written and to write."""
 
 _CHUNK = 65_536
-
-
-@dataclass(frozen=True)
-class LiveView:
-    """A view as one reading of its source gives it.
-
-    Attributes:
-        computer: its rows at any time.
-        tag: stamp of the source when it was read.
-        number: the view's number in the online store.
-    """
-
-    computer: ViewComputer
-    tag: str
-    number: int
-
-    @property
-    def row_words(self) -> int:
-        return self.computer.row_schema.row_words
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ of other processes), and the memory map grows only while no transaction of this 
 a file that was cut short kills the process. For the same reason the file is kept as long as the map (the rest
 is a hole that takes no disk), so that its length never depends on which pages LMDB chose to write.
 
-A row's key is the view number and the key's hi and lo words, big-endian; its value is the row's meta, 4 int64,
-and its words, little-endian. Number 0 holds what describes the store: its identity, and each view's header. A
-view's rows count only for a reader that names the same tag as the header: the state of the source they came
-from.
+A row's key is the view number and the key's hi and lo words, big-endian; its value is the row's meta, 4
+int64, and its words, little-endian. Number 0 holds what describes the store: its identity, and the header of
+each view. A view's rows count only for a reader that names the same tag as the header: the state of the
+source that they came from.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 import numpy as np
 
+from penstock import diskio
 from penstock.errors import StoreError
-from penstock.features.registry import sync_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -218,11 +218,11 @@ def _create(path: Path) -> None:
     """Make an empty store, whole or absent: a file without its meta pages would look cut short."""
     scratch = path / f".new-{os.getpid()}-{threading.get_ident()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        diskio.make_folders(path)
         lmdb.open(str(scratch), map_size=_FIRST_MAP).close()
         with contextlib.suppress(FileExistsError):  # another process was first
             os.link(scratch / "data.mdb", path / "data.mdb")
-        sync_folder(path)
+        diskio.sync_folder(path)
     except (lmdb.Error, OSError) as error:
         raise StoreError(f"online store '{path}' cannot be made: {error}") from error
     finally:
@@ -442,13 +442,13 @@ def _range(txn: lmdb.Transaction, view: int, after: bytes | None = None) -> Iter
         if there and after is not None and cursor.key() == after:
             there = cursor.next()
         while there and cursor.key()[:4] == prefix:
-            yield cursor.item()
+            yield bytes(cursor.key()), bytes(cursor.value())
             there = cursor.next()
 
 
 def _header(txn: lmdb.Transaction, view: int) -> ViewHeader | None:
     found = txn.get(struct.pack(">II", 0, view))
-    return None if found is None else ViewHeader(**json.loads(found))
+    return None if found is None else ViewHeader(**json.loads(bytes(found)))
 
 
 def _put_header(txn: lmdb.Transaction, view: int, header: ViewHeader) -> None:

@@ -1,9 +1,9 @@
 """What the feature definitions alone cannot tell, kept on disk: key seed, dictionaries, fits, view numbers.
 
-The registry is a folder of numbered versions. A version is one JSON file with a checksum, written to a
-temporary file, synced and renamed, so it is whole or absent; the greatest number counts and a few older ones
-are kept. Fitted distributions lie beside it in files named after their content. Every change reads the newest
-version under a lock file, so several processes may share a registry. A `Registry` may be used from any thread.
+The registry is a folder of numbered versions. A version is one JSON file with a checksum, written so that it
+is whole or absent; the greatest number counts and a few older ones are kept. Fitted distributions lie beside
+it in files named after their content. Every change reads the newest version under a lock file, so several
+processes may share a registry. Any thread may use a `Registry`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penstock import diskio
 from penstock.errors import StoreError
 from penstock.features.program import Distribution
 
@@ -77,7 +77,7 @@ class Registry:
         self._fitted: dict[str, Distribution] = {}
         self.version = 0
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            diskio.make_folders(path)
         except OSError as error:
             raise StoreError(f"registry '{path}' cannot be made: {error}") from error
         if not self._versions():
@@ -239,26 +239,10 @@ class Registry:
 
     def _write_file(self, name: str, content: bytes) -> None:
         target = self.path / name
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            sync_folder(self.path)
+            diskio.write_file(target, content)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise StoreError(f"registry file '{target}' cannot be written: {error}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _replace(state: RegistryState, **changes: Any) -> RegistryState:

@@ -20,26 +20,22 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.errors import (
-    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    UnavailableError,
 )
 from penstock.features import materialize as writing
 from penstock.features import offline, retrieval
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.definitions import FeatureService, FeatureView, RequestSource
-from penstock.features.expressions import Expr, columns_read
-from penstock.features.fit import fit_key, fit_view, rank_arguments
+from penstock.features.fit import rank_arguments
 from penstock.features.index import entity_keys
-from penstock.features.materialize import LiveView, MaterializeReport, Progress
+from penstock.features.live import LiveView, LiveViews
+from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.plan import ServicePlan, compile_plan
-from penstock.features.program import Distribution
 from penstock.features.registry import Registry, RegistryState
 from penstock.features.repo import load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
-from penstock.features.sources import SourceTable, read_source, source_stamp
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -96,9 +92,8 @@ class FeatureStore:
         self._online = OnlineStore(
             self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
         )
-        self._changing = threading.RLock()  # one thread reads sources or swaps views
+        self._live = LiveViews(self._repo, self._registry)
         self._writing = threading.Lock()  # one materialisation
-        self._live: dict[str, LiveView] = {}  # replaced, never changed in place
         self._plans: dict[Any, ServicePlan] = {}
 
     def __enter__(self) -> FeatureStore:
@@ -130,26 +125,17 @@ class FeatureStore:
         Raises:
             DefinitionError, InvalidArgumentError: a view or service does not fit its sources.
         """
-        with self._changing, self._writing:
-            tables = {name: self._read(view) for name, view in self.views.items()}
-            fits = {n: fit_view(v, tables[n][0], self._repo.fit_until_us) for n, v in self.views.items()}
-            computers = {
-                name: ViewComputer(view, tables[name][0], self.key_seed, fits[name])
-                for name, view in self.views.items()
-            }
+        with self._writing, self._live.locked():
+            fresh = self._live.rebuild()
+            computers = {name: reading.computer for name, reading in fresh.items()}
             for service in self.services.values():
                 _compile(service.name, service.features, self.views, computers, service.request, service)
-            named = {
-                fit_key(self.views[name], argument): distribution
-                for name, fitted in fits.items()
-                for argument, distribution in fitted.items()
-            }
-            self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
+            self._live.adopt(fresh)
+            self._registry.reload()
             changes = self._changes(self._registry.state)
-            live = {name: self._number(computers[name], tables[name][1]) for name in computers}
             self._registry.record_applied(*self._declared())
-            self._live, self._plans = live, {}
-            numbers = {view.number for view in live.values()}
+            self._plans = {}
+            numbers = self._live.numbers()
             for number in self._online.headers():
                 if number not in numbers:
                     self._online.delete_view(number)
@@ -217,7 +203,7 @@ class FeatureStore:
 
     def computer(self, view: str) -> ViewComputer:
         """The view's computer over the newest reading of its source."""
-        return self._view(view).computer
+        return self._live.view(view).computer
 
     def refresh(self) -> bool:
         """Read the sources again that have changed since they were read.
@@ -231,84 +217,10 @@ class FeatureStore:
             FailedPreconditionError: a column has another type now; open the store again.
             InvalidArgumentError: a source is missing or corrupt. The store keeps what it has.
         """
-        with self._changing:
-            fresh = {}
-            for name, live in self._live.items():
-                if self._stamp(self.views[name]) != live.tag:
-                    fresh[name] = self._build(self.views[name])
-                    _same_layout(live.computer, fresh[name].computer)
-            if fresh:
-                self._live, self._plans = {**self._live, **fresh}, {}
-            return bool(fresh)
-
-    def _view(self, name: str) -> LiveView:
-        live = self._live.get(name)
-        if live is not None:
-            return live
-        if name not in self.views:
-            known = ", ".join(sorted(self.views)) or "none"
-            raise NotFoundError(f"view '{name}' is unknown; the views are {known}")
-        with self._changing:
-            if name not in self._live:
-                self._live = {**self._live, name: self._build(self.views[name])}
-            return self._live[name]
-
-    def _build(self, view: FeatureView) -> LiveView:
-        table, tag = self._read(view)
-        fitted = self._fitted(view)
-        if fitted is None:
-            made = fit_view(view, table, self._repo.fit_until_us)
-            named = {fit_key(view, argument): distribution for argument, distribution in made.items()}
-            self._registry.record_fits(named, self._repo.fit_until_us, refit=False)
-            fitted = self._fitted(view) or made
-        return self._number(ViewComputer(view, table, self.key_seed, fitted), tag)
-
-    def _fitted(self, view: FeatureView) -> dict[str, Distribution] | None:
-        """The recorded distributions of a view; None if one is not recorded."""
-        found: dict[str, Distribution] = {}
-        for argument in rank_arguments(view):
-            distribution = self._registry.distribution(fit_key(view, argument))
-            if distribution is None:
-                return None
-            found[argument] = distribution
-        return found
-
-    def _stamp(self, view: FeatureView) -> str:
-        try:
-            return source_stamp(view.source, self._repo.path)
-        except OSError as error:
-            raise UnavailableError(f"source '{view.source.path}' cannot be read: {error}") from error
-
-    def _read(self, view: FeatureView) -> tuple[SourceTable, str]:
-        """The view's source and its stamp. The codes of its stored strings are in the registry then."""
-        source, stored = view.source, view.stored
-        values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
-        columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
-        plain = [c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"]
-        for _ in range(_READ_TRIES):
-            stamp = self._stamp(view)
-            known = self._registry.state.dictionaries.get(source.path, {})
-            given = {name: texts for name, texts in known.items() if name in plain}
-            table = read_source(source, self._repo.path, given, columns)
-            if self._stamp(view) != stamp:
-                continue
-            grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
-            if self._registry.extend_dictionaries(source.path, grown):
-                return table, stamp
-        raise UnavailableError(f"source '{source.path}' changes while it is read")
-
-    def _number(self, computer: ViewComputer, tag: str) -> LiveView:
-        """Rows get a new number whenever their layout or meaning changes, so old ones are never read."""
-        view = computer.view
-        fits = [self._registry.state.fits.get(fit_key(view, a)) for a in rank_arguments(view)]
-        parts = [
-            view.fingerprint(),
-            computer.schema,
-            list(computer.join_dtypes),
-            [None if fit is None else fit.sha256 for fit in fits],
-        ]
-        identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return LiveView(computer, tag, self._registry.view_id(identity))
+        changed = self._live.refresh()
+        if changed:
+            self._plans = {}
+        return changed
 
     # Retrieval
 
@@ -367,7 +279,7 @@ class FeatureStore:
         Raises:
             StoreError: the online store failed.
         """
-        return self._load(self._view(view), keys, now_us)
+        return self._load(self._live.view(view), keys, now_us)
 
     def _load(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
@@ -416,7 +328,7 @@ class FeatureStore:
         statuses: dict[str, NDArray[np.uint8]] = {}
         event_time = np.empty((n, len(plan.views)), np.int64)
         for at, (view, positions) in enumerate(zip(plan.views, plan.view_keys)):
-            live = self._view(view.name)
+            live = self._live.view(view.name)
             computer = live.computer
             words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
             rows, meta = self._load(live, words, times)
@@ -486,13 +398,13 @@ class FeatureStore:
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
-            live = {name: self._view(name) for name in names}
+            live = {name: self._live.view(name) for name in names}
             keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self._online.stamp())
 
     def cursor(self, view: str) -> int | None:
         """Time up to which a view is materialised, microseconds UTC; None if it is not."""
-        live = self._view(view)
+        live = self._live.view(view)
         header = self._online.header(live.number)
         return header.cursor_us if header is not None and header.tag == live.tag else None
 
@@ -527,15 +439,3 @@ def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]
         if before.get(name) != fingerprint:
             found[name] = "changed" if name in before else "added"
     return dict(sorted(found.items()))
-
-
-def _same_layout(old: ViewComputer, new: ViewComputer) -> None:
-    for what, before, after in (
-        ("stored columns", old.schema, new.schema),
-        ("join keys", old.join_dtypes, new.join_dtypes),
-    ):
-        if before != after:
-            raise FailedPreconditionError(
-                f"view '{old.view.name}': the source has changed the types of its {what} "
-                f"from {before} to {after}; open the store again"
-            )
