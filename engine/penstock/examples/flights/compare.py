@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from penstock.examples.flights.train import ENTITIES, MODEL, SERVICE
+from penstock.examples.flights.train import ENTITIES, MODEL, SERVICE, join
 from penstock.models.rows import model_rows
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def compare(
     asked: dict[str, Any] = {name: flights[name].take(at[ids.astype(np.int64)]) for name in ENTITIES}
     asked["event_timestamp"] = pa.array(now_us, pa.timestamp("us", tz="UTC"))
     names = store.service_plan(SERVICE).output_names
-    service = store.services[SERVICE]
-    joined = store.get_historical_features(pa.table(asked), features=service).to_arrow()
-    wrong = different(np.ascontiguousarray(rows, np.float32), model_rows(joined, names))
+    wrong = different(rows, model_rows(join(store, pa.table(asked)), names))
     return Comparison(
         len(rows),
         int(wrong.any(axis=1).sum()),

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,6 @@ async def _replay(
         with Progress(*columns, console=console) as progress:
             for title, span in (("late May", scenario.live), ("July", scenario.july)):
                 task = progress.add_task(f"replay of {title}", total=span.of(flights).num_rows)
-                await replay.run(flights, span, lambda n, task=task: progress.advance(task, n))
+                await replay.run(flights, span, partial(progress.advance, task))
                 snapshots.append(Snapshot(await replay.client.stats(), await replay.client.drift()))
     return replay.tally, snapshots[0], snapshots[1]

@@ -111,7 +111,7 @@ def _labelled(flights: pa.Table) -> pa.Table:
 def join(store: FeatureStore, flights: pa.Table) -> pa.Table:
     """The service's features of each flight at its time, by the historical join; the order is kept."""
     entity_table = flights.select([*ENTITIES, "event_timestamp"])
-    return store.get_historical_features(entity_table, features=store.services[SERVICE]).to_arrow()
+    return store.get_historical_features(entity_table, features=SERVICE).to_arrow()
 
 
 def train(
