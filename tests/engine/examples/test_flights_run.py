@@ -111,18 +111,17 @@ def result(**changes: Any) -> Result:
     model = {
         "latency": {"p50_ns": 1_500_000, "p99_ns": 9_000_000},
         "batches": {1: 6, 4: 1},
-        "rows": {"submitted": 8},
-        "performance": {"auc": 0.8},
+        "performance": {"auc": 0.8, "auc_error_bound": 0.001},
     }
     stats = {
         "models": {MODEL: model},
-        "caches": {"weather": {"hits": 10, "misses": 1, "expired": 1, "busy": 0}},
+        "caches": {"weather": {"hits": 6, "misses": 1, "expired": 1, "busy": 0}},
     }
     given: dict[str, Any] = {
         "trained": SimpleNamespace(holdout_auc=0.78, train_rows=1000, holdout_rows=100),
         "tally": Tally(requests=10, ok=10, labels=9, matched=9, serving_s=2.0, waits_ms=[1.0, 3.0]),
-        "live": Snapshot(stats, {MODEL: {"drift": report}}),
-        "july": Snapshot(stats, {MODEL: {"drift": report}}),
+        "live": Snapshot(stats, {MODEL: {"drift": report}}, 0.8005),
+        "july": Snapshot(stats, {MODEL: {"drift": report}}, 0.8005),
         "comparison": Comparison(10, 0),
         "never_labelled": 9430,
         "server_exit": 0,
@@ -153,6 +152,16 @@ def test_the_figures_have_the_promised_names() -> None:
 def test_a_run_with_a_fault_says_which(changes: dict[str, Any], told: str) -> None:
     assert not faults(result())
     assert told in " ".join(faults(result(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("counted", "exact", "told"), [(0.79, 0.8, "of its replies 0.8000"), (0.91, 0.91, "not yet known")]
+)
+def test_an_auc_that_is_wrong_or_too_good_is_a_fault(counted: float, exact: float, told: str) -> None:
+    given = result()
+    given.live.stats["models"][MODEL]["performance"]["auc"] = counted
+    live = Snapshot(given.live.stats, given.live.drift, exact)
+    assert told in " ".join(faults(result(live=live)))
 
 
 def test_a_july_without_drift_of_temperature_is_a_fault() -> None:

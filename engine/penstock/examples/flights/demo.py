@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import (
@@ -32,7 +34,7 @@ from penstock.examples.flights import data
 from penstock.examples.flights.compare import Comparison, compare_log
 from penstock.examples.flights.replay import Replay, Tally
 from penstock.examples.flights.server import ServerProcess, serve_command, write_config
-from penstock.examples.flights.train import Span, Trained, train
+from penstock.examples.flights.train import Span, Trained, auc, train
 from penstock.features.store import FeatureStore
 
 _MARK = ".penstock-demo"  # a folder that has it may be cleared
@@ -55,10 +57,14 @@ SHORT = Scenario(Span.days(2, 1, 5, 1), _HOLDOUT, Span.days(5, 16, 5, 19), Span.
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The server's own account after a replay: the results of `stats` and `drift`."""
+    """The server's own account after a replay: the results of `stats` and `drift`.
+
+    It counts its AUC from the labels that it was sent; `auc` is the exact one of the scores that came back.
+    """
 
     stats: dict[str, Any]
     drift: dict[str, Any]
+    auc: float
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
 
 
 async def _replay(
-    address: str, flights: Any, scenario: Scenario, console: Console
+    address: str, flights: pa.Table, scenario: Scenario, console: Console
 ) -> tuple[Tally, Snapshot, Snapshot]:
     columns = (
         SpinnerColumn(),
@@ -154,6 +160,16 @@ async def _replay(
         with Progress(*columns, console=console) as progress:
             for title, span in (("late May", scenario.live), ("July", scenario.july)):
                 task = progress.add_task(f"replay of {title}", total=span.of(flights).num_rows)
+                before = len(replay.tally.rows)
                 await replay.run(flights, span, partial(progress.advance, task))
-                snapshots.append(Snapshot(await replay.client.stats(), await replay.client.drift()))
+                exact = _auc_of_replies(flights, replay.tally, before)
+                snapshots.append(Snapshot(await replay.client.stats(), await replay.client.drift(), exact))
     return replay.tally, snapshots[0], snapshots[1]
+
+
+def _auc_of_replies(flights: pa.Table, tally: Tally, first: int) -> float:
+    """AUC of the replies from `first` on, over the flights that landed."""
+    order = np.argsort(flights["row"].to_numpy())
+    late = flights["late"].fill_null(-1).to_numpy()[order][tally.rows[first:]]
+    scores = np.array(tally.scores[first:])
+    return auc(late[late >= 0], scores[late >= 0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, UnavailableError
 from penstock.examples.flights.data import HOUR_US
 from penstock.examples.flights.train import ENTITIES, MODEL, Span
 from penstock.serving.async_client import AsyncClient
@@ -33,7 +33,7 @@ _TIMEOUT_S = 60.0  # far beyond any deadline: a server that hangs ends the run
 
 @dataclass
 class Tally:
-    """What came back. `rows`, `now` and `scores` are of the flights answered, `waits_ms` of all of them."""
+    """What came back. `rows` and `scores` are of the flights answered, in one order; `waits_ms` is of all."""
 
     requests: int = 0
     ok: int = 0
@@ -71,6 +71,13 @@ class _Labels:
         part = slice(self._next, end)
         self._next = max(end, self._next)
         return self._rows[part].tolist(), self._late[part].tolist(), self._known[part].tolist()
+
+
+async def _within(work: Awaitable[Any], what: str) -> None:
+    try:
+        await asyncio.wait_for(work, _TIMEOUT_S)
+    except TimeoutError:
+        raise UnavailableError(f"{what}: the server gave no answer in {_TIMEOUT_S:g} s") from None
 
 
 class Replay:
@@ -117,7 +124,7 @@ class Replay:
     async def _ask(self, entities: list[dict[str, Any]], rows: list[int], now: list[int]) -> None:
         begun = time.perf_counter()
         asked = [self._predict(*each) for each in zip(entities, rows, now, strict=True)]
-        await asyncio.wait_for(asyncio.gather(*asked), _TIMEOUT_S)
+        await _within(asyncio.gather(*asked), "predictions")
         self.tally.serving_s += time.perf_counter() - begun
 
     async def _predict(self, entity: dict[str, Any], row: int, now: int) -> None:
@@ -135,7 +142,7 @@ class Replay:
         tally.waits_ms.append((time.perf_counter() - sent) * 1e3)
 
     async def _materialize(self, end_us: int) -> None:
-        await asyncio.wait_for(self.client.materialize(end_us), _TIMEOUT_S)
+        await _within(self.client.materialize(end_us), "materialize")
 
     async def _label(self, labels: _Labels, now_us: int) -> None:
         ids, values, times = labels.until(now_us)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.examples.flights.demo import Result, Snapshot
-from penstock.examples.flights.train import MODEL
+from penstock.examples.flights.train import LEAK_AUC, MODEL
 
 _WORST_FIRST = ("alert", "warn", "ok", "insufficient")
 
@@ -35,16 +35,15 @@ def mean_batch(snapshot: Snapshot) -> float:
 
 
 def hit_rates(snapshot: Snapshot) -> dict[str, float]:
-    """Share of the rows asked for whose features the cache held, by view.
+    """Share of reads that the feature cache answered, by view.
 
-    The cache's own hits are no measure: a row that waits for a load reads every view once more.
+    A flight that waits for a load reads every view once more, and one slot holds one time's row of a key.
     """
-    rows = max(1, _model(snapshot)["rows"]["submitted"])
-    failed = {
-        view: sum(counts[what] for what in ("misses", "expired", "busy"))
-        for view, counts in snapshot.stats["caches"].items()
-    }
-    return {view: max(0.0, 1.0 - n / rows) for view, n in failed.items()}
+    rates = {}
+    for view, counts in snapshot.stats["caches"].items():
+        reads = sum(counts[what] for what in ("hits", "misses", "expired", "busy"))
+        rates[view] = counts["hits"] / reads if reads else float("nan")
+    return rates
 
 
 def figures(result: Result) -> dict[str, Any]:
@@ -86,6 +85,14 @@ def faults(result: Result) -> list[str]:
         found.append(f"{result.comparison.differing} served rows differ from the historical join: {names}")
     if tally.matched != tally.labels:
         found.append(f"{tally.matched} of {tally.labels} labels found their prediction")
+    for name, snapshot in (("late May", result.live), ("July", result.july)):
+        counted, bound = live_auc(snapshot), float(_model(snapshot)["performance"]["auc_error_bound"])
+        if not abs(counted - snapshot.auc) <= bound + 1e-9:
+            found.append(
+                f"the server's AUC of {name} is {counted:.4f}, that of its replies {snapshot.auc:.4f}"
+            )
+        if counted > LEAK_AUC:
+            found.append(f"the AUC of {name} is {counted:.4f}: a feature knows what was not yet known")
     if "temperature" not in drifted(result.july):
         found.append("the temperature of July shows no drift")
     if result.server_exit:
@@ -122,7 +129,7 @@ def _summary(result: Result) -> Table:
 def _caches(result: Result) -> Table:
     table = Table(title="Feature cache")
     table.add_column("view")
-    table.add_column("hit rate", justify="right")
+    table.add_column("reads answered", justify="right")
     for view, rate in hit_rates(result.july).items():
         table.add_row(view, f"{rate:.1%}")
     return table
