@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import penstock
-from penstock import cli_features
+from penstock import cli_demo, cli_features, cli_models, cli_serving
 
 app = typer.Typer(
     name="penstock",
@@ -57,9 +57,6 @@ def check(
         typer.echo(f"{path}: ok")
     if faults:
         raise typer.Exit(1)
-
-
-cli_features.register(app)
 
 
 cli_features.register(app)
