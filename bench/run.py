@@ -1,4 +1,4 @@
-"""Run every benchmark, one process each, then write README's tables. What fails is named; the rest goes on."""
+"""Run every benchmark in its own process, then write README's tables.."""
 
 from __future__ import annotations
 
