@@ -93,7 +93,7 @@ class Engine:
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
-        self.live = LiveModels(config, self.core, self.store, self.served_log)
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
         for name, model in self._configured().items():
             self.live.publish(self.live.load(self._bundle(name, model)))
         self._replay_logs()
@@ -325,6 +325,9 @@ class Engine:
             if label not in (0, 1):
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
+        for row, stamp in enumerate(stamps):
+            if not -(1 << 63) <= stamp < 1 << 63:
+                raise InvalidArgumentError(f"times[{row}] is {stamp}; expected int64 microseconds UTC")
         if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
