@@ -1,4 +1,4 @@
-"""The feature registry: what is recorded is there again, whole, in every process, or the error says why not."""
+"""The feature registry: what is recorded is there again, whole, in every process, or an error says why."""
 
 from __future__ import annotations
 

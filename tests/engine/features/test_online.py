@@ -122,7 +122,7 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = OnlineStore(tmp_path, IDENTITY)
     keys = keys_of(*range(5000))
     put(store, 1, keys)
-    rows, meta, found = store.get_many(1, "t", keys, WORDS)
+    rows, _, found = store.get_many(1, "t", keys, WORDS)
     assert found.all()
     assert (rows == rows_of(keys)[0]).all()
     assert (tmp_path / "data.mdb").stat().st_size > 1 << 17
