@@ -21,25 +21,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Absent, Case, build_native, import_peer, interleave, machine, rows_of, summary, write
+from forest import FEATURES, LEAVES, ROWS, TREES, train
 
 from penstock import _core
 from penstock.models.trees import from_lightgbm
 
-TREES, LEAVES, FEATURES = 200, 31, 32
-ROWS = 4096
 BATCHES = (1, 64)
 LEVELS = ("portable", "AVX2", "AVX-512")
 Score = Callable[[np.ndarray], np.ndarray]
-
-
-def train() -> tuple[Any, np.ndarray]:
-    lightgbm = import_peer("lightgbm")
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((20_000, FEATURES), np.float32)
-    y = (x[:, 0] + x[:, 1] * x[:, 2] + 0.5 * np.sin(3 * x[:, 3:12]).sum(1) + rng.standard_normal(20_000)) > 0
-    parameters = {"objective": "binary", "num_leaves": LEAVES, "verbose": -1, "num_threads": 1, "seed": 0}
-    booster = lightgbm.train(parameters, lightgbm.Dataset(x, y), num_boost_round=TREES)
-    return booster, rng.standard_normal((ROWS, FEATURES), np.float32)
 
 
 def lightgbm_single(booster: Any) -> Score:
@@ -130,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     facts = machine()
     absent: list[str] = []
-    booster, rows = train()
+    booster, _, rows = train()
     expected = np.asarray(booster.predict(rows, num_threads=1))
     trees = from_lightgbm(booster)
     ensemble = _core.TreeEnsemble(trees)

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from penstock import _core
-from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
-from penstock.errors import BundleError, NotFoundError
+from penstock.errors import BundleError, NotFoundError, PenstockError
 from penstock.features.plan import ServicePlan
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import ModelBundle
@@ -42,8 +41,8 @@ class LiveModel:
     newest_us: int | None = None  # request time of the newest row served
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
-    def drain(self, mono_us: int) -> None:
-        """Take every row served so far into the monitors and the log, at monotonic `mono_us`. Any thread."""
+    def drain(self) -> None:
+        """Take every row served so far into the monitors and the log. Any thread."""
         with self._draining:
             while True:
                 ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
@@ -66,7 +65,6 @@ class LiveModel:
                     rows,
                     first,
                     status,
-                    at_us=mono_us,
                 )
 
     def entities(self) -> list[str]:
@@ -99,10 +97,8 @@ class LiveModels:
         core: _core.ServingCore,
         store: FeatureStore | None,
         log: ServedLog,
-        clock: SystemClock,
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
-        self._clock = clock
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -184,12 +180,28 @@ class LiveModels:
         self.previous[name] = before
         if stale is not None and stale is not model:
             stale.served.stop()
-            stale.drain(self._clock.mono_ns() // 1000)
+            stale.drain()
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
         previous = self.previous.get(name)
         return previous if previous is not None and previous.bundle.version == version else None
+
+    def retire_strangers(self) -> list[str]:
+        """Stop serving the models whose features the store no longer defines as they were trained; names."""
+        found = []
+        for name, model in list(self.live.items()):
+            try:
+                self._plan(model.bundle)
+            except PenstockError:
+                self._core.retire(name)
+                self.live.pop(name)
+                for version in (model, self.previous.pop(name, None)):
+                    if version is not None:
+                        version.served.stop()
+                        version.drain()
+                found.append(name)
+        return found
 
     def clear_caches(self) -> None:
         for cache in self.caches.values():
@@ -199,7 +211,7 @@ class LiveModels:
         """Stop every version and take in its last rows."""
         for model in self.all():
             model.served.stop()
-            model.drain(self._clock.mono_ns() // 1000)
+            model.drain()
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:

