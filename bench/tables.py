@@ -1,4 +1,4 @@
-"""Write README's benchmark tables, between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, from results/."""
+"""Write README's benchmark tables, between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, by results/."""
 
 from __future__ import annotations
 
