@@ -72,7 +72,7 @@ void run(const BitvectorPlan& plan, uint32_t n_features, uint32_t n_trees, const
         const __m512i mask = _mm512_load_si512(from + i);
         const __m512i lowest = _mm512_and_si512(mask, _mm512_sub_epi64(_mm512_setzero_si512(), mask));
         const __m512i leaf = _mm512_sub_epi64(_mm512_set1_epi64(63), _mm512_lzcnt_epi64(lowest));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * i), _mm512_cvtepi64_epi32(leaf));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * i), _mm512_maskz_cvtepi64_epi32(0xff, leaf));
       }
     }
   }
