@@ -3,21 +3,39 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
 
-.PHONY: build test test-long bench lint format clean
+.PHONY: build demo test test-long bench lint format gpu clean
 
 build: $(STAMP)
 
-$(STAMP): pyproject.toml CMakeLists.txt $(shell git ls-files csrc)
+NATIVE := pyproject.toml CMakeLists.txt $(shell git ls-files csrc)
+PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check
+
+# Says what the machine lacks, then makes the environment that builds.
+define prepare
 	@command -v g++ >/dev/null || { echo "g++ is missing: apt-get install g++"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" || { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=1.0" "pybind11>=3.1" "cmake>=3.22" ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
-	@touch $(STAMP)
+	$(PIP) "scikit-build-core>=1.0" "pybind11>=3.1" "cmake>=3.22" ninja
+endef
+
+$(STAMP): $(NATIVE)
+	$(prepare)
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $(STAMP) $(DEMO_STAMP)
+
+# The demo needs a part of what the tests need.
+$(DEMO_STAMP): $(NATIVE)
+	$(prepare)
+	$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $(DEMO_STAMP)
+
+demo: $(DEMO_STAMP)
+	$(BIN)/penstock demo
 
 test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not long" --cov --cov-report=term:skip-covered
@@ -42,5 +60,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# The kernels on an NVIDIA GPU: needs no build, only numpy, CuPy, Triton and pytest.
+gpu:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bench/gpu/run.sh
+
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-run .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Write README's benchmark tables, between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, by results/."""
+"""Write the benchmark tables between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, from results/."""
 
 from __future__ import annotations
 

@@ -75,6 +75,9 @@ class Lane {
   // succeeded.
   void finish(std::span<const Piece> pieces, int64_t started_ns, int64_t now_ns, bool ok);
 
+  // Learns the time of a run made outside the queue, such as a warm-up.
+  void record_run(size_t rows, int64_t elapsed_ns) { run_time_.record(rows, elapsed_ns); }
+
   // Ends every unanswered request whose deadline has come, running ones included: a hung model delays no
   // reply.
   void expire(int64_t now_ns);

@@ -213,7 +213,7 @@ void bind_cache(py::module_& m) {
         "Raises ValueError naming the column, row and value.");
   m.def("siphash128", &siphash128, py::arg("data"), py::arg("seed"),
         "SipHash-2-4 with 128-bit output of data under a 16-byte seed, as 16 bytes.");
-  py::class_<FeatureCache>(
+  py::class_<FeatureCache, py::smart_holder>(
       m, "FeatureCache",
       "Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.")
       .def(py::init(&make_cache), py::arg("capacity"), py::arg("row_words"), py::arg("ttl_ns") = 0,

@@ -11,10 +11,14 @@ import numpy
 import numpy.typing
 
 __all__: list[str] = [
+    "Connection",
     "FeatureCache",
     "FeatureProgram",
     "HistogramCounts",
+    "MissBatch",
     "RowSchema",
+    "ServedModel",
+    "ServingCore",
     "TreeEnsemble",
     "WireSession",
     "cpu_level",
@@ -294,6 +298,177 @@ class RowSchema:
         """
         64-bit words in a row.
         """
+
+class ServedModel:
+    """
+    One live version of a model: lane, executor thread, counters.
+    """
+    def _hold(self, held: bool) -> None:
+        """
+        For tests: while held, batches block on the executor as in a model that hangs.
+        """
+    def drain(self, n: typing.SupportsInt | typing.SupportsIndex = 65536) -> tuple:
+        """
+        Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
+        features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
+        One thread at a time.
+        """
+    def stats(self) -> dict:
+        """
+        Counters, batch sizes (rows: runs) and latency quantiles, by name.
+        """
+    def stop(self) -> None:
+        """
+        End what is unanswered as UNAVAILABLE and join the executor.
+        """
+    @property
+    def n_features(self) -> int: ...
+    @property
+    def n_outputs(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+
+class Connection:
+    """
+    One peer. Every call belongs to the loop thread.
+    """
+    def drop(self) -> None:
+        """
+        The peer is gone: its requests are cancelled.
+        """
+    def get_buffer(self, sizehint: typing.SupportsInt | typing.SupportsIndex = -1) -> memoryview:
+        """
+        Writable memoryview for the next read; valid until the next get_buffer. Empty: no room.
+        """
+    def goaway(self, grace_ms: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def output_sent(self) -> None:
+        """
+        The bytes of take_output are sent.
+        """
+    def received(self, n: typing.SupportsInt | typing.SupportsIndex) -> list:
+        """
+        n bytes were read into the last get_buffer: answers the predict calls in them and returns the
+        other requests as (msgid, method, params as MessagePack bytes).
+        """
+    def refuse(self, code: str, message: str) -> bool:
+        """
+        Append an error that answers no request (msgid nil).
+        """
+    def reply(self, msgid: typing.SupportsInt | typing.SupportsIndex, result: bytes) -> bool:
+        """
+        Answer with a MessagePack value. False: not in flight, or the output is full.
+        """
+    def reply_error(
+        self,
+        msgid: typing.SupportsInt | typing.SupportsIndex,
+        code: str,
+        message: str,
+        retryable: bool,
+        retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
+    ) -> bool: ...
+    def take_output(self) -> typing.Any:
+        """
+        Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def dropped_notifications(self) -> int: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def pending_output_bytes(self) -> int: ...
+
+class MissBatch:
+    """
+    Rows that parked requests lack.
+    """
+    @property
+    def views(self) -> list:
+        """
+        [(view, keys uint64 [n, 2], now_us int64 [n])], pairs distinct in a view.
+        """
+
+class ServingCore:
+    """
+    Live models, connections and the loader's queue.
+    """
+    def __init__(self) -> None: ...
+    def call(self, vectors: bool, params: bytes) -> tuple:
+        """
+        predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores
+        float64 [n, K], version, request_ids uint64 [n], status uint8 [n] | None, timings) or (code,
+        message, retry_after_ms | None).
+        """
+    def close(self) -> None: ...
+    def connection(
+        self,
+        max_message_bytes: typing.SupportsInt | typing.SupportsIndex,
+        max_depth: typing.SupportsInt | typing.SupportsIndex,
+        max_in_flight: typing.SupportsInt | typing.SupportsIndex,
+        max_output_bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> Connection: ...
+    def drain(self) -> None:
+        """
+        Refuse new predict calls from now on.
+        """
+    def expire(self) -> list[int]:
+        """
+        Answer what is due; ids of connections with output.
+        """
+    def fail_misses(self, misses: MissBatch, code: str, message: str) -> None: ...
+    def finish_misses(
+        self, misses: MissBatch, rows: list, stamp: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        rows: [(words uint64 [n, row_words], meta int64 [n, 4])], one pair for each of misses.views.
+        """
+    def live(self) -> list[ServedModel]:
+        """
+        The live models.
+        """
+    def load(
+        self,
+        name: str,
+        version: str,
+        trees: bytes,
+        plan: typing.Any = None,
+        *,
+        max_batch_rows: typing.SupportsInt | typing.SupportsIndex = 64,
+        max_latency_ms: typing.SupportsFloat | typing.SupportsIndex = 50.0,
+        guard_ms: typing.SupportsFloat | typing.SupportsIndex = 0.5,
+        inline_limit_us: typing.SupportsInt | typing.SupportsIndex = 200,
+        max_rows_per_request: typing.SupportsInt | typing.SupportsIndex = 4096,
+        max_requests: typing.SupportsInt | typing.SupportsIndex = 4096,
+        max_queued_rows: typing.SupportsInt | typing.SupportsIndex = 16384,
+        allow_replay: bool = False,
+        served_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+    ) -> ServedModel:
+        """
+        Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.
+        plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
+        fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
+        """
+    def next_deadline_ns(self) -> int: ...
+    def publish(self, model: ServedModel) -> ServedModel | None:
+        """
+        Make it the live version of its name; returns the one before it, still running, or None.
+        """
+    def retire(self, name: str) -> ServedModel | None: ...
+    def wait_misses(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> typing.Any:
+        """
+        A MissBatch, or None.
+        """
+    def wake(self) -> list[int]:
+        """
+        Encode replies of ended requests; ids of connections with output.
+        """
+    @property
+    def event_fd(self) -> int: ...
 
 def cpu_level() -> int:
     """

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import penstock
+from penstock import cli_demo, cli_features, cli_models, cli_serving
 
 app = typer.Typer(
     name="penstock",
@@ -56,6 +57,12 @@ def check(
         typer.echo(f"{path}: ok")
     if faults:
         raise typer.Exit(1)
+
+
+cli_features.register(app)
+cli_serving.register(app)
+app.add_typer(cli_models.app, name="models")
+cli_demo.register(app)
 
 
 def main() -> None:

@@ -104,12 +104,20 @@ class AutoscalingConfig(Section):
 
 
 class ServingConfig(Section):
-    """Batching. `max_latency_ms` in milliseconds, `inline_limit_us` in microseconds."""
+    """Batching.
+
+    `max_latency_ms` is the limit of each request; `guard_ms` of it are kept to encode and write the reply.
+    `inline_limit_us`: a shorter predicted run starts on the thread that read the request. `max_requests` and
+    `max_queued_rows` bound each model's lane.
+    """
 
     max_batch_size: int = Field(default=64, ge=1, le=64)
     max_latency_ms: Milliseconds = Field(default=50.0, gt=0, le=60_000)
     max_rows_per_request: int = Field(default=4096, ge=1)
     inline_limit_us: Microseconds = Field(default=200, ge=0)
+    guard_ms: Milliseconds = Field(default=0.5, ge=0)
+    max_requests: int = Field(default=4096, ge=1, le=1 << 20)
+    max_queued_rows: int = Field(default=16_384, ge=1, le=1 << 24)
     allow_replay: bool = False
     autoscaling: AutoscalingConfig | None = None
 
@@ -175,12 +183,19 @@ class ModelConfig(Section):
 
 
 class MonitoringConfig(Section):
-    """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels."""
+    """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels.
+
+    `ring_rows`: served rows of a model that may wait for the monitor; more are dropped and counted.
+    `log_flush`: served rows are on disk after this, seconds; `log_bytes`: disk for their log.
+    """
 
     pane: Seconds = Field(default=300.0, ge=1)
     window: Seconds = Field(default=86_400.0, ge=1)
     score_bins: int = Field(default=1024, ge=2, le=65_536)
     label_capacity: int = Field(default=1 << 20, ge=1)
+    ring_rows: int = Field(default=1 << 16, ge=1)
+    log_flush: Seconds = Field(default=1.0, gt=0)
+    log_bytes: Size = Field(default=1 << 30, ge=1 << 20)
 
     @model_validator(mode="after")
     def _whole_panes(self) -> MonitoringConfig:

@@ -1,14 +1,17 @@
-"""What the drift kernels mean, in plain numpy: the oracle that C++, Numba and Triton must equal.
+"""What the kernels mean, in plain numpy: the oracle that C++, Numba and Triton must equal.
 
-Counts are integers and equal everywhere, slot for slot; statistics are float64. A column's slots are its fine
-bins (e[k-1], e[k]] with open ends (or one bin a code), then missing, unseen, -inf, +inf.
+Promises, whatever the device: counts equal slot for slot; KS bands equal bit for bit (integers up to one
+division); `ratio_age` equal bit for bit; PSI within `psi_tolerance`, as logarithms and sums round.
+A column's slots are its fine bins (e[k-1], e[k]] with open ends (or one bin a code), then missing, unseen,
+-inf, +inf.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,16 @@ EXTRA_SLOTS = 4
 DEFAULT_FINE_BINS = 1280
 MAX_CODES = 1 << 24
 EXACT_KS_ROWS = 10_000
+# Below this, products of two window sizes and the sums of two such products fit int64.
+MAX_INT_PRODUCT = 1 << 62
+DAY_US = 86.4e9
+RATIO_CAP = 10.0
+RATIO_DAYS = 90.0
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.uint64]
+# Values [n] and their validity, bool [n]; None: all are valid.
+Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,27 @@ class HistogramSpec:
         missing, unseen, neg_inf, pos_inf = (int(c) for c in part[-EXTRA_SLOTS:])
         return ColumnCounts(part[:-EXTRA_SLOTS], missing, unseen, neg_inf, pos_inf)
 
+    @cached_property
     def flat(self) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
         """All edges in one array, its offsets int64 [columns + 1], codes int64 [columns] (0: numeric)."""
         parts = [np.empty(0, np.float32) if isinstance(c, int) else c for c in self.columns]
         starts = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
         codes = np.array([c if isinstance(c, int) else 0 for c in self.columns], dtype=np.int64)
         return np.concatenate([*parts, np.empty(0, np.float32)]), starts, codes
+
+    @cached_property
+    def wide(self) -> NDArray[np.uint8]:
+        """uint8 [n_slots]: 1 for a numeric column's fine bin that may hold more than one float32 value."""
+        out = np.zeros(self.n_slots, dtype=np.uint8)
+        for j, column in enumerate(self.columns):
+            if not isinstance(column, int):
+                out[self.offsets[j] : self.offsets[j + 1] - EXTRA_SLOTS] = ~single_bins(column)
+        return out
+
+    def check_counts(self, counts: Counts, name: str) -> None:
+        """Raises ValueError unless counts, called `name`, is uint64 [n_slots]."""
+        if counts.dtype != np.uint64 or counts.shape != (self.n_slots,):
+            raise ValueError(f"{name} is {counts.dtype} {counts.shape}; expected uint64 [{self.n_slots}]")
 
     def check_rows(self, rows: Floats) -> None:
         """Raises ValueError unless rows is float32 [n, columns]."""
@@ -101,7 +126,8 @@ def capture_edges(values: ArrayLike, n_bins: int = DEFAULT_FINE_BINS) -> Floats:
     ranks = (np.arange(1, n_bins, dtype=np.int64) * n + n_bins - 1) // n_bins - 1
     distinct, counts = np.unique(x, return_counts=True)
     atoms = distinct[counts * n_bins >= n]
-    below = np.nextafter(atoms, np.float32(-np.inf))
+    with np.errstate(over="ignore"):  # below the least finite value comes -inf
+        below = np.nextafter(atoms, np.float32(-np.inf))
     edges = np.unique(np.concatenate([x[ranks], atoms, below]))
     return edges[np.isfinite(edges)]
 
@@ -207,6 +233,32 @@ def psi_of_counts(ref: Counts, cur: Counts) -> PsiResult:
     return PsiResult(value, max(0.0, value - scale * (k - 1)), p_value, n, m, k)
 
 
+def check_psi_tables(ref: Counts, cur: Counts) -> None:
+    """Raises ValueError unless both are uint64 of one 2-D shape [windows, k], k at least 1."""
+    kinds = (ref.dtype, cur.dtype) == (np.uint64, np.uint64)
+    if not kinds or ref.ndim != 2 or ref.shape != cur.shape or ref.shape[1] < 1:
+        raise ValueError(
+            f"got {ref.dtype} {ref.shape} and {cur.dtype} {cur.shape}; expected uint64 [windows, k] twice"
+        )
+
+
+def psi_values(ref: Counts, cur: Counts) -> NDArray[np.float64]:
+    """PSI float64 [windows] of grouped counts uint64 [windows, k], Jeffreys; NaN for an empty window."""
+    check_psi_tables(ref, cur)
+    results = [psi_of_counts(a, b).psi for a, b in zip(ref, cur)]
+    return np.array([math.nan if v is None else v for v in results], dtype=np.float64)
+
+
+def psi_tolerance(value: float, k: int) -> float:
+    """How far two right PSIs over k bins may lie apart, for windows of fewer than 2^53 rows.
+
+    Shares, their difference and quotient are the same bits everywhere, and no term is negative. A term has
+    the error of a logarithm within 1 ulp and of a product (3/2 epsilon), each of the k - 1 additions 1/2, and
+    two values are compared: k + 2 epsilons.
+    """
+    return (k + 2) * 2.0**-52 * value
+
+
 def chi2_sf(x: float, df: int) -> float:
     """P(chi2_df > x): the regularised upper incomplete gamma function, by series or continued fraction."""
     if df < 1:
@@ -255,7 +307,7 @@ def single_bins(edges: Floats) -> NDArray[np.bool_]:
 
 
 def _exact_ints(n: int, m: int) -> type:
-    return np.int64 if n * m < 2**62 else object
+    return np.int64 if n * m < MAX_INT_PRODUCT else object
 
 
 def ks_band(edges: Floats, reference: ColumnCounts, current: ColumnCounts) -> KsBand | None:
@@ -288,6 +340,38 @@ def _with_infinities(counts: ColumnCounts) -> NDArray[np.int64]:
     bins[1] -= counts.neg_inf
     bins[-2] -= counts.pos_inf
     return bins
+
+
+def ks_bands(spec: HistogramSpec, reference: Counts, current: Counts) -> list[KsBand | None]:
+    """`ks_band` of each column from two counts uint64 [n_slots]; None for codes and for an empty window."""
+    spec.check_counts(reference, "reference")
+    spec.check_counts(current, "current")
+    return [_column_band(spec, reference, current, j) for j in range(len(spec.columns))]
+
+
+def _column_band(spec: HistogramSpec, reference: Counts, current: Counts, j: int) -> KsBand | None:
+    edges = spec.columns[j]
+    if isinstance(edges, int):
+        return None
+    return ks_band(edges, spec.column(reference, j), spec.column(current, j))
+
+
+def bands_of_bounds(
+    spec: HistogramSpec, bounds: NDArray[np.int64], counts: Callable[[], tuple[Counts, Counts]]
+) -> list[KsBand | None]:
+    """What a kernel's exact integers mean: bounds int64 [columns, 4] = lower, upper (in 1/(n m)), n, m.
+
+    Where n m leaves int64 the column is done again from `counts()`, the reference's and the current counts.
+    """
+    out: list[KsBand | None] = []
+    for j, (lower, upper, n, m) in enumerate(bounds.tolist()):
+        if isinstance(spec.columns[j], int) or n == 0 or m == 0:
+            out.append(None)
+        elif n * m >= MAX_INT_PRODUCT:
+            out.append(_column_band(spec, *counts(), j))
+        else:
+            out.append(KsBand(lower / (n * m), upper / (n * m)))
+    return out
 
 
 def ks_numerator(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[int, int, int]:
@@ -353,3 +437,44 @@ def ks_p_value(h: int, n: int, m: int) -> float:
     if max(n, m) <= EXACT_KS_ROWS:
         return ks_exact_p(h, n, m)
     return ks_asymptotic_p(h / (n * m), n * m / (n + m))
+
+
+def check_ratio_age(now: NDArray[np.int64], last: Column, amount: Column, mean: Column) -> None:
+    """Raises ValueError, naming the argument, unless all are of the types and the length of `ratio_age`."""
+    parts: list[tuple[str, Any, Any]] = [("now", now, np.int64)]
+    for name, (values, valid), dtype in zip(
+        ("last", "amount", "mean"), (last, amount, mean), (np.int64, np.float32, np.float64)
+    ):
+        parts.append((name, values, dtype))
+        if valid is not None:
+            parts.append((f"{name}'s validity", valid, np.bool_))
+    for name, array, dtype in parts:
+        if array.dtype != dtype or array.ndim != 1 or len(array) != len(now):
+            raise ValueError(
+                f"{name} is {array.dtype} {array.shape}; expected {np.dtype(dtype).name} [{len(now)}]"
+            )
+
+
+def ratio_age(now: NDArray[np.int64], last: Column, amount: Column, mean: Column) -> Floats:
+    """An amount against its usual mean, faded by the days since the last event: a request-time expression.
+
+    now and last are microseconds, int64 [n]; amount float32 [n]; mean float64 [n]. With days = (now - last) /
+    86.4e9: where(days <= 90, clip(amount / mean, 0, 10) / maximum(days, 1), 0), in float64, rounded once to
+    float32 [n]. A row is null, written as the one NaN 0x7fc00000, when last is null or when the branch that
+    it takes reads a null. Each operation is exact (IEEE 754), so every device gives the same bits.
+    """
+    check_ratio_age(now, last, amount, mean)
+    (at, at_valid), (x, x_valid), (usual, usual_valid) = last, amount, mean
+    days = (now - at).astype(np.float64) / DAY_US
+    recent = days <= RATIO_DAYS
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        ratio = x.astype(np.float64) / usual
+        # Compare and choose: numpy's minimum and maximum do not promise a sign of zero.
+        ratio = np.where(ratio > 0.0, ratio, np.where(np.isnan(ratio), np.nan, 0.0))
+        ratio = np.where(ratio >= RATIO_CAP, RATIO_CAP, ratio)
+        value = np.where(recent, ratio / np.where(days > 1.0, days, 1.0), 0.0).astype(np.float32)
+    valid = np.ones(len(now), dtype=np.bool_) if at_valid is None else at_valid.copy()
+    for other in (x_valid, usual_valid):
+        if other is not None:
+            valid &= other | ~recent
+    return np.where(valid & ~np.isnan(value), value, np.float32(np.nan))

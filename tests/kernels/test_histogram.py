@@ -6,41 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import make_case
 
 from penstock import _core
 from penstock_kernels import reference
 from penstock_kernels.cpu import histogram as cpu
-
-INF = np.float32(np.inf)
-POOL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1.0, 2.0, 2.5, -1.0, 3e38, -3e38, 1e-45, -1e-45, 16777217.0]
-
-
-def make_case(seed: int) -> tuple[reference.HistogramSpec, np.ndarray]:
-    """Columns with atoms, ties, infinities and few distinct values; rows on edges and next to them."""
-    rng = np.random.default_rng(seed)
-    columns: list[np.ndarray | int] = []
-    rows = np.empty((int(rng.integers(0, 600)), int(rng.integers(1, 5))), dtype=np.float32)
-    for j in range(rows.shape[1]):
-        kind = int(rng.integers(0, 5))
-        if kind == 0:
-            columns.append(int(rng.integers(1, 9)))
-            pool = np.array([*POOL, 3.0, 4.0, 7.0, 8.0, 9.0], dtype=np.float32)
-        else:
-            sample = rng.standard_normal(int(rng.integers(0, 800))).astype(np.float32)
-            if kind == 1:
-                sample = np.round(sample)
-            elif kind == 2:
-                sample[:] = 3.25
-            elif kind == 3 and len(sample):
-                sample[rng.random(len(sample)) < 0.4] = 0.0
-                sample[:2] = [np.inf, -np.inf][: len(sample[:2])]
-            edges = reference.capture_edges(sample, int(rng.integers(1, 200)))
-            columns.append(edges)
-            with np.errstate(over="ignore"):
-                near = [edges, np.nextafter(edges, INF), np.nextafter(edges, -INF), sample]
-            pool = np.concatenate([np.array(POOL, dtype=np.float32), *near])
-        rows[:, j] = rng.choice(pool, len(rows))
-    return reference.HistogramSpec(columns), rows
 
 
 def slow_counts(spec: reference.HistogramSpec, rows: np.ndarray) -> list[int]:

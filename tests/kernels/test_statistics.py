@@ -10,7 +10,6 @@ from scipy import special, stats
 
 from penstock_kernels import reference
 from penstock_kernels.cpu import ks as cpu_ks
-from penstock_kernels.cpu import psi as cpu_psi
 
 
 def column(values: list[int], missing: int = 0, unseen: int = 0) -> reference.ColumnCounts:
@@ -217,17 +216,3 @@ def test_band_of_atoms_is_exact_and_refusals() -> None:
     assert reference.ks_band(edges, ref, column([0] * len(ref.bins))) is None
     with pytest.raises(ValueError, match="bins"):
         reference.ks_band(edges, ref, column([1]))
-
-
-def test_numba_psi_is_the_references() -> None:
-    rng = np.random.default_rng(3)
-    ref, cur = rng.integers(0, 50, size=(2, 200, 12)).astype(np.uint64)
-    ref[0] = 0
-    cur[1] = 0
-    got = cpu_psi.psi_of_counts(ref, cur)
-    assert np.isnan(got[:2]).all()
-    want = [reference.psi_of_counts(a, b).psi for a, b in zip(ref[2:], cur[2:])]
-    assert got[2:] == pytest.approx(want, rel=1e-12)
-    for bad in (cur[:, 1:], cur.astype(np.int64)):
-        with pytest.raises(ValueError, match="expected uint64"):
-            cpu_psi.psi_of_counts(ref, bad)

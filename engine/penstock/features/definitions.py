@@ -261,7 +261,7 @@ class FeatureView:
 
 @dataclass(frozen=True, eq=False)
 class FeatureService:
-    """The ordered inputs of a model: "view:feature" names, and the request's inputs."""
+    """The ordered inputs of a model: "view:feature" and, from the request, "request_source:input" names."""
 
     name: str
     features: Sequence[str]
@@ -279,6 +279,9 @@ class FeatureService:
             parts = reference.split(":") if isinstance(reference, str) else []
             if len(parts) != 2 or not all(map(_NAME.match, parts)):
                 raise DefinitionError(f"{where}: feature is {reference!r}; expected 'view:feature'")
+            if self.request and parts[0] == self.request.name and parts[1] not in self.request.schema:
+                known = ", ".join(self.request.schema)
+                raise DefinitionError(f"{where}: '{reference}' is no request input; expected one of {known}")
         _check_distinct(f"{where}: feature", self.features)
         if self.on_missing not in ("nan", "error"):
             raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")

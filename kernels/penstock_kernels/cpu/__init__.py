@@ -1,0 +1,1 @@
+"""Kernels by Numba, one op a file; the functions have the names that `reference` gives them."""

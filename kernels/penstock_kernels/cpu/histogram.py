@@ -42,5 +42,5 @@ def count_rows(spec: HistogramSpec, rows: Floats) -> Counts:
     """Counts uint64 [n_slots] of float32 rows [n, columns]. Raises ValueError on another shape or dtype."""
     spec.check_rows(rows)
     out = np.zeros(spec.n_slots, dtype=np.uint64)
-    _count(np.ascontiguousarray(rows), *spec.flat(), spec.offsets, out)
+    _count(np.ascontiguousarray(rows), *spec.flat, spec.offsets, out)
     return out

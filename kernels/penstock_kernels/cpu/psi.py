@@ -1,4 +1,4 @@
-"""PSI of many columns or windows at once by Numba: the `psi_of_counts` of `reference`, up to rounding."""
+"""PSI of many columns or windows at once by Numba: `psi_values` of `reference`, within `psi_tolerance`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from penstock_kernels.reference import Counts
+from penstock_kernels.reference import Counts, check_psi_tables
 
 
 @njit(cache=True, nogil=True)
@@ -29,15 +29,12 @@ def _psi(ref, cur, out):  # type: ignore[no-untyped-def]
         out[w] = total
 
 
-def psi_of_counts(ref: Counts, cur: Counts) -> NDArray[np.float64]:
+def psi_values(ref: Counts, cur: Counts) -> NDArray[np.float64]:
     """PSI float64 [windows] of grouped counts uint64 [windows, k], Jeffreys counts; NaN for an empty window.
 
     Raises ValueError unless both are uint64 of the same 2-D shape.
     """
-    if ref.ndim != 2 or ref.shape != cur.shape or ref.dtype != np.uint64 or cur.dtype != np.uint64:
-        raise ValueError(
-            f"got {ref.dtype} {ref.shape} and {cur.dtype} {cur.shape}; expected uint64 [windows, k] twice"
-        )
+    check_psi_tables(ref, cur)
     out = np.empty(len(ref))
     _psi(ref, cur, out)
     return out

@@ -6,12 +6,11 @@ that the interpreter asks for, and no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from penstock_kernels.reference import Counts, Floats, HistogramSpec
 
 
 class NumpyTensor:
@@ -57,25 +56,14 @@ class NumpyTensor:
         np.copyto(self.array, other.array)
 
 
-def count_rows(spec: HistogramSpec, rows: Floats) -> Counts:
-    """Counts uint64 [n_slots] of float32 rows [n, columns], by `gpu.histogram.count_kernel` interpreted.
+def run(function: Any, grid: tuple[int, ...], args: Sequence[Any], constants: Mapping[str, int]) -> None:
+    """Run a Triton function over `grid`; args are C-contiguous numpy arrays and ints.
 
-    Raises ValueError on another shape or dtype, RuntimeError when Triton is not in interpreter mode.
+    Raises RuntimeError when Triton is not in interpreter mode.
     """
     import triton
 
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton is not in interpreter mode; set TRITON_INTERPRET=1 before it is imported")
-    from penstock_kernels.gpu.histogram import BLOCK, count_kernel, search_steps
-
-    spec.check_rows(rows)
-    out = np.zeros(spec.n_slots, dtype=np.int64)
-    if rows.size == 0:
-        return out.view(np.uint64)
-    rows = np.ascontiguousarray(rows)
-    edges, starts, codes = spec.flat()
-    steps = search_steps(int(np.diff(starts).max()))
-    tensors = [NumpyTensor(a) for a in (edges, starts, codes, spec.offsets, out)]
-    grid = (rows.shape[1], -(-len(rows) // BLOCK))
-    count_kernel[grid](NumpyTensor(rows), len(rows), rows.shape[1], *tensors, STEPS=steps, BLOCK=BLOCK)
-    return out.view(np.uint64)
+    wrapped = [NumpyTensor(a) if isinstance(a, np.ndarray) else a for a in args]
+    function[grid](*wrapped, **constants)

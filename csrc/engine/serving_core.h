@@ -1,0 +1,171 @@
+// The live models by name, the connections, and the ways between them: replies of ended requests to their
+// connections, misses of parked requests to the loader.
+//
+// Threads: connections, received(), wake() and expire() belong to the loop thread. call_local(), publishing,
+// stats and the loader's calls may come from any thread. Ended requests of connections are queued and one
+// eventfd write wakes the loop, unless a wake is pending already or the loop is in received() and will look
+// itself. Lock order: a model's lock, then one of this class; never the other way.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "engine/served_model.h"
+#include "wire/session.h"
+
+namespace penstock {
+
+class ServingCore;
+
+// One peer's session. Loop thread only.
+class Connection {
+ public:
+  Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
+      : core_(core), id_(id), session_(limits) {}
+  ~Connection() { drop(); }
+
+  struct Call {
+    uint32_t msgid;
+    std::string method;
+    std::string params;
+  };
+
+  uint64_t id() const { return id_; }
+  wire::Session& session() { return session_; }
+  // `n` bytes arrived in the last get_buffer(): answers what can be answered now and adds every request that
+  // is not a predict call to `others`.
+  void received(size_t n, std::vector<Call>* others);
+  // Answers a request that received() returned; false if it is not in flight or the output is full.
+  bool reply(uint32_t msgid, std::string_view result);
+  bool reply_error(uint32_t msgid, const Status& status, bool retryable, int64_t retry_after_ms);
+  // The peer is gone. Its requests are cancelled and nothing is sent.
+  void drop();
+  bool dropped() const { return core_ == nullptr; }
+
+ private:
+  friend class ServingCore;
+  void refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms);
+
+  ServingCore* core_;
+  const uint64_t id_;
+  wire::Session session_;
+};
+
+// Rows that parked requests lack: per view, distinct (key, request time).
+struct MissBatch {
+  struct View {
+    std::string name;
+    std::shared_ptr<FeatureCache> cache;
+    uint32_t row_words;
+    std::vector<Key128> keys;
+    std::vector<int64_t> now_us;
+    std::vector<uint8_t> fill_cache;
+  };
+  struct Waiting {
+    std::shared_ptr<ServedModel> model;
+    uint64_t tag;
+    std::vector<std::pair<uint32_t, uint32_t>> rows;  // (view, row) of each of its misses
+  };
+  std::vector<View> views;
+  std::vector<Waiting> waiting;
+};
+
+class ServingCore : public ModelEvents {
+ public:
+  ServingCore();
+  ~ServingCore() override;
+  ServingCore(const ServingCore&) = delete;
+  ServingCore& operator=(const ServingCore&) = delete;
+
+  // The model answers to its name from now on. The version before it is returned, still running, or null.
+  std::shared_ptr<ServedModel> publish(std::shared_ptr<ServedModel> model);
+  std::shared_ptr<ServedModel> retire(const std::string& name);
+  std::shared_ptr<ServedModel> find(std::string_view name);
+  std::vector<std::shared_ptr<ServedModel>> models();
+  // The live ones and those replaced that somebody still holds.
+  std::vector<std::shared_ptr<ServedModel>> all_models();
+  Status unknown_model(std::string_view name);
+
+  std::unique_ptr<Connection> connect(const wire::SessionLimits& limits);
+  int event_fd() const { return event_fd_; }
+  // Writes the replies of ended requests into their connections; the ids of connections with new output.
+  std::vector<uint64_t> wake();
+  // Answers what is due, then as wake().
+  std::vector<uint64_t> expire();
+  int64_t next_deadline();
+  // New predict calls are UNAVAILABLE from now on.
+  void drain() { draining_.store(true, std::memory_order_relaxed); }
+
+  // A call on the caller's thread. Until wait_local() has returned the waiter must stay where it is.
+  struct LocalCall {
+    std::shared_ptr<ServedModel> model;
+    Waiter waiter;
+    uint64_t tag = 0;
+    int64_t retry_after_ms = -1;
+  };
+  Status begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch, LocalCall* call);
+
+  // The loader: waits up to timeout_ns for misses; false when there are none or the core is closed.
+  bool wait_misses(int64_t timeout_ns, MissBatch* batch);
+  // rows[v], meta[v]: a row for each key of view v.
+  void finish_misses(const MissBatch& batch, const std::vector<const uint64_t*>& rows,
+                     const std::vector<const RowMeta*>& meta, uint64_t stamp, ServedModel::Scratch& scratch);
+  void fail_misses(const MissBatch& batch, const Status& status);
+
+  // Stops every model. Connections may still be dropped afterwards.
+  void close();
+
+  void ended(const std::shared_ptr<ServedModel>& model, uint64_t tag) override;
+  void missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) override;
+
+ private:
+  friend class Connection;
+  using Tags = std::vector<std::pair<std::shared_ptr<ServedModel>, uint64_t>>;
+
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+  };
+
+  uint64_t next_ids(uint32_t rows) { return next_id_.fetch_add(rows, std::memory_order_relaxed); }
+  void begin_read();
+  void deliver_ended();
+  void signal();
+  std::vector<uint64_t> take_dirty();
+
+  std::mutex models_mutex_;
+  std::unordered_map<std::string, std::shared_ptr<ServedModel>, Hash, std::equal_to<>> models_;
+  std::vector<std::weak_ptr<ServedModel>> replaced_;
+
+  int event_fd_;
+  std::mutex ended_mutex_;
+  Tags ended_;
+  bool signalled_ = false;  // a wake is pending, or the loop will look by itself
+  Tags delivering_;         // loop thread
+  std::unordered_map<uint64_t, Connection*> connections_;  // loop thread
+  std::vector<uint64_t> dirty_;                            // loop thread
+  Connection* reading_ = nullptr;                          // loop thread
+  uint64_t last_connection_ = 0;
+
+  std::mutex miss_mutex_;
+  std::condition_variable miss_ready_;
+  Tags missed_;
+  bool closed_ = false;
+
+  std::atomic<bool> draining_{false};  // no partner: a late view of it only serves one call more
+  std::atomic<uint64_t> next_id_;      // no partner: only distinctness matters
+  // Of the loop thread.
+  wire::PredictCall predict_call_;
+  wire::VectorsCall vectors_call_;
+  ServedModel::Scratch scratch_;
+  Result result_;
+};
+
+}  // namespace penstock

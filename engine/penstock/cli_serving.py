@@ -1,0 +1,105 @@
+"""The commands that serve and that ask a server: `penstock serve` and `penstock predict`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penstock.errors import InvalidArgumentError, PenstockError
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command()(serve)
+    app.command()(predict)
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="The configuration file.")] = Path("inference-config.yaml"),
+    listen: Annotated[
+        list[str] | None, typer.Option(help="Listen here instead; may be repeated. Port 0: any free port.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what is in flight and exit."""
+    from penstock.config import load_config
+    from penstock.serving.engine import Engine
+    from penstock.serving.server import ServerSettings, run
+
+    logging.basicConfig(format="penstock: %(message)s")
+
+    def on_listening(addresses: list[str]) -> None:
+        engine.lock.announce(addresses)  # other commands find the server by it
+        for address in addresses:
+            typer.echo(f"penstock: listening on {address}", err=True)
+        if as_json:
+            ready = {"event": "listening", "addresses": addresses, "pid": os.getpid()}
+            typer.echo(json.dumps(ready))
+
+    try:
+        settings = ServerSettings.from_config(load_config(config))
+        if listen:
+            settings = dataclasses.replace(settings, listen=tuple(listen))
+        engine = Engine.from_config(config)
+        try:
+            status = run(engine, settings, on_listening)
+        finally:
+            engine.close()
+    except PenstockError as error:
+        raise _failed(error) from None
+    raise typer.Exit(status)
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    entities: Annotated[str, typer.Argument(help="Entity columns as JSON, such as '{\"user_id\": [7, 8]}'.")],
+    inputs: Annotated[str | None, typer.Option(help="Request inputs as JSON, of the same shape.")] = None,
+    to: Annotated[list[str] | None, typer.Option(help="Address of a server; may be repeated.")] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="Give up after so many milliseconds.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a server for predictions."""
+    from penstock.serving.client import Client
+    from penstock.serving.protocol import DEFAULT_ADDRESS
+
+    try:
+        columns = _columns("ENTITIES", entities)
+        features = None if inputs is None else _columns("--inputs", inputs)
+        with Client(to or [DEFAULT_ADDRESS]) as client:
+            made = client.predict(model, columns, features, deadline_ms=deadline_ms)
+    except PenstockError as error:
+        raise _failed(error) from None
+    scores, ids = made.scores.tolist(), made.request_ids.tolist()
+    if as_json:
+        status = None if made.status is None else made.status.tolist()
+        typer.echo(
+            json.dumps({"scores": scores, "version": made.version, "request_ids": ids, "status": status})
+        )
+        return
+    typer.echo(f"{model} version {made.version}")
+    for request_id, score in zip(ids, scores):
+        values = score if isinstance(score, list) else [score]
+        typer.echo(f"{request_id:>20}  " + "  ".join(f"{value:.6g}" for value in values))
+
+
+def _columns(what: str, text: str) -> dict[str, Any]:
+    try:
+        made = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what} is {text!r}; expected JSON: {error}") from error
+    if not isinstance(made, dict):
+        raise InvalidArgumentError(f"{what} is {text!r}; expected a JSON object of columns")
+    return made
+
+
+def _failed(error: PenstockError) -> typer.Exit:
+    typer.echo(f"penstock: {error}", err=True)
+    return typer.Exit(1)

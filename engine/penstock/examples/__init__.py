@@ -1,0 +1,1 @@
+"""Complete feature repositories, with the data that they are made from."""

@@ -1,0 +1,191 @@
+"""The views of an open store, each over one reading of its source.
+
+Readings are immutable and replaced as a whole: a reader keeps the one that it took. The layout of a view's
+rows stays what it was when the view was first read. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from penstock.features.compute import ViewComputer
+from penstock.features.definitions import FeatureView
+from penstock.features.expressions import Expr, columns_read
+from penstock.features.fit import fit_key, fit_view, rank_arguments
+from penstock.features.program import Distribution
+from penstock.features.registry import Registry
+from penstock.features.repo import Repo
+from penstock.features.sources import SourceTable, read_source, source_stamp
+
+_READ_TRIES = 5
+
+
+@dataclass(frozen=True)
+class LiveView:
+    """A view as one reading of its source gives it.
+
+    Attributes:
+        computer: its rows at any time.
+        tag: stamp of the source when it was read.
+        number: the view's number in the online store.
+    """
+
+    computer: ViewComputer
+    tag: str
+    number: int
+
+    @property
+    def row_words(self) -> int:
+        return self.computer.row_schema.row_words
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A view over a new reading, with distributions that no registry knows yet."""
+
+    computer: ViewComputer
+    tag: str
+    fits: dict[str, Distribution]
+
+
+class LiveViews:
+    """Views by name, read when they are first used."""
+
+    def __init__(self, repo: Repo, registry: Registry) -> None:
+        self._repo = repo
+        self._registry = registry
+        self._changing = threading.RLock()  # one thread reads sources or replaces readings
+        self._live: dict[str, LiveView] = {}  # replaced, never changed in place
+
+    def locked(self) -> contextlib.AbstractContextManager[object]:
+        """Keep other threads from replacing readings; reads go on."""
+        return self._changing
+
+    def view(self, name: str) -> LiveView:
+        """The newest reading of a view.
+
+        Raises:
+            NotFoundError: an unknown name.
+            InvalidArgumentError: its source is missing or corrupt, or does not fit the view.
+        """
+        live = self._live.get(name)
+        if live is not None:
+            return live
+        if name not in self._repo.views:
+            known = ", ".join(sorted(self._repo.views)) or "none"
+            raise NotFoundError(f"view '{name}' is unknown; the views are {known}")
+        with self._changing:
+            if name not in self._live:
+                self._live = {**self._live, name: self._build(self._repo.views[name])}
+            return self._live[name]
+
+    def numbers(self) -> set[int]:
+        """The numbers of all views that are read."""
+        return {live.number for live in self._live.values()}
+
+    def refresh(self) -> bool:
+        """Replace the readings whose source has changed; on an error none. Returns whether any had."""
+        with self._changing:
+            fresh = {}
+            for name, live in self._live.items():
+                if self._stamp(self._repo.views[name]) != live.tag:
+                    fresh[name] = self._build(self._repo.views[name])
+                    _same_layout(live.computer, fresh[name].computer)
+            self._live = {**self._live, **fresh}
+            return bool(fresh)
+
+    def rebuild(self) -> dict[str, Reading]:
+        """Read every view and fit its distributions anew, without any effect yet."""
+        found = {}
+        for name, view in self._repo.views.items():
+            table, tag = self._read(view)
+            fits = fit_view(view, table, self._repo.fit_until_us)
+            found[name] = Reading(ViewComputer(view, table, self._registry.seed, fits), tag, fits)
+            if name in self._live:
+                _same_layout(self._live[name].computer, found[name].computer)
+        return found
+
+    def adopt(self, fresh: Mapping[str, Reading]) -> None:
+        """Record the distributions of all readings, and replace the ones before."""
+        named = {
+            fit_key(self._repo.views[name], argument): distribution
+            for name, reading in fresh.items()
+            for argument, distribution in reading.fits.items()
+        }
+        self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
+        self._live = {name: self._number(r.computer, r.tag) for name, r in fresh.items()}
+
+    def _build(self, view: FeatureView) -> LiveView:
+        table, tag = self._read(view)
+        fitted = self._fitted(view)
+        if fitted is None:
+            made = fit_view(view, table, self._repo.fit_until_us)
+            named = {fit_key(view, argument): distribution for argument, distribution in made.items()}
+            self._registry.record_fits(named, self._repo.fit_until_us, refit=False)
+            fitted = self._fitted(view) or {}
+        return self._number(ViewComputer(view, table, self._registry.seed, fitted), tag)
+
+    def _fitted(self, view: FeatureView) -> dict[str, Distribution] | None:
+        """The recorded distributions of a view; None if one is not recorded."""
+        found: dict[str, Distribution] = {}
+        for argument in rank_arguments(view):
+            distribution = self._registry.distribution(fit_key(view, argument))
+            if distribution is None:
+                return None
+            found[argument] = distribution
+        return found
+
+    def _stamp(self, view: FeatureView) -> str:
+        try:
+            return source_stamp(view.source, self._repo.path)
+        except OSError as error:
+            raise UnavailableError(f"source '{view.source.path}' cannot be read: {error}") from error
+
+    def _read(self, view: FeatureView) -> tuple[SourceTable, str]:
+        """The view's source and its stamp. The codes of its stored strings are in the registry then."""
+        source, stored = view.source, view.stored
+        values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
+        columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
+        plain = {c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"}
+        for _ in range(_READ_TRIES):
+            stamp = self._stamp(view)
+            known = self._registry.state.dictionaries.get(source.path, {})
+            given = {name: texts for name, texts in known.items() if name in plain}
+            table = read_source(source, self._repo.path, given, columns)
+            if self._stamp(view) != stamp:
+                continue
+            grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
+            if self._registry.extend_dictionaries(source.path, grown):
+                return table, stamp
+        raise UnavailableError(f"source '{source.path}' changes while it is read")
+
+    def _number(self, computer: ViewComputer, tag: str) -> LiveView:
+        """Rows get a new number whenever their layout or meaning changes, so old ones are never read."""
+        view = computer.view
+        fits = [self._registry.state.fits.get(fit_key(view, a)) for a in rank_arguments(view)]
+        parts = [
+            view.fingerprint(),
+            computer.schema,
+            list(computer.join_dtypes),
+            [None if fit is None else fit.sha256 for fit in fits],
+        ]
+        identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return LiveView(computer, tag, self._registry.view_id(identity))
+
+
+def _same_layout(old: ViewComputer, new: ViewComputer) -> None:
+    for what, before, after in (
+        ("stored columns", old.schema, new.schema),
+        ("join keys", old.join_dtypes, new.join_dtypes),
+    ):
+        if before != after:
+            raise FailedPreconditionError(
+                f"view '{old.view.name}': the source has changed the types of its {what} "
+                f"from {before} to {after}; open the store again"
+            )

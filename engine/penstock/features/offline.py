@@ -1,0 +1,238 @@
+"""The historical join: features as they were at each entity row's time, N rows in, N rows out, in order.
+
+It computes with `ViewComputer.rows_at` and the service's plan only, as serving does. A null key matches
+nothing, a row without a time gets nulls, and of fully tied events the last in the source wins. Pure functions
+of their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
+from penstock.features.compute import NULL, PRESENT, ViewComputer
+from penstock.features.expressions import is_floating
+from penstock.features.index import entity_keys
+from penstock.features.plan import ServicePlan
+from penstock.features.sources import SourceColumn, arrow_column, feature_dtype, time_column
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
+
+STATUS_NAMES = ("PRESENT", "NULL", "NOT_FOUND", "EXPIRED", "FUTURE")
+_UTC = pa.timestamp("us", "UTC")
+_ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
+          "timestamp": _UTC, "duration": pa.duration("us")}  # fmt: skip
+
+
+def entity_table(entity_df: Any) -> pa.Table:
+    """An Arrow table of a pandas frame, an Arrow table, or anything with `__arrow_c_stream__` (polars).
+
+    Raises:
+        InvalidArgumentError: another object, a column that Arrow cannot hold, or a repeated column name.
+    """
+    try:
+        if isinstance(entity_df, pa.Table):
+            table = entity_df
+        elif type(entity_df).__module__.startswith("pandas."):
+            table = pa.Table.from_pandas(entity_df, preserve_index=False)
+        elif hasattr(entity_df, "__arrow_c_stream__"):
+            table = pa.table(entity_df)
+        else:
+            raise InvalidArgumentError(
+                f"entity_df is a {type(entity_df).__name__}; expected a pandas, polars or Arrow table"
+            )
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(f"entity_df cannot be read as an Arrow table: {error}") from error
+    names = table.column_names
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgumentError(f"entity_df has two columns named '{name}'")
+    return table.replace_schema_metadata(None)
+
+
+def time_column_name(table: pa.Table) -> str:
+    """`event_timestamp`, or else the only column of timestamps or dates.
+
+    Raises:
+        InvalidArgumentError: none, or several.
+    """
+    if "event_timestamp" in table.column_names:
+        return "event_timestamp"
+    times = [f.name for f in table.schema if feature_dtype(f.type) == "timestamp"]
+    if len(times) != 1:
+        found = f"the time columns {', '.join(times)}" if times else "no time column"
+        raise InvalidArgumentError(f"entity_df has {found}; expected a column 'event_timestamp'")
+    return times[0]
+
+
+def historical_join(
+    entities: pa.Table,
+    plan: ServicePlan,
+    computers: Mapping[str, ViewComputer],
+    key_seed: bytes,
+    *,
+    filter_by_created_timestamp: bool = False,
+    with_status: bool = False,
+) -> pa.Table:
+    """Append the plan's features to an entity table (see `entity_table`).
+
+    Args:
+        entities: N rows with a time column, the join keys and the request inputs.
+        plan: what to append: features by view in first-mention order, then request inputs that the plan names
+            otherwise than the table does.
+        computers: by view name.
+        key_seed: 16 bytes, the computers' own.
+        filter_by_created_timestamp: leave out events that became known after the row's time.
+        with_status: append `<feature>__status`: PRESENT, NULL, NOT_FOUND, EXPIRED or FUTURE for each cell.
+
+    Returns:
+        The N rows in order, with the time column as timestamp[us, UTC]. Strings are dictionary-encoded with
+        the codes that models see.
+
+    Raises:
+        InvalidArgumentError: a column that is missing or of a wrong type.
+        FeatureNameCollisionError: a feature with the name of a column of the table.
+    """
+    n = entities.num_rows
+    time_name = time_column_name(entities)
+    order = _output_order(plan)
+    _check_names(entities, plan, order, with_status)
+    times = time_column(entities[time_name], f"entity_df: column '{time_name}'")
+    keys = [_key_column(entities, name, dtype) for name, dtype in plan.entities]
+    columns: dict[str, Column] = {}
+    texts: dict[str, list[str]] = {}
+    for name, dtype in plan.inputs:
+        given = _input_column(entities, name, dtype)
+        source_name = f"{plan.request_name}:{name}"
+        columns[source_name] = (given.values, given.valid)
+        texts[source_name] = given.dictionary or []
+    statuses: dict[str, NDArray[np.uint8]] = {}
+    for view, positions in zip(plan.views, plan.view_keys):
+        computer = computers[view.name]
+        words, nulls = entity_keys([keys[i] for i in positions], n, key_seed)
+        if times.valid is not None:
+            nulls |= ~times.valid
+        known_by = times.values if filter_by_created_timestamp else None
+        rows = computer.rows_at(words, times.values, nulls=nulls, known_by=known_by)
+        for (name, _), column in zip(computer.schema, rows.columns):
+            columns[f"{view.name}:{name}"] = column
+        for name, dictionary in computer.dictionaries.items():
+            texts[f"{view.name}:{name}"] = dictionary
+        statuses[view.name] = rows.status
+    outputs = plan.evaluate(columns, (times.values, times.valid))
+    result = _with_time(entities, time_name, times)
+    for i in order:
+        values, valid = outputs[i]
+        mask = np.zeros(n, np.bool_) if valid is None else ~valid
+        array = _to_arrow(plan.output_dtypes[i], values, mask, texts.get(plan.refs[i], []))
+        result = result.append_column(plan.output_names[i], array)
+        if with_status:
+            status = statuses.get(plan.refs[i].split(":")[0], np.full(n, PRESENT, np.uint8))
+            status = np.where((status == PRESENT) & mask, np.uint8(NULL), status)
+            reasons = pa.DictionaryArray.from_arrays(pa.array(status, pa.int8()), pa.array(STATUS_NAMES))
+            result = result.append_column(plan.output_names[i] + "__status", reasons)
+    return result
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """A pandas frame with index 0..N-1; integers and booleans with nulls become Int64 and boolean."""
+    import pandas as pd
+
+    nullable = {
+        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(),
+        pa.int64(): pd.Int64Dtype(), pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(),
+        pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype(),
+    }  # fmt: skip
+    special = [f.name for f, c in zip(table.schema, table.columns) if c.null_count and f.type in nullable]
+    plain = table.drop_columns(special) if special else table
+    frame = plain.to_pandas()
+    if special:
+        frame = frame.join(table.select(special).to_pandas(types_mapper=nullable.get))
+    return frame[table.column_names]
+
+
+def _output_order(plan: ServicePlan) -> list[int]:
+    """Positions of the refs to append: by view, then request inputs that get a name of their own."""
+    owners = [ref.split(":")[0] for ref in plan.refs]
+    order = [i for view in plan.views for i, owner in enumerate(owners) if owner == view.name]
+    inputs = [i for i, owner in enumerate(owners) if owner == plan.request_name]
+    return order + [i for i in inputs if plan.output_names[i] != plan.refs[i].split(":")[1]]
+
+
+def _check_names(entities: pa.Table, plan: ServicePlan, order: Sequence[int], with_status: bool) -> None:
+    taken = set(entities.column_names)
+    for i in order:
+        names = [plan.output_names[i]] + [plan.output_names[i] + "__status"] * with_status
+        for name in names:
+            if name in taken:
+                raise FeatureNameCollisionError(
+                    f"feature '{plan.refs[i]}' would be named '{name}', which is a column already; "
+                    "rename that column or use full_feature_names=True"
+                )
+            taken.add(name)
+
+
+def _column(entities: pa.Table, name: str, what: str) -> pa.ChunkedArray:
+    if name not in entities.column_names:
+        known = ", ".join(entities.column_names)
+        raise InvalidArgumentError(f"entity_df has no {what} '{name}'; its columns are {known}")
+    return entities[name]
+
+
+def _key_column(entities: pa.Table, name: str, dtype: str) -> SourceColumn:
+    column = _column(entities, name, "join key")
+    what = f"entity_df: join key '{name}'"
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.int64() if dtype == "int64" else pa.string())
+    if dtype == "int64" and pa.types.is_floating(column.type):
+        # pandas turns integers with a missing value into floats.
+        try:
+            column = column.cast(pa.float64()).cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise InvalidArgumentError(f"{what} has type {entities[name].type}: {error}") from error
+    if feature_dtype(column.type) != dtype:
+        raise InvalidArgumentError(f"{what} has type {column.type}; the view's source has {dtype}")
+    return arrow_column(column, what)
+
+
+def _input_column(entities: pa.Table, name: str, dtype: str) -> SourceColumn:
+    column = _column(entities, name, "request input")
+    what = f"entity_df: request input '{name}'"
+    if dtype == "timestamp":
+        return time_column(column, what)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string() if dtype == "string" else _ARROW[dtype])
+    given = arrow_column(column, what)
+    if given.dtype == dtype:
+        return given
+    if is_floating(dtype) and (is_floating(given.dtype) or given.dtype == "int64"):
+        with np.errstate(over="ignore"):
+            values = given.values.astype(np.float32 if dtype == "float32" else np.float64)
+        return SourceColumn(dtype, values.astype(np.float64), given.valid)
+    raise InvalidArgumentError(f"{what} has type {column.type}; expected {dtype}")
+
+
+def _with_time(entities: pa.Table, name: str, times: SourceColumn) -> pa.Table:
+    array = _to_arrow("timestamp", times.values, None if times.valid is None else ~times.valid, [])
+    return entities.set_column(entities.column_names.index(name), name, array)
+
+
+def _to_arrow(dtype: str, values: NDArray[Any], mask: NDArray[np.bool_] | None, texts: list[str]) -> pa.Array:
+    if dtype == "string":
+        codes = pa.array(values.astype(np.int32), mask=mask)
+        return pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.string()))
+    if dtype == "bool":
+        return pa.array(values.astype(np.bool_), mask=mask)
+    if dtype in ("timestamp", "duration"):
+        return pa.array(values, pa.int64(), mask=mask).cast(_ARROW[dtype])
+    return pa.array(values.astype(np.float32) if dtype == "float32" else values, mask=mask)

@@ -1,0 +1,238 @@
+"""A list of features compiled once and used offline and online, so that both give the same bits.
+
+Stored columns of each view enter the program as "view:column", request inputs as "source:input". A
+request-time expression reads its source columns from hidden stored columns; where a view has no row for the
+key, it reads nulls. Plans are immutable; any thread may use them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from penstock import _core
+from penstock.errors import (
+    DefinitionError,
+    FeatureNameCollisionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from penstock.features.compute import ViewComputer
+from penstock.features.definitions import FeatureView, RequestSource
+from penstock.features.expressions import Expr, col, columns_read, walk
+from penstock.features.program import Distribution, compile_program
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class ServicePlan:
+    """How to get an ordered list of features.
+
+    Attributes:
+        name: the service's, or one for an ad-hoc list.
+        refs: "view:feature" or "request_source:input", in order.
+        output_names, output_dtypes: of each ref.
+        views: distinct views in the order in which refs first mention them.
+        entities: (column, "int64" or "string") distinct join keys, in first-mention order.
+        view_keys: for each view, the positions in `entities` of its join keys, in key order.
+        inputs: (name, dtype) of the request inputs that are used.
+        program: bytes for `_core.FeatureProgram`; outputs in the order of `refs`.
+        on_missing: "nan" or "error".
+        fingerprint: SHA-256 (hex) of all that decides the values.
+    """
+
+    name: str
+    refs: tuple[str, ...]
+    output_names: tuple[str, ...]
+    output_dtypes: tuple[str, ...]
+    views: tuple[FeatureView, ...]
+    entities: tuple[tuple[str, str], ...]
+    view_keys: tuple[tuple[int, ...], ...]
+    inputs: tuple[tuple[str, str], ...]
+    program: bytes
+    on_missing: str
+    fingerprint: str
+    request_name: str | None = None
+
+    @cached_property
+    def _native(self) -> _core.FeatureProgram:
+        return _core.FeatureProgram(self.program)
+
+    def evaluate(self, columns: Mapping[str, Column], now: Column) -> list[Column]:
+        """Run the program.
+
+        Args:
+            columns: (values, valid) by program input name ("view:column", "source:input"), n rows each.
+            now: request time of each row, int64 microseconds.
+
+        Returns:
+            (values, valid) of each ref.
+        """
+        inputs = [now if name == "now" else columns[name] for name, _ in self._native.inputs]
+        return self._native.run(inputs, rows=len(now[0]))
+
+
+def compile_plan(
+    name: str,
+    refs: Sequence[str],
+    views: Mapping[str, FeatureView],
+    computers: Mapping[str, ViewComputer],
+    request: RequestSource | None = None,
+    *,
+    full_feature_names: bool = False,
+    on_missing: str = "nan",
+) -> ServicePlan:
+    """Compile a feature list.
+
+    Args:
+        name: of the service, or any for an ad-hoc list.
+        refs: "view:feature" or "request_source:input".
+        views: all views, by name.
+        computers: by view name; those of the views in `refs` are read.
+        request: the source of the request inputs.
+        full_feature_names: name outputs "view__feature" instead of "feature".
+        on_missing: what serving does about a missing row; "nan" or "error".
+
+    Raises:
+        NotFoundError: an unknown view, feature or input.
+        FeatureNameCollisionError: two outputs with one name.
+        InvalidArgumentError: a malformed ref, or none.
+        DefinitionError: definitions that do not go together.
+    """
+    if isinstance(refs, str) or not refs:
+        raise InvalidArgumentError(f"features is {refs!r}; expected a list of 'view:feature'")
+    if request is not None and request.name in views:
+        raise DefinitionError(f"request source '{request.name}' has the name of a view")
+    parsed = [_resolve(ref, views, request) for ref in refs]
+    names = tuple(f"{owner}__{short}" if full_feature_names else short for owner, short in parsed)
+    _check_names(refs, names)
+    used = list(dict.fromkeys(owner for owner, _ in parsed if owner in views))
+    schema = {f"{view}:{column}": dtype for view in used for column, dtype in computers[view].schema}
+    inputs: dict[str, str] = {}
+    outputs: list[tuple[str, Expr]] = []
+    ranks: dict[str, Distribution] = {}
+    for (owner, short), output in zip(parsed, names):
+        if owner in views:
+            outputs.append((output, _feature(views[owner], short, computers[owner].distributions, ranks)))
+        else:
+            assert request is not None
+            inputs[short] = schema[f"{owner}:{short}"] = request.schema[short]
+            outputs.append((output, col(f"{owner}:{short}")))
+    program = compile_program(outputs, schema, ranks)
+    dtypes = tuple(dtype for _, dtype in _core.FeatureProgram(program).outputs)
+    entities = _entities(used, computers)
+    positions = {column: i for i, column in enumerate(entities)}
+    return ServicePlan(
+        name=name,
+        refs=tuple(refs),
+        output_names=names,
+        output_dtypes=dtypes,
+        views=tuple(views[view] for view in used),
+        entities=tuple(entities.items()),
+        view_keys=tuple(tuple(positions[key] for key in views[view].join_keys) for view in used),
+        inputs=tuple(inputs.items()),
+        program=program,
+        on_missing=on_missing,
+        fingerprint=_fingerprint(name, refs, on_missing, inputs, columns_read(*(e for _, e in outputs)),
+                                 [computers[view] for view in used]),
+        request_name=request.name if request is not None and inputs else None,
+    )  # fmt: skip
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(known) or 'none'}"
+
+
+def _resolve(ref: str, views: Mapping[str, FeatureView], request: RequestSource | None) -> tuple[str, str]:
+    parts = ref.split(":") if isinstance(ref, str) else []
+    if len(parts) != 2 or not all(parts):
+        raise InvalidArgumentError(f"feature is {ref!r}; expected 'view:feature'")
+    owner, short = parts
+    if request is not None and owner == request.name:
+        if short not in request.schema:
+            raise NotFoundError(f"'{ref}': no such request input; {_near(short, request.schema)}")
+    elif owner not in views:
+        owners = [*views] + ([request.name] if request else [])
+        raise NotFoundError(f"'{ref}': no such view '{owner}'; {_near(owner, owners)}")
+    elif short not in views[owner].features:
+        raise NotFoundError(f"'{ref}': no such feature '{short}'; {_near(short, views[owner].features)}")
+    return owner, short
+
+
+def _check_names(refs: Sequence[str], names: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for ref, name in zip(refs, names):
+        if name in first:
+            hint = "it is listed twice" if first[name] == ref else "use full_feature_names=True"
+            raise FeatureNameCollisionError(
+                f"features '{first[name]}' and '{ref}' would both be named '{name}'; {hint}"
+            )
+        first[name] = ref
+
+
+def _feature(
+    view: FeatureView,
+    name: str,
+    distributions: Mapping[str, Distribution],
+    ranks: dict[str, Distribution],
+) -> Expr:
+    """The feature over program inputs. `ranks` gets the distributions under the renamed fingerprints."""
+    if name not in view.request_time:
+        return col(f"{view.name}:{name}")
+    renamed: dict[str, Expr] = {}
+    for node in walk(view.request_time[name]):
+        args = tuple(renamed[arg.fingerprint()] for arg in node.args)
+        param = f"{view.name}:{view.hidden[node.param]}" if node.op == "col" else node.param
+        renamed[node.fingerprint()] = Expr(node.op, param, args)
+        if node.op == "percentile_rank" and node.args[0].fingerprint() in distributions:
+            ranks[args[0].fingerprint()] = distributions[node.args[0].fingerprint()]
+    return renamed[view.request_time[name].fingerprint()]
+
+
+def _entities(used: Sequence[str], computers: Mapping[str, ViewComputer]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in used:
+        computer = computers[name]
+        for key, dtype in zip(computer.view.join_keys, computer.join_dtypes):
+            if found.setdefault(key, dtype) != dtype:
+                raise DefinitionError(
+                    f"join key '{key}' is {dtype} in view '{name}' but {found[key]} in another view"
+                )
+    return found
+
+
+def _fingerprint(
+    name: str,
+    refs: Sequence[str],
+    on_missing: str,
+    inputs: Mapping[str, str],
+    columns: Sequence[str],
+    computers: Sequence[ViewComputer],
+) -> str:
+    """Output names are left out: they decide no value. Dictionaries count where the plan reads them."""
+    views = []
+    for computer in computers:
+        ranks = [
+            [key, [v.hex() for v in fitted.values], fitted.cumulative]
+            for key, fitted in sorted(computer.distributions.items())
+        ]
+        texts = [
+            [column, texts]
+            for column, texts in sorted(computer.dictionaries.items())
+            if f"{computer.view.name}:{column}" in columns
+        ]
+        views.append([computer.view.fingerprint(), ranks, texts])
+    parts = [name, list(refs), on_missing, list(inputs.items()), views]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Serving: the engine, its socket server, the wire and the clients."""

@@ -1,0 +1,486 @@
+"""The engine: feature store, caches, models and monitors of one process, behind one object.
+
+`predict` runs on the caller's thread through the same native path as the socket's. Beside it run the native
+executors, one loader thread (what the caches lack) and one monitor thread (what was served). Any thread may
+call any method.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penstock import _core
+from penstock.clock import SystemClock
+from penstock.config import Config, ModelConfig, load_config
+from penstock.errors import (
+    BundleError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PenstockError,
+    StoreError,
+    UnavailableError,
+    from_wire,
+)
+from penstock.features.store import FeatureStore
+from penstock.models.bundle import ModelBundle, load_bundle
+from penstock.models.registry import ModelRegistry
+from penstock.monitoring.label_log import LabelLog
+from penstock.monitoring.served_log import ServedLog
+from penstock.serving import protocol
+from penstock.serving.live import LiveModels
+from penstock.serving.lock import DataDirLock
+from penstock.serving.protocol import Prediction, PredictionBatch, Time
+
+_log = logging.getLogger("penstock.serving")
+_LOADER_WAIT_S = 0.2
+_MONITOR_WAIT_S = 0.1
+
+
+class Engine:
+    """Serves the models of a configuration in this process.
+
+    Raises (when made):
+        ConfigError, BundleError, StoreError: what cannot be served, by name.
+        FailedPreconditionError: another engine holds `data_dir`.
+    """
+
+    def __init__(self, config: Config, *, clock: SystemClock | None = None) -> None:
+        self.config = config
+        self.clock = clock or SystemClock()
+        self.started_ns = time.monotonic_ns()
+        self.ready = False
+        self.lock = DataDirLock(config.data_dir)
+        self.core = _core.ServingCore()
+        self.store: FeatureStore | None = None
+        self._changing = threading.RLock()  # one change of models or sources at a time
+        self._generation = 0  # of the sources: rows read under an older one are read again
+        self._filling = threading.Lock()
+        self._closing = threading.Event()
+        self.monitor_errors = 0
+        self._threads: list[threading.Thread] = []
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_config(cls, path: str | Path, *, clock: SystemClock | None = None) -> Engine:
+        """An engine of `inference-config.yaml`; ConfigError lists every fault with its line."""
+        return cls(load_config(path), clock=clock)
+
+    def _open(self) -> None:
+        config = self.config
+        if config.feature_store.repo_path is not None:
+            self.store = FeatureStore(
+                config.feature_store.repo_path, data_dir=config.data_dir, clock=self.clock
+            )
+        self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
+        settings = config.monitoring
+        self.served_log = ServedLog(
+            config.data_dir / "log",
+            flush_us=round(settings.log_flush * 1e6),
+            max_bytes=settings.log_bytes,
+        )
+        self.label_log = LabelLog(config.data_dir / "log")
+        self.live = LiveModels(config, self.core, self.store, self.served_log)
+        for name, model in self._configured().items():
+            self.live.publish(self.live.load(self._bundle(name, model)))
+        self._replay_logs()
+        for target in (self._run_loader, self._run_monitor):
+            thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self.ready = True
+
+    def _configured(self) -> dict[str, ModelConfig]:
+        if self.config.models:
+            return dict(self.config.models)
+        return {info.name: ModelConfig() for info in self.registry.list()}
+
+    def _bundle(self, name: str, settings: ModelConfig) -> ModelBundle:
+        if settings.path is None:
+            return self.registry.get(name, settings.version)
+        bundle = load_bundle(settings.path)
+        if bundle.name != name:
+            raise BundleError(f"bundle {settings.path} is of model '{bundle.name}'; expected '{name}'")
+        self.registry.add(settings.path)
+        return bundle
+
+    def _replay_logs(self) -> None:
+        """Give the label join what was served and labelled before a restart."""
+        import pyarrow.compute as pc
+
+        for name, performance in self.live.performance.items():
+            try:
+                table = self.served_log.read(name)
+            except NotFoundError:
+                continue
+            for version in table["version"].unique().to_pylist():
+                part = table.filter(pc.equal(table["version"], version))
+                scores = part["score"].to_numpy()
+                if len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0:
+                    performance.record(
+                        part["rid"].to_numpy(), part["now_us"].to_numpy(), scores, str(version)
+                    )
+        if self.live.performance:
+            for ids, labels, times in self.label_log.read():
+                self._join(ids, labels, times)
+
+    # Threads
+
+    def _run_loader(self) -> None:
+        while not self._closing.is_set():
+            misses = self.core.wait_misses(_LOADER_WAIT_S)
+            if misses is None:
+                continue
+            try:
+                self._load_misses(misses)
+            except Exception as error:  # a store that failed is UNAVAILABLE, never NaN
+                self.core.fail_misses(misses, "UNAVAILABLE", f"the feature store failed: {error}")
+
+    def _load_misses(self, misses: _core.MissBatch) -> None:
+        store = self.store
+        if store is None:
+            raise StoreError("there is no feature store")
+        while True:
+            generation = self._generation
+            stamp = store.stamp()
+            rows = [store.load_rows(view, keys, now_us) for view, keys, now_us in misses.views]
+            with self._filling:
+                if generation == self._generation:
+                    self.core.finish_misses(misses, rows, stamp)
+                    return
+
+    def _run_monitor(self) -> None:
+        while not self._closing.wait(_MONITOR_WAIT_S):
+            try:
+                self.drain_served()
+                self.served_log.flush(self.clock.mono_ns() // 1000)
+            except Exception:  # what one batch of rows breaks must not end the watch over the next
+                self.monitor_errors += 1
+                _log.exception("the monitor failed on a batch of served rows")
+
+    def drain_served(self) -> None:
+        """Take every row served so far into the monitors and the log."""
+        for model in self.live.all():
+            model.drain()
+
+    # Prediction
+
+    def predict(
+        self,
+        model: str,
+        entities: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        deadline_ms: float | None = None,
+        now: Time | None = None,
+        request_id: Any = None,
+        priority: str | None = None,
+        timings: bool = False,
+        no_cache: bool = False,
+    ) -> Prediction:
+        """Score the rows of `entities` (columns of scalars or lists) and request `inputs`.
+
+        Raises InvalidArgumentError, NotFoundError, DeadlineExceededError, ResourceExhaustedError,
+        UnavailableError.
+        """
+        return self._call(
+            protocol.predict_call(
+                model,
+                entities,
+                inputs,
+                deadline_ms=deadline_ms,
+                now=now,
+                request_id=request_id,
+                priority=priority,
+                timings=timings,
+                no_cache=no_cache,
+            ),
+            timings,
+        )
+
+    def predict_vectors(
+        self, model: str, rows: Any, *, deadline_ms: float | None = None, request_id: Any = None
+    ) -> Prediction:
+        """Score final model inputs, float32 [n, F] in the order of the bundle's inputs."""
+        return self._call(
+            protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id), False
+        )
+
+    def predict_many(
+        self, model: str, table: Any, *, deadline_ms: float | None = None, now: Time | None = None
+    ) -> PredictionBatch:
+        """Score a table (columns of entities and inputs) in chunks of the low priority class."""
+        columns = protocol.to_columns("table", table)
+        rows = self.config.serving.max_batch_size
+        live = self.live.get(model)
+        parts = [
+            self.predict(model, entities, inputs, deadline_ms=deadline_ms, now=now, priority="low")
+            for entities, inputs in protocol.split_table(columns, live.entities(), rows)
+        ]
+        return protocol.join_predictions(parts)
+
+    async def predict_async(
+        self, model: str, entities: Mapping[str, Any], *args: Any, **options: Any
+    ) -> Prediction:
+        """As `predict`, on a thread of the running loop's executor."""
+        return await asyncio.to_thread(self.predict, model, entities, *args, **options)
+
+    def _call(self, call: protocol.Call[Prediction], timings: bool) -> Prediction:
+        got = self.core.call(call.method == "predict_vectors", call.packed_params())
+        if len(got) == 3:
+            code, message, retry_after_ms = got
+            wire = {"code": code, "message": message}
+            if retry_after_ms is not None:
+                wire["retry_after_ms"] = retry_after_ms
+            raise from_wire(wire)
+        scores, version, ids, status, stages = got
+        return Prediction(
+            scores[:, 0] if scores.shape[1] == 1 else scores,
+            version,
+            ids,
+            status,
+            stages if timings else None,
+        )
+
+    # State
+
+    def promote(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Make `version` (default: the challenger) the champion, durably, and serve it."""
+        with self._changing:
+            live = self.live.get(name)
+            bundle = self.registry.get(name, version or "challenger")
+            if bundle.version != live.bundle.version:
+                live = self.live.warm(name, bundle.version) or self.live.load(bundle)
+            self.registry.promote(name, bundle.version)
+            self.live.publish(live)
+            return {"model": name, "version": bundle.version}
+
+    def rollback(self, name: str) -> dict[str, Any]:
+        """Serve the champion before this one again."""
+        with self._changing:
+            self.live.get(name)
+            bundle = self.registry.get(name, "previous")
+            model = self.live.warm(name, bundle.version) or self.live.load(bundle)
+            self.registry.rollback(name)
+            self.live.publish(model)
+            return {"model": name, "version": bundle.version}
+
+    def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
+        """Bring the online store up to `end` (default: now); reads sources that changed again."""
+        store = self._store()
+        with self._changing:
+            self._refresh(store)
+            end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
+            report = store.materialize_incremental(end_us, views=views)
+            return {"end_us": end_us, "rows": dict(report.rows)}
+
+    def apply(self) -> dict[str, Any]:
+        """Record the definitions, fit distributions anew, and read sources that changed again.
+
+        A model whose features are then no longer those of its training is not served any more ("retired").
+        """
+        store = self._store()
+        with self._changing:
+            changes = store.apply()
+            self._refresh(store, always=True)
+            retired = self.live.retire_strangers()
+            return {"views": changes.views, "services": changes.services, "retired": retired}
+
+    def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:
+        if store.refresh() or always:
+            with self._filling:
+                self._generation += 1
+                self.live.clear_caches()
+
+    def _store(self) -> FeatureStore:
+        if self.store is None:
+            raise FailedPreconditionError("there is no feature store; set feature_store.repo_path")
+        return self.store
+
+    def label(self, request_ids: Any, labels: Any, times: Any = None) -> dict[str, int]:
+        """Join labels (0 or 1) by request id; they are on disk when this returns. Counts by outcome."""
+        ids, values = _listed("request_ids", request_ids), _listed("labels", labels)
+        stamps = [self.clock.now_us()] * len(ids) if times is None else _listed("times", times)
+        for name, given in (("labels", values), ("times", stamps)):
+            if len(given) != len(ids):
+                raise InvalidArgumentError(
+                    f"{name} has {len(given)} values; expected {len(ids)}, one per row"
+                )
+        for row, (rid, label) in enumerate(zip(ids, values)):
+            if type(rid) is not int or not 0 <= rid < 1 << 64:
+                raise InvalidArgumentError(f"request_ids[{row}] is {rid!r}; expected a uint64")
+            if label not in (0, 1):
+                raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
+        stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
+        if not self.live.performance:
+            raise FailedPreconditionError("no model with probability scores is served; labels have no use")
+        self.drain_served()
+        values = [int(label) for label in values]
+        self.label_log.append(ids, values, stamps)
+        return self._join(ids, values, stamps)
+
+    def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
+        """Counts by outcome. An id belongs to one model at most: to the others it is an orphan."""
+        totals: dict[str, int] = {}
+        for performance in self.live.performance.values():
+            counts = performance.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))
+            for what, n in counts.items():
+                totals[what] = totals.get(what, 0) + n
+        totals["orphan"] -= len(ids) * (len(self.live.performance) - 1)
+        return totals
+
+    def health(self) -> dict[str, Any]:
+        from penstock import __version__
+
+        return {
+            "ready": self.ready,
+            "penstock": __version__,
+            "uptime_s": (time.monotonic_ns() - self.started_ns) / 1e9,
+            "models": {name: model.bundle.version for name, model in self.live.live.items()},
+        }
+
+    def models(self) -> dict[str, Any]:
+        """Live models by name, and every version and alias that the registry holds."""
+        versions: dict[str, list[str]] = {}
+        for info in self.registry.list():
+            versions.setdefault(info.name, []).append(info.version)
+        described = {}
+        for name, model in self.live.live.items():
+            described[name] = {
+                **model.describe(),
+                "versions": versions.get(name, []),
+                "aliases": self.registry.aliases(name),
+            }
+        return described
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, batch sizes and latency quantiles by model, label metrics, and the caches' counters."""
+        self.drain_served()
+        models = {}
+        window_us = int(self.config.monitoring.window * 1e6)
+        for name, model in self.live.live.items():
+            entry = dict(model.served.stats())
+            entry["version"] = model.bundle.version
+            if model.performance is not None:
+                entry["performance"] = model.performance.metrics(
+                    model.newest_us or self.clock.now_us(), window_us
+                )
+            models[name] = entry
+        return {
+            "models": models,
+            "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
+            "served_log": self.served_log.stats(),
+            "monitor_errors": self.monitor_errors,
+        }
+
+    def drift(
+        self, name: str | None = None, window_s: float | None = None, end: Time | None = None
+    ) -> dict[str, Any]:
+        """Drift and freshness by live model (or of one) over `window_s` seconds of request time up to `end`.
+
+        Defaults: the whole of `monitoring.window`, up to the newest row served.
+        """
+        self.drain_served()
+        window_us = None if window_s is None else round(window_s * 1e6)
+        end_us = None if end is None else protocol.to_micros(end, "end")
+        reports = {}
+        for each in [*self.live.live] if name is None else [name]:
+            model = self.live.get(each)
+            reports[each] = {
+                "version": model.bundle.version,
+                "drift": model.drift.report(end_us=end_us, window_us=window_us).to_dict(),
+                "freshness": model.freshness.report(end_us=end_us, window_us=window_us).to_dict(),
+            }
+        return reports
+
+    def features(self, features: Any, entities: Mapping[str, Any], now: Time | None = None) -> dict[str, Any]:
+        """Online values of a feature service, or of a list of "view:feature"."""
+        columns = protocol.to_columns("entities", entities)
+        rows = {name: v if isinstance(v, list) else [v] for name, v in columns.items()}
+        when = None if now is None else protocol.to_micros(now)
+        result = self._store().get_online_features(features, rows, now=when)
+        return {"columns": result.to_dict(), "status": result.statuses()}
+
+    # Life
+
+    def drain(self) -> None:
+        """Refuse new work; what is in flight goes on."""
+        self.ready = False
+        self.core.drain()
+
+    def close(self) -> None:
+        """Stop everything and write what is buffered. Idempotent."""
+        if self._closing.is_set():
+            return
+        self.drain()
+        self._closing.set()
+        self.core.close()
+        for thread in self._threads:
+            thread.join()
+        if self._opened("live"):
+            self.live.stop()
+        for part in ("served_log", "label_log", "store"):
+            if self._opened(part):
+                getattr(self, part).close()
+        self.lock.release()
+
+    def _opened(self, part: str) -> bool:
+        """Whether `_open` came that far."""
+        return getattr(self, part, None) is not None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # The socket's other methods
+
+    def call(self, method: str, params: list[Any], *, admin: bool = True) -> Any:
+        """Run a method of the wire that is not a predict call, with its decoded params."""
+        known = {
+            "label": (self.label, 2, 3),
+            "models": (self.models, 0, 0),
+            "health": (self.health, 0, 0),
+            "stats": (self.stats, 0, 0),
+            "drift": (self.drift, 0, 3),
+            "features": (self.features, 2, 3),
+            "materialize": (self.materialize, 0, 2),
+            "apply": (self.apply, 0, 0),
+            "promote": (self.promote, 1, 2),
+            "rollback": (self.rollback, 1, 1),
+        }
+        if method not in known:
+            raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")
+        function, least, most = known[method]
+        if not least <= len(params) <= most:
+            raise InvalidArgumentError(f"{method} has {len(params)} params; expected {least} to {most}")
+        try:
+            return function(*params)  # type: ignore[operator]
+        except PenstockError:
+            raise
+        except OSError as error:
+            raise UnavailableError(f"{method} failed: {error}") from error
+        except Exception as error:
+            raise InternalError(f"{method} failed: {type(error).__name__}: {error}") from error
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise InvalidArgumentError(f"{name} is {values!r}; expected a list")
+    return list(values)

@@ -1,0 +1,263 @@
+"""The live model versions: what each consists of, how one is loaded, and how another takes its place.
+
+A version is loaded and warmed before it is live; it goes live by one pointer swap in the native core. The
+version before it stays warm, so that a rollback is one swap too; the one before that is stopped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from penstock import _core
+from penstock.config import Config, ModelConfig
+from penstock.errors import BundleError, NotFoundError, PenstockError
+from penstock.features.plan import ServicePlan
+from penstock.features.store import FeatureStore
+from penstock.models.bundle import ModelBundle
+from penstock.monitoring.drift import DriftMonitor
+from penstock.monitoring.freshness import FreshnessMonitor
+from penstock.monitoring.performance import PerformanceTracker
+from penstock.monitoring.served_log import ServedLog
+
+_DRAIN_ROWS = 16_384
+
+
+@dataclass
+class LiveModel:
+    """A loaded version. `plan` is None for a model on bare vectors, `performance` unless it scores 0 to 1."""
+
+    bundle: ModelBundle
+    plan: ServicePlan | None
+    served: _core.ServedModel
+    drift: DriftMonitor
+    freshness: FreshnessMonitor
+    performance: PerformanceTracker | None
+    log: ServedLog
+    newest_us: int | None = None  # request time of the newest row served
+    _draining: threading.Lock = field(default_factory=threading.Lock)
+
+    def drain(self) -> None:
+        """Take every row served so far into the monitors and the log. Any thread."""
+        with self._draining:
+            while True:
+                ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
+                if not len(ids):
+                    return
+                newest = int(now_us.max())
+                self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
+                first = np.ascontiguousarray(scores[:, 0])
+                self.drift.add(now_us, rows, first)
+                if event_time.shape[1]:
+                    self.freshness.add(now_us, event_time, status)
+                if self.performance is not None:
+                    self.performance.record(ids, now_us, first, self.bundle.version)
+                self.log.append(
+                    self.bundle.name,
+                    self.bundle.version,
+                    [name for name, _ in self.bundle.inputs],
+                    ids,
+                    now_us,
+                    rows,
+                    first,
+                    status,
+                )
+
+    def entities(self) -> list[str]:
+        """The entity columns of a request; none for a model on bare vectors."""
+        return [] if self.plan is None else [name for name, _ in self.plan.entities]
+
+    def describe(self) -> dict[str, Any]:
+        """What `models` says of it."""
+        return {
+            "version": self.bundle.version,
+            "service": self.bundle.service,
+            "entities": self.entities(),
+            "inputs": [] if self.plan is None else [list(pair) for pair in self.plan.inputs],
+            "features": [list(pair) for pair in self.bundle.inputs],
+            "output": {"kind": self.bundle.output_kind, "classes": list(self.bundle.classes or [])},
+            "fingerprint": self.bundle.fingerprint,
+            "metrics": dict(self.bundle.metrics),
+        }
+
+
+class LiveModels:
+    """The live version of each model name, the one before it, and the feature caches that they share.
+
+    Reads from any thread; the engine lets one thread change it at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        core: _core.ServingCore,
+        store: FeatureStore | None,
+        log: ServedLog,
+    ) -> None:
+        self._config, self._core, self._store, self._log = config, core, store, log
+        self.live: dict[str, LiveModel] = {}
+        self.previous: dict[str, LiveModel] = {}
+        self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
+        self.caches: dict[str, _core.FeatureCache] = {}  # by view
+
+    def get(self, name: str) -> LiveModel:
+        """The live version of `name`; NotFoundError names those that are loaded."""
+        found = self.live.get(name)
+        if found is None:
+            known = ", ".join(sorted(self.live)) or "none is loaded"
+            raise NotFoundError(f"model '{name}' is unknown; expected one of: {known}")
+        return found
+
+    def all(self) -> list[LiveModel]:
+        """Live and previous versions."""
+        return [*list(self.live.values()), *list(self.previous.values())]
+
+    def load(self, bundle: ModelBundle) -> LiveModel:
+        """Load and warm a version; it is not live yet.
+
+        Raises:
+            BundleError: its features are not those of the store, or its files do not fit each other.
+        """
+        serving, monitoring = self._config.serving, self._config.monitoring
+        plan = self._plan(bundle)
+        settings = self._config.models.get(bundle.name, ModelConfig())
+        try:
+            served = self._core.load(
+                bundle.name,
+                bundle.version,
+                bundle.trees,
+                None if plan is None else self._native_plan(plan, settings.on_missing),
+                max_batch_rows=serving.max_batch_size,
+                max_latency_ms=serving.max_latency_ms,
+                guard_ms=min(serving.guard_ms, serving.max_latency_ms / 4),
+                inline_limit_us=serving.inline_limit_us,
+                max_rows_per_request=serving.max_rows_per_request,
+                max_requests=serving.max_requests,
+                max_queued_rows=serving.max_queued_rows,
+                allow_replay=serving.allow_replay,
+                served_capacity=monitoring.ring_rows,
+            )
+        except ValueError as error:
+            raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
+        pane_us, window_us = int(monitoring.pane * 1e6), int(monitoring.window * 1e6)
+        performance = None
+        if bundle.output_kind == "probability":
+            performance = self.performance.setdefault(
+                bundle.name,
+                PerformanceTracker(
+                    capacity=monitoring.label_capacity,
+                    pane_us=pane_us,
+                    horizon_us=window_us,
+                    bins=monitoring.score_bins,
+                ),
+            )
+        views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        return LiveModel(
+            bundle,
+            plan,
+            served,
+            DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us),
+            FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
+            performance,
+            self._log,
+        )
+
+    def publish(self, model: LiveModel) -> None:
+        """Make it live."""
+        name = model.bundle.name
+        before = self.live.get(name)
+        if before is model:
+            return
+        self._core.publish(model.served)
+        self.live[name] = model
+        if before is None:
+            return
+        stale = self.previous.get(name)
+        self.previous[name] = before
+        if stale is not None and stale is not model:
+            stale.served.stop()
+            stale.drain()
+
+    def warm(self, name: str, version: str) -> LiveModel | None:
+        """The previous version of `name`, if it is that one."""
+        previous = self.previous.get(name)
+        return previous if previous is not None and previous.bundle.version == version else None
+
+    def retire_strangers(self) -> list[str]:
+        """Stop serving the models whose features the store no longer defines as they were trained; names."""
+        found = []
+        for name, model in list(self.live.items()):
+            try:
+                self._plan(model.bundle)
+            except PenstockError:
+                self._core.retire(name)
+                self.live.pop(name)
+                for version in (model, self.previous.pop(name, None)):
+                    if version is not None:
+                        version.served.stop()
+                        version.drain()
+                found.append(name)
+        return found
+
+    def clear_caches(self) -> None:
+        for cache in self.caches.values():
+            cache.clear()
+
+    def stop(self) -> None:
+        """Stop every version and take in its last rows."""
+        for model in self.all():
+            model.served.stop()
+            model.drain()
+
+    def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
+        if bundle.service is None:
+            return None
+        where = f"model '{bundle.name}' version {bundle.version}"
+        if self._store is None:
+            raise BundleError(
+                f"{where} reads the feature service '{bundle.service}'; set feature_store.repo_path"
+            )
+        plan = self._store.service_plan(bundle.service)
+        if plan.fingerprint != bundle.fingerprint:
+            raise BundleError(
+                f"{where} was trained on other definitions of the service '{bundle.service}' "
+                f"(fingerprint {bundle.fingerprint}, now {plan.fingerprint}); train it again or restore them"
+            )
+        return plan
+
+    def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
+        assert self._store is not None
+        settings = self._config.caches.features
+        views: list[Mapping[str, Any]] = []
+        for view, keys in zip(plan.views, plan.view_keys):
+            computer = self._store.computer(view.name)
+            if view.name not in self.caches:
+                self.caches[view.name] = _core.FeatureCache(
+                    settings.capacity,
+                    computer.row_schema.row_words,
+                    int(settings.ttl * 1e9) if settings.ttl else 0,
+                )
+            # One row of each view is loaded here, so that no request waits for a compiler.
+            some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
+            self._store.load_rows(view.name, some, np.zeros(1, np.int64))
+            views.append(
+                {
+                    "name": view.name,
+                    "cache": self.caches[view.name],
+                    "fields": computer.schema,
+                    "key_columns": list(keys),
+                }
+            )
+        return {
+            "entities": list(plan.entities),
+            "views": views,
+            "request_source": plan.request_name or "",
+            "inputs": list(plan.inputs),
+            "program": plan.program,
+            "key_seed": self._store.key_seed,
+            "error_on_missing": "error" in (plan.on_missing, on_missing),
+        }

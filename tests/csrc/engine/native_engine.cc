@@ -1,0 +1,373 @@
+// The serving core under threads: a loop thread with connections that come and go, local callers, a loader
+// that sometimes fails, versions that are swapped, statistics read throughout. Every reply is checked against
+// the sum of its row; requests are conserved in every snapshot; each request is answered exactly once.
+#include <poll.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../check.h"
+#include "engine/serving_core.h"
+
+using namespace penstock;
+
+namespace {
+
+constexpr size_t kFeatures = 3;
+
+// The score is the sum of the row; some runs are slow.
+class SumModel final : public Model {
+ public:
+  size_t n_features() const override { return kFeatures; }
+  size_t n_outputs() const override { return 1; }
+  Status run(const float* rows, size_t n, double* scores) override {
+    CHECK(n >= 1 && n <= kMaxBatchRows);
+    CHECK(!running_.exchange(true));  // one run at a time
+    for (size_t i = 0; i < n; ++i) {
+      scores[i] = 0;
+      for (size_t f = 0; f < kFeatures; ++f) scores[i] += rows[i * kFeatures + f];
+    }
+    if (++runs_ % 64 == 0) usleep(300);
+    running_ = false;
+    return {};
+  }
+
+ private:
+  std::atomic<bool> running_{false};
+  uint64_t runs_ = 0;
+};
+
+// A program without an instruction: its outputs are its inputs (users:a, users:b, users:c as f32).
+std::shared_ptr<const FeatureProgram> identity_program() {
+  std::string bytes = "PSFP";
+  const auto u32 = [&](uint32_t v) { bytes.append(reinterpret_cast<const char*>(&v), 4); };
+  const auto name = [&](const std::string& text) {
+    const auto size = static_cast<uint16_t>(text.size());
+    bytes.append(reinterpret_cast<const char*>(&size), 2);
+    bytes += text;
+  };
+  for (const uint32_t v : {1u, 3u, 3u, 0u, 0u, 0u}) u32(v);
+  for (const char* column : {"users:a", "users:b", "users:c"}) {
+    name(column);
+    bytes += '\0';
+  }
+  uint32_t input = 0;
+  for (const char* column : {"a", "b", "c"}) {
+    name(column);
+    bytes += '\0';
+    u32(input++);
+  }
+  std::shared_ptr<const FeatureProgram> program;
+  const Status status =
+      FeatureProgram::parse(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), &program);
+  if (!status.is_ok()) std::fprintf(stderr, "%s\n", status.message.c_str());
+  CHECK(status.is_ok());
+  return program;
+}
+
+std::vector<Field> fields() {
+  return {{"a", FeatureDtype::kF32}, {"b", FeatureDtype::kF32}, {"c", FeatureDtype::kF32}};
+}
+
+std::shared_ptr<const ServicePlan> make_plan(std::shared_ptr<FeatureCache> cache) {
+  ServicePlanSpec spec;
+  spec.entities = {{"user", FeatureDtype::kI64}};
+  spec.views = {{"users", std::move(cache), fields(), {0}}};
+  spec.program = identity_program();
+  std::shared_ptr<const ServicePlan> plan;
+  CHECK(ServicePlan::create(std::move(spec), &plan).is_ok());
+  return plan;
+}
+
+// User u has the row (u, 2u, 1).
+float score_of_user(int64_t user) {
+  return static_cast<float>(3 * user + 1);
+}
+
+std::string predict_params(int64_t user, bool list) {
+  wire::Writer out(1 << 16);
+  out.array(2);
+  out.str("m");
+  out.map(1);
+  out.str("user");
+  if (list) out.array(2);
+  out.integer(user);
+  if (list) out.integer(user + 1);
+  return {reinterpret_cast<const char*>(out.data()), out.size()};
+}
+
+std::string vector_params(float a, uint32_t rows) {
+  std::vector<float> data;
+  for (uint32_t r = 0; r < rows; ++r) data.insert(data.end(), {a, static_cast<float>(r), 0.5f});
+  wire::Writer out(1 << 20);
+  out.array(3);
+  out.str("m");
+  out.bin(data.data(), data.size() * sizeof(float));
+  out.uint(rows);
+  return {reinterpret_cast<const char*>(out.data()), out.size()};
+}
+
+struct World {
+  ServingCore core;
+  std::shared_ptr<FeatureCache> cache;
+  std::atomic<bool> stop{false};
+  std::vector<std::shared_ptr<ServedModel>> versions;
+
+  World() {
+    RowSchema schema;
+    CHECK(RowSchema::create(fields(), &schema).is_ok());
+    std::unique_ptr<FeatureCache> made;
+    CHECK(FeatureCache::create({60, schema.row_words(), 0}, &made).is_ok());
+    cache = std::move(made);
+    for (int v = 0; v < 2; ++v) {
+      ServedModelConfig config;
+      config.name = "m";
+      config.version = std::to_string(v);
+      config.lane.max_requests = 64;
+      config.lane.max_queued_rows = 512;
+      config.max_resident_rows = 1024;
+      config.max_latency_ns = 400'000'000;
+      config.inline_limit_ns = v == 0 ? 0 : 200'000;
+      config.served_capacity = 512;
+      versions.push_back(
+          std::make_shared<ServedModel>(config, std::make_unique<SumModel>(), make_plan(cache), &core));
+      CHECK(versions.back()->warm_up().is_ok());
+      versions.back()->start();
+    }
+    core.publish(versions[0]);
+  }
+};
+
+void local_caller(World& world, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  ServedModel::Scratch scratch;
+  Result result;
+  for (int i = 0; i < 2000; ++i) {
+    const auto rows = static_cast<uint32_t>(rng() % 100 + 1);
+    const auto a = static_cast<float>(rng() % 1000);
+    const std::string params = vector_params(a, rows);
+    ServingCore::LocalCall call;
+    if (!world.core.begin_local(true, params, scratch, &call).is_ok()) continue;
+    if (!call.model->take(call.tag, &result)) {
+      call.model->wait(call.tag, call.waiter);
+      CHECK(call.model->take(call.tag, &result));
+    }
+    if (!result.status.is_ok()) continue;
+    CHECK(result.rows == rows);
+    for (uint32_t r = 0; r < rows; ++r) CHECK(result.scores[r] == a + static_cast<float>(r) + 0.5f);
+  }
+}
+
+void loader(World& world) {
+  RowSchema schema;
+  CHECK(RowSchema::create(fields(), &schema).is_ok());
+  ServedModel::Scratch scratch;
+  uint64_t turn = 0;
+  while (!world.stop) {
+    MissBatch batch;
+    if (!world.core.wait_misses(1'000'000, &batch)) continue;
+    if (++turn % 16 == 0) {
+      world.core.fail_misses(batch, {Code::kUnavailable, "a bad day"});
+      continue;
+    }
+    std::vector<std::vector<uint64_t>> words;
+    std::vector<std::vector<RowMeta>> metas;
+    std::vector<const uint64_t*> rows;
+    std::vector<const RowMeta*> meta;
+    for (const MissBatch::View& view : batch.views) {
+      words.emplace_back(view.keys.size() * view.row_words);
+      metas.emplace_back(view.keys.size(), RowMeta{INT64_MIN, INT64_MAX, 0, 0});
+      for (size_t i = 0; i < view.keys.size(); ++i) {
+        uint64_t* row = words.back().data() + i * view.row_words;
+        const uint8_t present = 0;
+        schema.init(row, view.row_words, 1, &present);
+        const auto user = static_cast<double>(view.keys[i].lo);
+        const double values[] = {user, 2 * user, 1.0};
+        for (size_t f = 0; f < 3; ++f) {
+          Block block{};
+          block.f64[0] = values[f];
+          block.valid = 1;
+          schema.store(f, block, 1, row, view.row_words);
+        }
+      }
+      rows.push_back(words.back().data());
+      meta.push_back(metas.back().data());
+    }
+    world.core.finish_misses(batch, rows, meta, turn, scratch);
+  }
+}
+
+void watcher(World& world) {
+  const auto check = [](const EndCounters& c) {
+    CHECK(c.submitted == c.in_flight + c.ok + c.rejected + c.expired + c.cancelled + c.failed);
+  };
+  auto stats = std::make_unique<ServedModelStats>();
+  std::vector<uint64_t> ids(64);
+  std::vector<int64_t> now(64), events(64);
+  std::vector<uint8_t> status(64);
+  std::vector<double> scores(64);
+  std::vector<float> rows(64 * kFeatures);
+  for (uint64_t turn = 0; !world.stop; ++turn) {
+    for (const auto& version : world.versions) {
+      version->stats(stats.get());
+      check(stats->requests);
+      check(stats->rows);
+      const size_t n = version->served().drain(
+          64, {ids.data(), now.data(), status.data(), scores.data(), rows.data(), events.data()});
+      for (size_t i = 0; i < n; ++i) {
+        const float* row = &rows[i * kFeatures];
+        CHECK(scores[i] == static_cast<double>(row[0]) + row[1] + row[2]);
+      }
+    }
+    if (turn % 8 == 0) world.core.publish(world.versions[turn / 8 % 2]);
+    usleep(200);
+  }
+}
+
+struct Peer {
+  std::unique_ptr<Connection> connection;
+  std::map<uint32_t, float> expected;  // unanswered msgid: its first score
+  uint32_t next = 0;
+};
+
+void read_replies(Peer& peer, uint64_t* ok) {
+  const wire::Writer* out = peer.connection->session().take_output();
+  if (out == nullptr) return;
+  wire::Cursor cursor(out->data(), out->data() + out->size());
+  while (!cursor.at_end()) {
+    uint32_t count;
+    uint64_t kind, msgid;
+    CHECK(cursor.read_array(&count) && count == 4 && cursor.read_uint(&kind) && kind == 1);
+    CHECK(cursor.read_uint(&msgid));
+    const auto at = peer.expected.find(static_cast<uint32_t>(msgid));
+    CHECK(at != peer.expected.end());  // each request is answered once
+    if (!cursor.read_nil()) {
+      CHECK(cursor.skip() && cursor.read_nil());
+    } else {
+      ++*ok;
+      uint32_t pairs;
+      std::string_view key;
+      CHECK(cursor.read_map(&pairs) && cursor.read_str(&key) && key == "scores");
+      uint32_t scores;
+      const uint8_t* data;
+      size_t size;
+      double score;
+      if (cursor.read_bin(&data, &size)) {
+        float first;
+        std::memcpy(&first, data, sizeof first);
+        score = first;
+      } else {
+        CHECK(cursor.read_array(&scores) && cursor.read_number(&score));
+        for (uint32_t i = 1; i < scores; ++i) CHECK(cursor.skip());
+      }
+      CHECK(score == at->second);
+      for (uint32_t i = 1; i < pairs; ++i) CHECK(cursor.skip() && cursor.skip());
+    }
+    peer.expected.erase(at);
+  }
+  peer.connection->session().output_sent();
+}
+
+void send(Peer& peer, std::string_view bytes) {
+  std::vector<Connection::Call> others;
+  while (!bytes.empty()) {
+    const std::span<uint8_t> room = peer.connection->session().get_buffer(bytes.size());
+    const size_t n = std::min(room.size(), bytes.size());
+    std::memcpy(room.data(), bytes.data(), n);
+    bytes.remove_prefix(n);
+    peer.connection->received(n, &others);
+  }
+  CHECK(others.empty());
+}
+
+void loop(World& world, uint64_t* ok) {
+  std::mt19937_64 rng(11);
+  std::vector<Peer> peers(4);
+  const auto wait_some = [&] {
+    pollfd fd{world.core.event_fd(), POLLIN, 0};
+    (void)poll(&fd, 1, 1);
+    (void)(fd.revents != 0 ? world.core.wake() : world.core.expire());
+    for (Peer& peer : peers) {
+      if (peer.connection) read_replies(peer, ok);
+    }
+  };
+  for (int turn = 0; turn < 4000; ++turn) {
+    Peer& peer = peers[rng() % peers.size()];
+    if (!peer.connection || rng() % 40 == 0) {
+      peer = Peer{};
+      peer.connection = world.core.connect({{size_t{1} << 20, 16}, 64, size_t{1} << 20});
+    }
+    wire::Writer out(1 << 20);
+    for (uint64_t burst = rng() % 6 + 1; burst-- > 0;) {
+      const uint32_t msgid = peer.next++;
+      out.array(4);
+      out.uint(0);
+      out.uint(msgid);
+      if (rng() % 2 == 0) {
+        const auto user = static_cast<int64_t>(rng() % 200);
+        out.str("predict");
+        const std::string params = predict_params(user, rng() % 2 == 0);
+        out.raw(params.data(), params.size());
+        peer.expected[msgid] = score_of_user(user);
+      } else {
+        const auto a = static_cast<float>(rng() % 1000);
+        out.str("predict_vectors");
+        const std::string params = vector_params(a, static_cast<uint32_t>(rng() % 70 + 1));
+        out.raw(params.data(), params.size());
+        peer.expected[msgid] = a + 0.5f;
+      }
+      if (rng() % 10 == 0) {
+        out.array(3);
+        out.uint(2);
+        out.str("cancel");
+        out.array(1);
+        out.uint(msgid);
+      }
+    }
+    send(peer, {reinterpret_cast<const char*>(out.data()), out.size()});
+    read_replies(peer, ok);
+    if (rng() % 3 == 0) wait_some();
+  }
+  const auto waiting = [&] {
+    for (const Peer& peer : peers) {
+      if (!peer.expected.empty()) return true;
+    }
+    return false;
+  };
+  while (waiting()) wait_some();
+}
+
+}  // namespace
+
+int main() {
+  World world;
+  uint64_t ok = 0;
+  std::thread load([&] { loader(world); });
+  std::thread watch([&] { watcher(world); });
+  std::vector<std::thread> callers;
+  for (uint64_t seed = 1; seed <= 2; ++seed) callers.emplace_back([&, seed] { local_caller(world, seed); });
+  std::thread looper([&] { loop(world, &ok); });
+  for (std::thread& caller : callers) caller.join();
+  looper.join();
+  world.stop = true;
+  load.join();
+  watch.join();
+  CHECK(ok > 100);
+  auto stats = std::make_unique<ServedModelStats>();
+  for (const auto& version : world.versions) {
+    version->stop();
+    version->stats(stats.get());
+    CHECK(stats->requests.in_flight == 0);
+  }
+  world.core.close();
+  std::printf("%llu replies ok\n", static_cast<unsigned long long>(ok));
+  return 0;
+}

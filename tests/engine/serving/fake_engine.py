@@ -1,0 +1,230 @@
+"""An engine without models for the tests of the server and the clients; as a script, a server process.
+
+The wire is the real one (`_core.WireSession`); only what a prediction is, is made up. Models: "echo" answers
+each row with its `id` at once; "hold" answers when released; "busy" refuses as often as `busy` says, then
+echoes; "wide" answers with a megabyte; "boom" breaks the core. `push` steers: "release" answers those held,
+last first; "open" lets `materialize`, which blocks, end. While draining, a refused prediction releases those
+held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from penstock import _core
+from penstock.errors import InvalidArgumentError, PenstockError
+from penstock.serving.server import ServerSettings, run
+
+_NEVER = 2**63 - 1
+
+
+@dataclasses.dataclass
+class Held:
+    connection: FakeConnection
+    msgid: int
+    scores: list[float]
+    deadline_ns: int
+
+
+class FakeConnection:
+    def __init__(self, core: FakeCore, number: int, *limits: int) -> None:
+        self.id = number
+        self.core = core
+        self.session = _core.WireSession(*limits)
+        self.get_buffer = self.session.get_buffer
+        self.take_output = self.session.take_output
+        self.output_sent = self.session.output_sent
+        self.goaway = self.session.goaway
+
+    @property
+    def closed(self) -> bool:
+        return self.session.closed
+
+    @property
+    def in_flight(self) -> int:
+        return self.session.in_flight
+
+    @property
+    def pending_output_bytes(self) -> int:
+        return self.session.pending_output_bytes
+
+    def received(self, n: int) -> list[tuple[int, str, bytes]]:
+        self.session.advance(n)
+        others = []
+        while (message := self.session.next_message()) is not None:
+            kind, msgid, method, params, status = message
+            if kind in ("predict", "predict_vectors"):
+                self.predict(kind, msgid, params)
+            elif kind == "cancel":
+                self.core.cancelled += 1
+                self.core.held = [h for h in self.core.held if (h.connection, h.msgid) != (self, msgid)]
+                self.reply_error(msgid, "CANCELLED", "the request was cancelled", False)
+            elif kind == "bad":
+                self.session.reply_error(msgid, status[0], status[1], False)
+            elif kind == "other":
+                others.append((msgid, method, params))
+        return others
+
+    def predict(self, kind: str, msgid: int, params: bytes) -> None:
+        self.core.predictions += 1
+        if self.core.draining:
+            self.reply_error(msgid, "UNAVAILABLE", "the engine is shutting down", True)
+            self.core.release()
+            return
+        try:
+            if kind == "predict_vectors":
+                call = _core.wire_decode_predict_vectors(params)
+                scores = [float(byte) for byte in call["data"]]
+            else:
+                call = _core.wire_decode_predict(params, {"km": "float64"})
+                scores = [float(value) for value in call["entities"]["id"]]
+        except ValueError as error:
+            self.reply_error(msgid, "INVALID_ARGUMENT", str(error), False)
+            return
+        self.core.calls.append(call)
+        model = call["model"]
+        deadline_us = call["options"]["deadline_us"]
+        if model == "hold":
+            deadline = _NEVER if deadline_us == 0 else time.monotonic_ns() + 1000 * deadline_us
+            self.core.held.append(Held(self, msgid, scores, deadline))
+            self.core.arrived.release()
+        elif model == "busy" and self.core.busy > 0:
+            self.core.busy -= 1
+            self.reply_error(msgid, "RESOURCE_EXHAUSTED", "the queue is full", True, 1)
+        elif model == "boom":
+            raise RuntimeError("the core broke")
+        elif model == "wide":
+            self.scores(msgid, [1.0] * 131_072)
+        elif model in ("echo", "busy"):
+            self.scores(msgid, scores)
+        else:
+            self.reply_error(msgid, "NOT_FOUND", f'model is "{model}"; expected one of: echo, hold', False)
+
+    def scores(self, msgid: int, scores: list[float]) -> None:
+        self.session.finish(msgid)
+        self.session.reply_scores(msgid, scores, "1", list(range(len(scores))))
+
+    def reply(self, msgid: int, result: bytes) -> bool:
+        self.session.finish(msgid)
+        return self.session.reply_raw(msgid, result)
+
+    def reply_error(
+        self, msgid: int, code: str, message: str, retryable: bool, retry_after_ms: int | None = None
+    ) -> None:
+        self.session.finish(msgid)
+        self.session.reply_error(msgid, code, message, retryable, retry_after_ms)
+
+    def drop(self) -> None:
+        self.core.held = [held for held in self.core.held if held.connection is not self]
+        self.core.dropped.release()
+
+
+class FakeCore:
+    """Used by the loop thread, but for `release`."""
+
+    def __init__(self) -> None:
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.held: list[Held] = []
+        self.calls: list[dict[str, Any]] = []
+        self.arrived = threading.Semaphore(0)  # one permit for each request that is held
+        self.dropped = threading.Semaphore(0)  # one permit for each connection that ended
+        self.cancelled = self.predictions = self.busy = 0
+        self.draining = False
+        self._count: int | None = None  # how many the next wake answers; None: all
+        self._connections = 0
+
+    def connection(self, *limits: int) -> FakeConnection:
+        self._connections += 1
+        return FakeConnection(self, self._connections, *limits)
+
+    def release(self) -> None:
+        os.eventfd_write(self.event_fd, 1)
+
+    def release_first(self) -> None:
+        """Answer the request held longest."""
+        self._count = 1
+        self.release()
+
+    def wake(self) -> list[int]:
+        try:
+            os.eventfd_read(self.event_fd)
+        except BlockingIOError:
+            return []
+        count, self._count = self._count, None
+        done = self.held[:count][::-1]
+        self.held = [] if count is None else self.held[count:]
+        for held in done:
+            held.connection.scores(held.msgid, held.scores)
+        return [held.connection.id for held in done]
+
+    def expire(self) -> list[int]:
+        now = time.monotonic_ns()
+        late = [held for held in self.held if held.deadline_ns <= now]
+        self.held = [held for held in self.held if held.deadline_ns > now]
+        for held in late:
+            held.connection.reply_error(held.msgid, "DEADLINE_EXCEEDED", "the deadline has passed", False)
+        return [held.connection.id for held in late]
+
+    def next_deadline_ns(self) -> int:
+        return min((held.deadline_ns for held in self.held), default=_NEVER)
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.core = FakeCore()
+        self.ready = True
+        self.gate = threading.Event()
+        self.started = threading.Semaphore(0)  # one permit for each materialize that runs
+        self.calls: list[tuple[str, list[Any], bool]] = []
+
+    def call(self, method: str, params: list[Any], *, admin: bool) -> Any:
+        self.calls.append((method, params, admin))
+        if method == "push":
+            if params[0] == "release":
+                self.core.release()
+            elif params[0] == "open":
+                self.gate.set()
+            return {"accepted": 1}
+        if method == "materialize":
+            self.started.release()
+            self.gate.wait(60)
+            return {"rows": {}}
+        if method == "models":
+            return {"echo": {"version": "1", "entities": ["id"], "inputs": ["km"]}}
+        if method == "drift":
+            raise RuntimeError("no reference")
+        if method == "promote":
+            raise InvalidArgumentError(f"model is {params[0]!r}; expected one that is loaded")
+        if method == "features":
+            return {"columns": {"big": "x" * int(params[0])}}
+        return {"method": method}
+
+    def health(self) -> dict[str, Any]:
+        return {"ready": self.ready, "models": {"echo": "1"}}
+
+    def drain(self) -> None:
+        self.ready = False
+        self.core.draining = True
+
+
+def main() -> int:
+    def on_listening(addresses: list[str]) -> None:
+        print(json.dumps(addresses), flush=True)
+
+    given = json.loads(sys.argv[1])
+    settings = ServerSettings(**{**given, "listen": tuple(given["listen"])})
+    try:
+        return run(FakeEngine(), settings, on_listening)
+    except PenstockError as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
