@@ -376,6 +376,7 @@ class Engine:
         window_us = int(self.config.monitoring.window * 1e6)
         for name, model in self.live.live.items():
             entry = dict(model.served.stats())
+            entry["batches"] = {str(rows): runs for rows, runs in entry["batches"].items()}
             entry["version"] = model.bundle.version
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(

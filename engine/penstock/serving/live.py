@@ -25,7 +25,7 @@ from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
-_DRAIN_ROWS = 16_384
+_DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
 @dataclass

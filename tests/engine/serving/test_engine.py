@@ -331,6 +331,8 @@ def test_every_row_answered_is_counted(engine: Engine) -> None:
         assert counts["submitted"] == sum(v for k, v in counts.items() if k != "submitted")
     assert stats["models"]["buy"]["rows"]["ok"] == total == stats["served_log"]["rows"]
     assert stats["models"]["buy"]["served_dropped"] == 0 and stats["monitor_errors"] == 0
+    batches = stats["models"]["buy"]["batches"]  # text keys: many MessagePack readers take no others in a map
+    assert sum(int(rows) * runs for rows, runs in batches.items()) == total
     assert set(stats["caches"]) == {"user_features", "item_features"}
 
 
