@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
@@ -44,6 +45,8 @@ from penstock.serving.protocol import Prediction, PredictionBatch, Time
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _MONITOR_WAIT_S = 0.1
+_REFILL_ROWS = 1024
+_EXPIRED = 2  # of FeatureCache.get_many: the key's row is there and does not hold at that time
 
 
 class Engine:
@@ -285,7 +288,27 @@ class Engine:
             self._refresh(store)
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
             report = store.materialize_incremental(end_us, views=views)
+            for view, keys in report.keys.items():
+                self._refill(store, view, keys, end_us)
             return {"end_us": end_us, "rows": dict(report.rows)}
+
+    def _refill(self, store: FeatureStore, view: str, keys: NDArray[np.uint64], now_us: int) -> None:
+        """Bring the rows that the cache holds of `keys` up to `now_us`, so that no request waits for them."""
+        cache = self.live.caches.get(view)
+        if cache is None:
+            return
+        for start in range(0, len(keys), _REFILL_ROWS):
+            part = np.ascontiguousarray(keys[start : start + _REFILL_ROWS])
+            words = np.empty((len(part), store.computer(view).row_schema.row_words), np.uint64)
+            status = np.empty(len(part), np.uint8)
+            cache.get_many(part, now_us, self.clock.mono_ns(), words, status)
+            known = np.ascontiguousarray(part[status == _EXPIRED])
+            if not len(known):
+                continue
+            stamp = store.stamp()
+            rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
+            with self._filling:
+                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns())
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.

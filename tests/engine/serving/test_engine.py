@@ -291,6 +291,19 @@ def test_a_source_that_changed_is_served_after_materialize(home: Path, engine: E
     np.testing.assert_array_equal(ask(engine, rows).scores, after.scores)
 
 
+def test_materialize_refreshes_the_rows_that_are_cached(engine: Engine) -> None:
+    rows = rows_of(50, seed=4)
+    ask(engine, rows)
+    later = NOW_US + 26 * 3_600_000_000  # every window has moved on
+    engine.materialize(later)
+    before = engine.stats()
+    made = ask(engine, rows, now=later)
+    after = engine.stats()
+    assert after["models"]["buy"]["missed_rows"] == before["models"]["buy"]["missed_rows"]
+    at = rows.assign(event_timestamp=pd.Timestamp(later, unit="us", tz="UTC"))
+    np.testing.assert_array_equal(made.scores, joined_scores(engine, at)[1])
+
+
 def test_apply_stops_a_model_whose_features_are_no_longer_those_of_its_training(
     home: Path, engine: Engine
 ) -> None:
