@@ -353,6 +353,10 @@ int FeatureCache::find_locked(const Key128& key, const Place& place) const {
   return -1;
 }
 
+bool FeatureCache::is_resident(const Key128& key) const {
+  return find_locked(key, place(key)) >= 0;  // relaxed loads, as the answer is a hint
+}
+
 // An empty way, else one past its TTL, else CLOCK. The chosen way's row is gone after the caller's write.
 uint32_t FeatureCache::choose_way(const Place& place, int64_t mono_ns, Lock& lock) {
   Bucket& b = bucket(place.bucket);

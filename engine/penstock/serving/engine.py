@@ -46,7 +46,6 @@ _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _MONITOR_WAIT_S = 0.1
 _REFILL_ROWS = 1024
-_EXPIRED = 2  # of FeatureCache.get_many: the key's row is there and does not hold at that time
 
 
 class Engine:
@@ -299,10 +298,7 @@ class Engine:
             return
         for start in range(0, len(keys), _REFILL_ROWS):
             part = np.ascontiguousarray(keys[start : start + _REFILL_ROWS])
-            words = np.empty((len(part), store.computer(view).row_schema.row_words), np.uint64)
-            status = np.empty(len(part), np.uint8)
-            cache.get_many(part, now_us, self.clock.mono_ns(), words, status)
-            known = np.ascontiguousarray(part[status == _EXPIRED])
+            known = np.ascontiguousarray(part[cache.resident_many(part)])
             if not len(known):
                 continue
             stamp = store.stamp()
