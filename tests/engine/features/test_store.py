@@ -161,7 +161,7 @@ def test_online_equals_historical_to_the_bit(
                 assert_online_is_offline(store, moment, users, shops)
                 continue
             if moment < cursor:
-                store.materialize(0, moment)
+                store.materialize(-HOUR, moment)
             else:
                 store.materialize_incremental(moment)
             cursor = moment
@@ -580,6 +580,30 @@ def test_a_full_disk_keeps_the_cursor(tmp_path: Path, monkeypatch: pytest.Monkey
         assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
         store.materialize_incremental(6 * HOUR)
         assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
+
+
+def test_a_run_that_failed_between_two_states_of_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = make_repo(tmp_path / "r", some_rows(2000, users=300))
+    source = repo / "events.parquet"
+    first, times = source.read_bytes(), (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(5 * HOUR)
+        write_events(repo, some_rows(2000, users=300, seed=8))
+        store.refresh()
+        monkeypatch.setattr(writing, "_CHUNK", 50)
+
+        def fail(view: str, done: int, total: int) -> None:
+            if done >= 150:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.materialize_incremental(5 * HOUR, progress=fail)
+        source.write_bytes(first)
+        os.utime(source, ns=times)  # as it was: the same stamp
+        assert store.refresh()
+        assert_online_is_offline(store, 5 * HOUR, list(range(300)), ["a"] * 300)
 
 
 def test_an_online_store_cut_short(tmp_path: Path) -> None:
