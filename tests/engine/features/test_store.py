@@ -240,6 +240,25 @@ def test_an_incremental_run_leaves_every_row_valid_and_writes_no_others(tmp_path
             assert ((meta[:, 0] <= end) & (end < meta[:, 1])).all()
 
 
+def test_an_incremental_run_writes_rows_that_ran_out_and_changed_rows_that_are_lost(tmp_path: Path) -> None:
+    rows = [(HOUR, 1, "a", 1.0, None), (HOUR, 2, "a", 1.0, None), (3 * HOUR + 1, 3, "a", 1.0, None)]
+    with FeatureStore(make_repo(tmp_path / "r", rows)) as store:
+        store.materialize_incremental(3 * HOUR, views=["pairs"])
+        number = store._live.view("pairs").number
+        assert len(store.materialize_incremental(3 * HOUR, views=["pairs"]).keys["pairs"]) == 0
+        keys, meta = next(store._online.scan(number))
+        short = meta[:1].copy()
+        short[:, 1] = 3 * HOUR + 1  # an interval may be shorter than the truth
+        words = store.computer("pairs").rows_at(keys[:1], np.array([3 * HOUR])).words()
+        store._online.put_many(number, keys[:1], words, short)
+        changed = store.computer("pairs").changed_keys(3 * HOUR, 3 * HOUR + 1)
+        store._online.delete_many(number, changed)
+        report = store.materialize_incremental(3 * HOUR + 1, views=["pairs"])
+        wanted = {tuple(key) for key in [*keys[:1].tolist(), *changed.tolist()]}
+        assert {tuple(key) for key in report.keys["pairs"].tolist()} == wanted
+        assert len(changed) == 1
+
+
 def test_keys_that_left_the_source_leave_the_store(tmp_path: Path) -> None:
     repo = make_repo(tmp_path / "r", some_rows())
     with FeatureStore(repo) as store:
