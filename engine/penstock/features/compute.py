@@ -51,7 +51,7 @@ class ViewRows:
     """Rows of one view.
 
     Attributes:
-        columns: (values float64 or int64 [n], valid bool [n]) in the order of the view's schema.
+        columns: (values float64 or int64 [n], 0 where null; valid bool [n]) in the order of the schema.
         status: uint8[n]; PRESENT, NOT_FOUND, EXPIRED or FUTURE. All but PRESENT rows are all null.
         meta: int64[n, 4]; valid_from, valid_until, event_time and known_at of the newest event, or INT64_MIN.
     """
