@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
 
-.PHONY: build demo test test-long lint format gpu clean
+.PHONY: build demo test test-long bench lint format gpu clean
 
 build: $(STAMP)
 
@@ -42,6 +42,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long --timeout 1800
+
+# Peers that pip cannot install are named and left out.
+bench: $(STAMP)
+	for peer in onnxruntime onnxmltools tl2cgen cachetools cachebox; do \
+	  $(BIN)/pip install --quiet --disable-pip-version-check $$peer || echo "$$peer: cannot be installed"; done
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/run.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -454,11 +454,11 @@ class ServingCore:
         fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
         """
     def next_deadline_ns(self) -> int: ...
-    def publish(self, model: ServedModel) -> ServedModel:
+    def publish(self, model: ServedModel) -> ServedModel | None:
         """
         Make it the live version of its name; returns the one before it, still running, or None.
         """
-    def retire(self, name: str) -> ServedModel: ...
+    def retire(self, name: str) -> ServedModel | None: ...
     def wait_misses(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> typing.Any:
         """
         A MissBatch, or None.

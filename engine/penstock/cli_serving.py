@@ -31,7 +31,7 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in flight and exit."""
     from penstock.config import load_config
-    from penstock.serving.engine import Engine  # type: ignore[import-not-found]
+    from penstock.serving.engine import Engine
     from penstock.serving.server import ServerSettings, run
 
     logging.basicConfig(format="penstock: %(message)s")

@@ -126,7 +126,8 @@ def capture_edges(values: ArrayLike, n_bins: int = DEFAULT_FINE_BINS) -> Floats:
     ranks = (np.arange(1, n_bins, dtype=np.int64) * n + n_bins - 1) // n_bins - 1
     distinct, counts = np.unique(x, return_counts=True)
     atoms = distinct[counts * n_bins >= n]
-    below = np.nextafter(atoms, np.float32(-np.inf))
+    with np.errstate(over="ignore"):  # below the least finite value comes -inf
+        below = np.nextafter(atoms, np.float32(-np.inf))
     edges = np.unique(np.concatenate([x[ranks], atoms, below]))
     return edges[np.isfinite(edges)]
 

@@ -8,7 +8,6 @@ neither treelite nor the library that trained the model.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +42,7 @@ from penstock.models.manifest import (
 )
 from penstock.models.reference import ReferenceDistribution
 from penstock.models.rows import as_table, input_dtype, model_rows
+from penstock.models.tree_bytes import without_transform
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 _CHECKED_ROWS = 2048
 _ABSOLUTE, _RELATIVE = 1e-5, 1e-6
-_TRANSFORM_OFFSET = 40  # of the output transform in trees.bin; 0 is the identity
 _TIMESTAMP = "event_timestamp"
 
 
@@ -142,7 +141,7 @@ def save_bundle(
     library.check_names(source, names)
     trees = library.to_trees(source)
     if kind == "margin":
-        trees = _without_transform(trees)
+        trees = without_transform(trees)
     ensemble = _core.TreeEnsemble(trees)
     if ensemble.n_features != len(names):
         raise InvalidArgumentError(
@@ -316,13 +315,6 @@ def _time_range(table: pa.Table, timestamp: str | None) -> list[int] | None:
     range_ = pc.min_max(column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()))
     first, last = range_["min"].as_py(), range_["max"].as_py()
     return None if first is None else [first, last]
-
-
-def _without_transform(trees: bytes) -> bytes:
-    """The same forest with its margins as its output."""
-    out = bytearray(trees)
-    struct.pack_into("<I", out, _TRANSFORM_OFFSET, 0)
-    return bytes(out)
 
 
 def _arrow_bytes(table: pa.Table) -> bytes:

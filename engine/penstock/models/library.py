@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import InvalidArgumentError
+from penstock.models.tree_bytes import second_output
 from penstock.models.trees import convert
 
 _UNNAMED = re.compile(r"Column_\d+")
@@ -38,15 +39,28 @@ def _stopped_early(model: Any) -> bool:
 
 
 def to_trees(model: Any) -> bytes:
-    """The bytes of trees.bin. Raises InvalidArgumentError: a model that is not supported, or no treelite."""
+    """The bytes of trees.bin; a model of two classes has one output, the probability of the second.
+
+    Raises InvalidArgumentError: a model that is not supported, or no treelite.
+    """
     try:
-        return convert(model)
+        trees = convert(model)
+        return second_output(trees) if _has_two_shares(model) else trees
     except ModuleNotFoundError as error:
         if error.name != "treelite":
             raise
         raise InvalidArgumentError(
             "converting a model needs treelite, which is not installed: pip install 'penstock[trees]'"
         ) from error
+
+
+def _has_two_shares(model: Any) -> bool:
+    """Whether it is a random forest of two classes, whose leaves hold the share of each."""
+    return (
+        library_of(model) == "sklearn"
+        and not hasattr(model, "decision_function")
+        and len(getattr(model, "classes_", ())) == 2
+    )
 
 
 def feature_names(model: Any) -> list[str] | None:
@@ -114,7 +128,10 @@ def _margins(model: Any, rows: NDArray[np.float32]) -> Any:
         return model.predict(matrix, output_margin=True)
     if hasattr(model, "decision_function"):
         return model.decision_function(rows)
-    return model.predict_proba(rows) if hasattr(model, "predict_proba") else model.predict(rows)
+    if not hasattr(model, "predict_proba"):
+        return model.predict(rows)
+    shares = model.predict_proba(rows)
+    return shares[:, 1] if _has_two_shares(model) else shares
 
 
 def library_versions(model: Any) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The model registry: verified copies of bundles under `models_dir`, and who is champion, in one state file.
 
-A version exists once the state file names it, so every change is one atomic, durable replacement of that file.
+A version exists once the state file names it, so every change is one atomic, durable replacement of it.
 Writers take a file lock; readers need none and see the state before or after a change, in any process.
 """
 
@@ -36,7 +36,7 @@ _PREFIX = ".adding-"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One registered version. `fault` says why it cannot be read; then only name, version and aliases hold."""
+    """A registered version. `fault` says why it cannot be read; then only name, version and aliases hold."""
 
     name: str
     version: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -24,6 +23,7 @@ from penstock.errors import (
     PenstockError,
     from_wire,
 )
+from penstock.serving.connection import tune
 from penstock.serving.pool import Endpoint, LinkError, Pool, Retry, given_up, lost, refused
 from penstock.serving.protocol import (
     ADMIN_METHODS,
@@ -388,7 +388,7 @@ class AsyncClient:
         if address.path is not None:
             return (await loop.create_unix_connection(factory, address.path))[1]
         transport, link = await loop.create_connection(factory, address.host or "", address.port)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        tune(transport.get_extra_info("socket"))
         return link
 
     def _leaving(self, link: AsyncConnection) -> None:

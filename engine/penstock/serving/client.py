@@ -134,14 +134,20 @@ class Client:
         names = entity_names(model, self.models()) if entities is None else tuple(entities)
         parts: list[Prediction] = []
         window: deque[tuple[Call[Prediction], float, tuple[Connection, Ticket] | None]] = deque()
-        for keys, inputs in split_table(columns, names, chunk_rows):
-            call = predict_call(model, keys, inputs, now=now, priority="low")
-            deadline = time.monotonic() + self._timeout
-            window.append((call, deadline, self._send_ahead(call, deadline)))
-            if len(window) == _MANY_WINDOW:
+        try:
+            for keys, inputs in split_table(columns, names, chunk_rows):
+                call = predict_call(model, keys, inputs, now=now, priority="low")
+                deadline = time.monotonic() + self._timeout
+                window.append((call, deadline, self._send_ahead(call, deadline)))
+                if len(window) == _MANY_WINDOW:
+                    parts.append(self._collect(*window.popleft()))
+            while window:
                 parts.append(self._collect(*window.popleft()))
-        while window:
-            parts.append(self._collect(*window.popleft()))
+        except BaseException:
+            for _, _, ahead in window:
+                if ahead is not None:
+                    ahead[0].abandon(ahead[1])
+            raise
         return join_predictions(parts)
 
     def features(

@@ -32,6 +32,7 @@ from penstock.serving.protocol import (
 )
 
 _READ_BYTES = 1 << 16
+_SILENCE = 15  # seconds without an acknowledgement after which the network or the peer is gone
 _CANCEL_SECONDS = 0.05  # to get a cancel out; a peer that takes longer has stopped reading
 
 
@@ -58,6 +59,8 @@ class Connection:
         self._address = address
         self._on_goaway = on_goaway
         self._socket = _connect(address, timeout)
+        self._arrival = select.poll()  # of whoever has the read role
+        self._arrival.register(self._socket, select.POLLIN)
         self._unpacker = unpacker(MAX_MESSAGE_BYTES)
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -125,12 +128,20 @@ class Connection:
                         raise _out_of_time()
                     ticket.event.clear()  # before `done` is looked at again: no wake-up is lost
         except BaseException:
-            if self._forget(ticket):
-                self._cancel(ticket.msgid)
+            self.abandon(ticket)
             raise
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Take the request of `ticket` back: nobody waits for its reply any more."""
+        if self._forget(ticket):
+            try:
+                deadline = time.monotonic() + _CANCEL_SECONDS
+                self._send(pack_notification("cancel", ticket.msgid), deadline)
+            except (LinkError, DeadlineExceededError):
+                return
 
     def retire(self) -> None:
         """Take no new calls; close when the last reply has come."""
@@ -203,10 +214,8 @@ class Connection:
                 self._stop_reading()
 
     def _read_until(self, ticket: Ticket, deadline: float | None) -> None:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
         while not ticket.done:
-            if not poll.poll(_poll_ms(deadline)):
+            if not self._arrival.poll(_poll_ms(deadline)):
                 if deadline is not None and time.monotonic() >= deadline:
                     raise _out_of_time()
                 continue
@@ -263,12 +272,6 @@ class Connection:
             self.close()
         return waiting
 
-    def _cancel(self, msgid: int) -> None:
-        try:
-            self._send(pack_notification("cancel", msgid), time.monotonic() + _CANCEL_SECONDS)
-        except (LinkError, DeadlineExceededError):
-            return
-
     def _start_reading(self) -> bool:
         with self._lock:
             if self._reading or self._error is not None:
@@ -304,6 +307,14 @@ class Connection:
             self._socket.close()
 
 
+def tune(sock: socket.socket) -> None:
+    """Set the options of a client's TCP socket: no delay, and a peer that fell silent is noticed."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE * 1000)
+
+
 def _connect(address: Address, timeout: float | None) -> socket.socket:
     try:
         if address.path is not None:
@@ -316,8 +327,7 @@ def _connect(address: Address, timeout: float | None) -> socket.socket:
                 raise
         else:
             made = socket.create_connection((address.host or "", address.port), timeout)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(made)
     except OSError as error:
         raise LinkError(refused(address, error.strerror or error), sent=False) from error
     made.setblocking(False)

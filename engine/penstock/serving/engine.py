@@ -11,12 +11,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
@@ -45,6 +45,8 @@ from penstock.serving.protocol import Prediction, PredictionBatch, Time
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _MONITOR_WAIT_S = 0.1
+_REFILL_ROWS = 1024
+_EXPIRED = 2  # of FeatureCache.get_many: the key's row is there and does not hold at that time
 
 
 class Engine:
@@ -90,8 +92,7 @@ class Engine:
         settings = config.monitoring
         self.served_log = ServedLog(
             config.data_dir / "log",
-            flush_ms=settings.log_flush * 1e3,
-            segment_bytes=min(settings.log_bytes, 64 << 20),
+            flush_us=round(settings.log_flush * 1e6),
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
@@ -168,7 +169,7 @@ class Engine:
         while not self._closing.wait(_MONITOR_WAIT_S):
             try:
                 self.drain_served()
-                self.served_log.tick(self.clock.mono_ns() // 1000)
+                self.served_log.flush(self.clock.mono_ns() // 1000)
             except Exception:  # what one batch of rows breaks must not end the watch over the next
                 self.monitor_errors += 1
                 _log.exception("the monitor failed on a batch of served rows")
@@ -176,7 +177,7 @@ class Engine:
     def drain_served(self) -> None:
         """Take every row served so far into the monitors and the log."""
         for model in self.live.all():
-            model.drain(self.clock.mono_ns() // 1000)
+            model.drain()
 
     # Prediction
 
@@ -274,31 +275,55 @@ class Engine:
         """Serve the champion before this one again."""
         with self._changing:
             self.live.get(name)
-            version = self.registry.rollback(name)
-            self.live.publish(
-                self.live.warm(name, version) or self.live.load(self.registry.get(name, version))
-            )
-            return {"model": name, "version": version}
+            bundle = self.registry.get(name, "previous")
+            model = self.live.warm(name, bundle.version) or self.live.load(bundle)
+            self.registry.rollback(name)
+            self.live.publish(model)
+            return {"model": name, "version": bundle.version}
 
-    def materialize(self, end: Time | None = None) -> dict[str, Any]:
-        """Bring the online store up to `end` (default: now); re-reads sources that changed."""
+    def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
+        """Bring the online store up to `end` (default: now); reads sources that changed again."""
         store = self._store()
         with self._changing:
             self._refresh(store)
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
-            report = store.materialize_incremental(end_us)
+            report = store.materialize_incremental(end_us, views=views)
+            for view, keys in report.keys.items():
+                self._refill(store, view, keys, end_us)
             return {"end_us": end_us, "rows": dict(report.rows)}
 
+    def _refill(self, store: FeatureStore, view: str, keys: NDArray[np.uint64], now_us: int) -> None:
+        """Bring the rows that the cache holds of `keys` up to `now_us`, so that no request waits for them."""
+        cache = self.live.caches.get(view)
+        if cache is None:
+            return
+        for start in range(0, len(keys), _REFILL_ROWS):
+            part = np.ascontiguousarray(keys[start : start + _REFILL_ROWS])
+            words = np.empty((len(part), store.computer(view).row_schema.row_words), np.uint64)
+            status = np.empty(len(part), np.uint8)
+            cache.get_many(part, now_us, self.clock.mono_ns(), words, status)
+            known = np.ascontiguousarray(part[status == _EXPIRED])
+            if not len(known):
+                continue
+            stamp = store.stamp()
+            rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
+            with self._filling:
+                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns())
+
     def apply(self) -> dict[str, Any]:
-        """Record the definitions and re-read sources that changed."""
+        """Record the definitions, fit distributions anew, and read sources that changed again.
+
+        A model whose features are then no longer those of its training is not served any more ("retired").
+        """
         store = self._store()
         with self._changing:
-            done = store.apply()
-            self._refresh(store)
-            return {"applied": done}
+            changes = store.apply()
+            self._refresh(store, always=True)
+            retired = self.live.retire_strangers()
+            return {"views": changes.views, "services": changes.services, "retired": retired}
 
-    def _refresh(self, store: FeatureStore) -> None:
-        if store.refresh():
+    def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:
+        if store.refresh() or always:
             with self._filling:
                 self._generation += 1
                 self.live.clear_caches()
@@ -323,6 +348,9 @@ class Engine:
             if label not in (0, 1):
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
+        for row, stamp in enumerate(stamps):
+            if not -(1 << 63) <= stamp < 1 << 63:
+                raise InvalidArgumentError(f"times[{row}] is {stamp}; expected int64 microseconds UTC")
         if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
@@ -371,6 +399,7 @@ class Engine:
         window_us = int(self.config.monitoring.window * 1e6)
         for name, model in self.live.live.items():
             entry = dict(model.served.stats())
+            entry["batches"] = {str(rows): runs for rows, runs in entry["batches"].items()}
             entry["version"] = model.bundle.version
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(
@@ -380,7 +409,7 @@ class Engine:
         return {
             "models": models,
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
-            "served_log": asdict(self.served_log.stats()),
+            "served_log": self.served_log.stats(),
             "monitor_errors": self.monitor_errors,
         }
 
@@ -409,7 +438,8 @@ class Engine:
         columns = protocol.to_columns("entities", entities)
         rows = {name: v if isinstance(v, list) else [v] for name, v in columns.items()}
         when = None if now is None else protocol.to_micros(now)
-        return self._store().get_online_features(features, rows, now=when).to_wire()
+        result = self._store().get_online_features(features, rows, now=when)
+        return {"columns": result.to_dict(), "status": result.statuses()}
 
     # Life
 
@@ -455,7 +485,7 @@ class Engine:
             "stats": (self.stats, 0, 0),
             "drift": (self.drift, 0, 3),
             "features": (self.features, 2, 3),
-            "materialize": (self.materialize, 0, 1),
+            "materialize": (self.materialize, 0, 2),
             "apply": (self.apply, 0, 0),
             "promote": (self.promote, 1, 2),
             "rollback": (self.rollback, 1, 1),

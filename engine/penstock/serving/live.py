@@ -16,7 +16,7 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
-from penstock.errors import BundleError, NotFoundError
+from penstock.errors import BundleError, NotFoundError, PenstockError
 from penstock.features.plan import ServicePlan
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import ModelBundle
@@ -25,7 +25,7 @@ from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
-_DRAIN_ROWS = 16_384
+_DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
 @dataclass
@@ -42,8 +42,8 @@ class LiveModel:
     newest_us: int | None = None  # request time of the newest row served
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
-    def drain(self, mono_us: int) -> None:
-        """Take every row served so far into the monitors and the log, at monotonic `mono_us`. Any thread."""
+    def drain(self) -> None:
+        """Take every row served so far into the monitors and the log. Any thread."""
         with self._draining:
             while True:
                 ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
@@ -66,7 +66,6 @@ class LiveModel:
                     rows,
                     first,
                     status,
-                    at_us=mono_us,
                 )
 
     def entities(self) -> list[str]:
@@ -184,12 +183,28 @@ class LiveModels:
         self.previous[name] = before
         if stale is not None and stale is not model:
             stale.served.stop()
-            stale.drain(self._clock.mono_ns() // 1000)
+            stale.drain()
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
         previous = self.previous.get(name)
         return previous if previous is not None and previous.bundle.version == version else None
+
+    def retire_strangers(self) -> list[str]:
+        """Stop serving the models whose features the store no longer defines as they were trained; names."""
+        found = []
+        for name, model in list(self.live.items()):
+            try:
+                self._plan(model.bundle)
+            except PenstockError:
+                self._core.retire(name)
+                self.live.pop(name)
+                for version in (model, self.previous.pop(name, None)):
+                    if version is not None:
+                        version.served.stop()
+                        version.drain()
+                found.append(name)
+        return found
 
     def clear_caches(self) -> None:
         for cache in self.caches.values():
@@ -199,7 +214,7 @@ class LiveModels:
         """Stop every version and take in its last rows."""
         for model in self.all():
             model.served.stop()
-            model.drain(self._clock.mono_ns() // 1000)
+            model.drain()
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:
@@ -229,8 +244,10 @@ class LiveModels:
                     computer.row_schema.row_words,
                     int(settings.ttl * 1e9) if settings.ttl else 0,
                 )
-            # One row of each view is loaded here, so that no request waits for a compiler.
+            # One row of each view is computed here, so that no request waits for a compiler.
             some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
+            for now_us in (0, self._clock.now_us()):
+                computer.rows_at(some, np.array([now_us], np.int64)).words()
             self._store.load_rows(view.name, some, np.zeros(1, np.int64))
             views.append(
                 {

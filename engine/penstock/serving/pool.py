@@ -85,6 +85,8 @@ class Pool(Generic[L]):
 
     def endpoint(self, now: float) -> Endpoint[L]:
         """Return the endpoint for the next call; if all are down, the one that is up again first."""
+        if len(self.endpoints) == 1:
+            return self.endpoints[0]
         for endpoint in self.endpoints:
             endpoint.links = [link for link in endpoint.links if link.usable]
         up = [endpoint for endpoint in self.endpoints if endpoint.down_until <= now]
@@ -96,7 +98,7 @@ class Pool(Generic[L]):
 
     def link(self, endpoint: Endpoint[L]) -> L | None:
         """Return the connection of `endpoint` to use, or None where one should be opened."""
-        usable = [link for link in endpoint.links if link.usable]
+        usable = endpoint.links = [link for link in endpoint.links if link.usable]
         best = min(usable, key=lambda link: link.in_flight, default=None)
         if best is not None and (best.in_flight == 0 or len(usable) >= self._size):
             return best

@@ -7,7 +7,8 @@ the loop. Everything here runs on the loop thread but `_call` and `stats`, which
 
 A connection that does not take its replies is not read from beyond `pause_output_bytes`, and dropped when it
 takes less than 64 KiB in `slow_reader_timeout`. A shutdown closes the listeners, says goaway, answers what is
-in flight, refuses what is new, and ends when the last reply is sent, or at `drain_timeout`.
+in flight, refuses what is new, and ends when the peers have hung up, at the latest `goaway_grace` after the
+last reply, or at `drain_timeout`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class ServerSettings:
     pause_output_bytes: int = 1 << 20
     slow_reader_timeout: float = 10.0
     drain_timeout: float = 30.0
+    goaway_grace: float = 0.5  # for peers to hang up by themselves, once all is answered
     data_threads: int = 4
     data_queue: int = 256
     admin_queue: int = 16
@@ -119,7 +121,9 @@ class Server:
         self._armed_ns = _NEVER
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
-        self._answered = False
+        self._grace_timer: asyncio.TimerHandle | None = None
+        self._quiet = False  # shutting down, and everything that was asked is answered
+        self._hung_up = False
         self._finished: asyncio.Future[bool] = self._loop.create_future()
         self._data = Workers("data", self._loop, settings.data_threads, settings.data_queue)
         self._admin = Workers("admin", self._loop, 1, settings.admin_queue)
@@ -143,7 +147,7 @@ class Server:
         self.draining = True
         self._engine.drain()
         self.close_listeners()
-        self._drain_timer = self._loop.call_later(self.settings.drain_timeout, self._end, False)
+        self._drain_timer = self._loop.call_later(self.settings.drain_timeout, self._end)
         grace_ms = int(self.settings.drain_timeout * 1000)
         peers = list(self._peers.values())
         for peer in peers:  # all, before any is flushed: an idle peer may be hung up on at once
@@ -159,7 +163,7 @@ class Server:
             return await asyncio.shield(self._finished)
         finally:
             self._loop.remove_reader(self.core.event_fd)
-            for timer in (self._timer, self._sweep_timer, self._drain_timer):
+            for timer in (self._timer, self._sweep_timer, self._drain_timer, self._grace_timer):
                 if timer is not None:
                     timer.cancel()
             self._data.close()
@@ -246,8 +250,8 @@ class Server:
         timer = self._farewells.pop(farewell, None)
         if timer is not None:
             timer.cancel()
-        if self._answered and not self._farewells:
-            self._end(True)
+        if self._hung_up and not self._farewells:
+            self._end()
 
     def stalled(self, peer: Peer) -> None:
         """`peer` did not take a write at once: watch it."""
@@ -360,22 +364,34 @@ class Server:
     # Shutdown
 
     def _check_drained(self) -> None:
-        if not self.draining or self._answered or self._data.outstanding or self._admin.outstanding:
+        if not self.draining or self._hung_up:
             return
-        if all(peer.idle for peer in self._peers.values()):
-            self._answered = True
-            for peer in list(self._peers.values()):
-                self._hang_up(peer)
-            if not self._farewells:
-                self._end(True)
+        if not self._quiet:
+            if self._data.outstanding or self._admin.outstanding:
+                return
+            if not all(peer.idle for peer in self._peers.values()):
+                return
+            # Everything is answered. Peers that heed the goaway hang up now; what they sent before they saw
+            # it is still refused with an answer.
+            self._quiet = True
+            self._grace_timer = self._loop.call_later(self.settings.goaway_grace, self._hang_up_all)
+        if not self._peers:
+            self._hang_up_all()
 
-    def _end(self, answered: bool) -> None:
+    def _hang_up_all(self) -> None:
+        self._hung_up = True
+        for peer in list(self._peers.values()):
+            self._hang_up(peer)
+        if not self._farewells:
+            self._end()
+
+    def _end(self) -> None:
         if self._finished.done():
             return
-        if not answered and not self._answered:
+        if not self._quiet:
             in_flight = sum(peer.connection.in_flight for peer in self._peers.values())
             _log.error("the drain limit was reached with %d requests unanswered", in_flight)
-        self._finished.set_result(answered or self._answered)
+        self._finished.set_result(self._quiet)
         for peer in list(self._peers.values()):
             peer.transport.abort()
         for farewell in list(self._farewells):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from penstock.models.bundle import load_bundle, save_bundle, score
 from penstock.models.manifest import Manifest, read_manifest
 from penstock.models.reference import score_column
 from penstock.models.rows import model_rows
+from penstock.models.tree_bytes import second_output
 from penstock_kernels.reference import count_rows
 
 FEATURES = ["amount", "count", "flag", "price"]
@@ -169,6 +171,7 @@ def _models(frame: pd.DataFrame) -> dict[str, tuple[Any, str, int]]:
         ),
         "gbc": (ske.GradientBoostingClassifier(n_estimators=5).fit(x, y), "probability", 1),
         "rfr": (ske.RandomForestRegressor(n_estimators=5, max_depth=4).fit(x, frame["price"]), "value", 1),
+        "rfc-two": (ske.RandomForestClassifier(n_estimators=5, max_depth=4).fit(x, y), "probability", 1),
         "rfc": (ske.RandomForestClassifier(n_estimators=5, max_depth=4).fit(x, three), "probability", 3),
     }
 
@@ -185,7 +188,18 @@ def models(full: pd.DataFrame) -> dict[str, tuple[Any, str, int]]:
 
 @pytest.mark.parametrize(
     "which",
-    ["lgb-booster", "lgb-regressor", "lgb-three", "xgb", "xgb-no-names", "xgb-early", "gbc", "rfr", "rfc"],
+    [
+        "lgb-booster",
+        "lgb-regressor",
+        "lgb-three",
+        "xgb",
+        "xgb-no-names",
+        "xgb-early",
+        "gbc",
+        "rfr",
+        "rfc",
+        "rfc-two",
+    ],
 )
 def test_every_library_is_served_as_it_predicts(full, models, tmp_path, which):
     fitted, kind, outputs = models[which]
@@ -201,6 +215,8 @@ def test_every_library_is_served_as_it_predicts(full, models, tmp_path, which):
         expected = expected[:, 1]
     ours = score(bundle, full)
     assert ours.shape == expected.shape
+    if which == "xgb-early":
+        assert fitted.best_iteration + 1 < fitted.get_booster().num_boosted_rounds()
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -436,6 +452,25 @@ def test_trees_of_another_width_are_refused(copy, full, tmp_path):
     rehash(copy, "trees.bin", library.to_trees(narrow))
     with pytest.raises(BundleError, match=r"trees\.bin: has 2 features; model\.yaml has 4 inputs"):
         load_bundle(copy)
+
+
+def test_loading_and_scoring_need_no_training_library(saved):
+    code = (
+        "import sys\n"
+        "for name in ('treelite', 'lightgbm', 'xgboost', 'sklearn', 'pandas'): sys.modules[name] = None\n"
+        "import numpy as np\n"
+        "from penstock.models.bundle import load_bundle, score\n"
+        "print(score(load_bundle(sys.argv[1]), np.zeros((1, 4), np.float32)).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "(1,)\n", done.stderr
+
+
+def test_trees_without_two_shares_have_no_second_output(saved):
+    with pytest.raises(ValueError, match="two shares"):
+        second_output((saved / "trees.bin").read_bytes())
 
 
 def test_no_folder_is_refused(tmp_path):

@@ -39,6 +39,7 @@ class Running:
         self.engine = _fake.FakeEngine()
         self.core = self.engine.core
         settings.setdefault("listen", ("tcp://127.0.0.1:0",))
+        settings.setdefault("goaway_grace", 0.02)
         self._settings = ServerSettings(**settings)
         started: Future[list[str]] = Future()
         self.answered: Future[bool] = Future()

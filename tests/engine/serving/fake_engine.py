@@ -2,8 +2,9 @@
 
 The wire is the real one (`_core.WireSession`); only what a prediction is, is made up. Models: "echo" answers
 each row with its `id` at once; "hold" answers when released; "busy" refuses as often as `busy` says, then
-echoes; "wide" answers with a megabyte. `push` steers: "release" answers those held, last first; "open" lets
-`materialize`, which blocks, end. While draining, a refused prediction releases those held.
+echoes; "wide" answers with a megabyte; "boom" breaks the core. `push` steers: "release" answers those held,
+last first; "open" lets `materialize`, which blocks, end. While draining, a refused prediction releases those
+held.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class FakeConnection:
         elif model == "busy" and self.core.busy > 0:
             self.core.busy -= 1
             self.reply_error(msgid, "RESOURCE_EXHAUSTED", "the queue is full", True, 1)
+        elif model == "boom":
+            raise RuntimeError("the core broke")
         elif model == "wide":
             self.scores(msgid, [1.0] * 131_072)
         elif model in ("echo", "busy"):
@@ -133,6 +136,7 @@ class FakeCore:
         self.dropped = threading.Semaphore(0)  # one permit for each connection that ended
         self.cancelled = self.predictions = self.busy = 0
         self.draining = False
+        self._count: int | None = None  # how many the next wake answers; None: all
         self._connections = 0
 
     def connection(self, *limits: int) -> FakeConnection:
@@ -142,13 +146,19 @@ class FakeCore:
     def release(self) -> None:
         os.eventfd_write(self.event_fd, 1)
 
+    def release_first(self) -> None:
+        """Answer the request held longest."""
+        self._count = 1
+        self.release()
+
     def wake(self) -> list[int]:
         try:
             os.eventfd_read(self.event_fd)
         except BlockingIOError:
             return []
-        done = self.held[::-1]
-        self.held = []
+        count, self._count = self._count, None
+        done = self.held[:count][::-1]
+        self.held = [] if count is None else self.held[count:]
         for held in done:
             held.connection.scores(held.msgid, held.scores)
         return [held.connection.id for held in done]

@@ -193,7 +193,7 @@ def test_reader_role_passes_on(serve):
 def test_first_reader_that_gives_up_leaves_the_role_to_the_next(serve):
     running = serve()
     with Client(running.address, pool_size=1) as client, ThreadPoolExecutor(2) as threads:
-        first = threads.submit(client.predict, "hold", {"id": 1}, deadline_ms=100)
+        first = threads.submit(client.predict, "hold", {"id": 1}, deadline_ms=300)
         assert running.core.arrived.acquire(timeout=30)
         second = threads.submit(client.predict, "hold", {"id": 2})
         assert running.core.arrived.acquire(timeout=30)
@@ -205,7 +205,7 @@ def test_first_reader_that_gives_up_leaves_the_role_to_the_next(serve):
 
 def test_local_deadline_cancels_the_request(serve):
     running = serve()
-    with Client(running.address, timeout_ms=50) as client:
+    with Client(running.address, timeout_ms=300) as client:
         with pytest.raises(DeadlineExceededError, match="no reply within the deadline"):
             client.predict("hold", {"id": 1})
         client.health()  # on the same connection, so after the cancel
@@ -370,6 +370,27 @@ def test_goaway_moves_new_calls_to_another_server(serve, run):
         assert staying.core.predictions == before + 1
 
 
+def test_no_call_is_lost_while_its_server_shuts_down(serve):
+    old, new = serve(goaway_grace=60.0), serve()
+    with Client([old.address, new.address], pool_size=1) as client, ThreadPoolExecutor(4) as threads:
+        began, stopped = threading.Semaphore(0), threading.Event()
+
+        def work():
+            made = []
+            while not stopped.is_set() or len(made) < 50:
+                made.append(client.predict("echo", {"id": len(made)}).scores[0])
+                began.release()
+            return made == list(range(len(made)))
+
+        futures = [threads.submit(work) for _ in range(4)]
+        for _ in range(40):
+            assert began.acquire(timeout=30)
+        assert old.stop() is True
+        stopped.set()
+        assert all(future.result(30) for future in futures)
+        assert old.core.predictions and new.core.predictions
+
+
 def test_async_client_follows_a_goaway(serve, run):
     old, new = serve(), serve()
 
@@ -441,13 +462,75 @@ def test_predict_many_keeps_the_order_of_the_table(serve, run):
     run(main())
 
 
-def test_requests_and_replies_that_fill_both_sockets(serve):
+def test_requests_and_replies_that_fill_both_sockets(serve, run):
     """The server stops reading until we read; the client reads while it cannot write."""
     running = serve(pause_output_bytes=1 << 12)
     table = {"id": np.arange(400_000)}
     with Client(running.address, pool_size=1) as client:
         made = client.predict_many("echo", table, entities=["id"], chunk_rows=100_000)
         assert np.array_equal(made.scores, table["id"])
+
+    async def main():
+        async with AsyncClient(running.address, pool_size=1) as client:
+            batch = await client.predict_many("echo", table, entities=["id"], chunk_rows=100_000)
+            assert np.array_equal(batch.scores, table["id"])
+
+    run(main())
+
+
+def test_predict_many_that_fails_takes_back_what_it_sent_ahead(serve):
+    running = serve()
+    with Client(running.address, pool_size=1) as client:
+        ids = [0, "x", 2, 3]  # the second chunk is refused while the others are held
+        with ThreadPoolExecutor(1) as threads:
+            failing = threads.submit(client.predict_many, "hold", {"id": ids}, entities=["id"], chunk_rows=1)
+            for _ in range(3):
+                assert running.core.arrived.acquire(timeout=30)
+            running.core.release_first()
+            with pytest.raises(InvalidArgumentError, match=r"entities\.id\[0\] is"):
+                failing.result(30)
+        client.health()
+        assert (running.core.cancelled, running.core.held) == (2, [])
+
+
+def test_client_reads_while_it_cannot_write():
+    """The peer reads nothing until we have taken 32 MiB from it: more than the sockets hold."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def talk_first():
+            with listener.accept()[0] as peer:
+                note = msgpack.packb([2, "note", [b"x" * (1 << 20)]])
+                for _ in range(32):
+                    peer.sendall(note)
+                unpacker = msgpack.Unpacker(max_buffer_size=0)
+                for message in iter(lambda: next(unpacker, None), 0):
+                    if message is not None:
+                        result = {"scores": [1.0], "version": "1", "request_ids": [len(message[3][1])]}
+                        peer.sendall(msgpack.packb([1, message[1], None, result]))
+                        return
+                    unpacker.feed(peer.recv(1 << 20))
+
+        rows = np.zeros((1, 8 << 20), np.float32)
+        with (
+            ThreadPoolExecutor(1) as threads,
+            Client(f"tcp://127.0.0.1:{listener.getsockname()[1]}") as client,
+        ):
+            peer = threads.submit(talk_first)
+            assert client.predict_vectors("m", rows).request_ids.tolist() == [rows.nbytes]
+            peer.result(30)
+
+
+def test_deadline_in_the_middle_of_a_request_ends_its_connection():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Client(f"tcp://127.0.0.1:{listener.getsockname()[1]}") as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(DeadlineExceededError):
+                client.predict_vectors("m", np.zeros((1, 8 << 20), np.float32), deadline_ms=200)
+            with listener.accept()[0] as peer:
+                while peer.recv(1 << 20):
+                    pass
 
 
 def test_closed_client(serve, run):
@@ -497,7 +580,7 @@ def test_choice_is_the_least_in_flight(loads):
         endpoint.links = [_Link(*link) for link in links]
     usable = [[n for n, ok in links if ok] for links in loads]
     endpoint = pool.endpoint(0.0)
-    assert endpoint.in_flight == min(map(sum, usable))
+    assert sum(usable[pool.endpoints.index(endpoint)]) == min(map(sum, usable))
     link = pool.link(endpoint)
     left = [link.in_flight for link in endpoint.links]
     if link is None:

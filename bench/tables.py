@@ -1,0 +1,70 @@
+"""Write the benchmark tables between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, from results/."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import RESULTS, ROOT
+
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def cell(figure: dict[str, float] | None) -> str:
+    if figure is None:
+        return ""
+    return f"{number(figure['median'])} ({number(figure['p10'])}-{number(figure['p90'])})"
+
+
+def table(document: dict[str, Any]) -> str:
+    """A Markdown table and the line that says what it rests on."""
+    columns: list[str] = []
+    for row in document["rows"]:
+        columns += [column for column in row["figures"] if column not in columns]
+    lines = ["| " + " | ".join([document["settings"]["unit"], *columns]) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row in document["rows"]:
+        cells = [cell(row["figures"].get(column)) for column in columns]
+        lines.append("| " + " | ".join([row["case"], *cells]) + " |")
+    facts = document["machine"]
+    where = "virtual" if facts["virtual"] else "bare"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    under = (
+        f"Median (10th-90th percentile) of {document['settings']['rounds']} rounds; {facts['cores']} {where} "
+        f"cores of {facts['cpu']}, Linux {facts['kernel']}, load {facts['load_before']:.1f} before; "
+        f"{versions}; commit {document['commit']}; `{document['command']}`."
+    )
+    parts = ["\n".join(lines), "", under]
+    if document["absent"]:
+        parts.append(f"Left out: {'; '.join(document['absent'])}.")
+    parts += document["notes"]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    text = README.read_text()
+    marked = {match[2] for match in MARKED.finditer(text)}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    # A result that README has no place for (the device's) has its own page.
+    for name in sorted(marked - found.keys()):
+        print(f"no results for the table {name}: left as it is")
+    text = MARKED.sub(lambda m: m[1] + table(found[m[2]]) + m[3] if m[2] in found else m[0], text)
+    README.write_text(text)
+    print(f"README.md: {len(marked & found.keys())} tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""`penstock models`: list, add, promote and roll back the models of a data directory.
+
+Each command is one call of `call_models`, whose arguments and result are plain values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penstock.errors import InvalidArgumentError, PenstockError, to_wire
+
+app = typer.Typer(help="Model versions of a data directory.", no_args_is_help=True, add_completion=False)
+
+_CONFIG_NAME = "inference-config.yaml"
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The data directory.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help=f"Take data_dir from this file [default: ./{_CONFIG_NAME}].")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Name = Annotated[str, typer.Argument(help="The model's name.")]
+
+
+@app.command("list")
+def list_models(data_dir: DataDir = None, config: ConfigFile = None, as_json: JsonFlag = False) -> None:
+    """List every version with its aliases."""
+    result = _run(data_dir, config, as_json, "list", {})
+    if as_json:
+        return
+    if not result["models"]:
+        typer.echo("no models")
+        return
+    header = ("NAME", "VERSION", "ALIASES", "OUTPUT", "INPUTS", "SERVICE", "METRICS")
+    rows = [header, *(_row(info) for info in result["models"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+@app.command()
+def add(
+    path: Annotated[Path, typer.Argument(help="The folder of the bundle.")],
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Verify a bundle and copy it in. The first version of a model becomes its champion."""
+    result = _run(data_dir, config, as_json, "add", {"path": str(path.absolute())})
+    if not as_json:
+        aliases = f" ({', '.join(result['aliases'])})" if result["aliases"] else ""
+        typer.echo(f"added {result['name']} {result['version']}{aliases}")
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[
+        str | None, typer.Argument(help="A version or an alias [default: the challenger].")
+    ] = None,
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a version the champion; the one before it is kept for a rollback."""
+    result = _run(data_dir, config, as_json, "promote", {"name": name, "version": version})
+    if not as_json:
+        typer.echo(f"champion of {result['model']} is {result['version']}")
+
+
+@app.command()
+def rollback(
+    name: Name, data_dir: DataDir = None, config: ConfigFile = None, as_json: JsonFlag = False
+) -> None:
+    """Make the champion before this one the champion again."""
+    result = _run(data_dir, config, as_json, "rollback", {"name": name})
+    if not as_json:
+        typer.echo(f"champion of {result['model']} is {result['version']}")
+
+
+def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Do `method` on the registry in `data_dir`; plain values in and out.
+
+    list {} -> {"models": [version, ...]}; add {path} -> version; promote {name, version | None} and
+    rollback {name} -> {"model", "version"}.
+    A version is `ModelInfo.to_dict()`. Raises PenstockError or OSError.
+    """
+    from penstock.models.registry import ModelRegistry
+
+    registry = ModelRegistry(data_dir / "models", data_dir / "registry")
+    if method == "list":
+        return {"models": [info.to_dict() for info in registry.list()]}
+    if method == "add":
+        return registry.add(params["path"]).to_dict()
+    if method == "promote":
+        chosen = registry.promote(params["name"], params["version"])
+        return {"model": params["name"], "version": chosen}
+    if method == "rollback":
+        return {"model": params["name"], "version": registry.rollback(params["name"])}
+    raise InvalidArgumentError(f"method is {method!r}; expected one of add, list, promote, rollback")
+
+
+def _run(
+    data_dir: Path | None, config: Path | None, as_json: bool, method: str, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Do one command and print its JSON; an error is printed and ends the command with exit code 1."""
+    try:
+        result = call_models(_find_data_dir(data_dir, config), method, params)
+    except (PenstockError, OSError) as error:
+        if as_json:
+            typer.echo(json.dumps({"error": to_wire(error)}))
+        else:
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(result))
+    return result
+
+
+def _find_data_dir(data_dir: Path | None, config: Path | None) -> Path:
+    if data_dir is not None and config is not None:
+        raise typer.BadParameter("give --data-dir or --config, not both")
+    if data_dir is not None:
+        return data_dir
+    file = Path(_CONFIG_NAME) if config is None else config
+    if config is None and not file.exists():
+        raise typer.BadParameter(f"give --data-dir or --config (there is no {_CONFIG_NAME} here)")
+    from penstock.config import load_config
+
+    return load_config(file).data_dir
+
+
+def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
+    head = (info["name"], info["version"], ",".join(info["aliases"]) or "-")
+    if info["fault"]:
+        return (*head, f"unreadable: {info['fault']}", "", "", "")
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in info["metrics"].items())
+    return (*head, info["output_kind"], str(info["n_inputs"]), info["service"] or "-", metrics or "-")
