@@ -161,7 +161,7 @@ def test_online_equals_historical_to_the_bit(
                 assert_online_is_offline(store, moment, users, shops)
                 continue
             if moment < cursor:
-                store.materialize(0, moment)
+                store.materialize(-HOUR, moment)
             else:
                 store.materialize_incremental(moment)
             cursor = moment
@@ -238,6 +238,25 @@ def test_an_incremental_run_leaves_every_row_valid_and_writes_no_others(tmp_path
         number = store._live.view("users").number
         for _, meta in store._online.scan(number):
             assert ((meta[:, 0] <= end) & (end < meta[:, 1])).all()
+
+
+def test_an_incremental_run_writes_rows_that_ran_out_and_changed_rows_that_are_lost(tmp_path: Path) -> None:
+    rows = [(HOUR, 1, "a", 1.0, None), (HOUR, 2, "a", 1.0, None), (3 * HOUR + 1, 3, "a", 1.0, None)]
+    with FeatureStore(make_repo(tmp_path / "r", rows)) as store:
+        store.materialize_incremental(3 * HOUR, views=["pairs"])
+        number = store._live.view("pairs").number
+        assert len(store.materialize_incremental(3 * HOUR, views=["pairs"]).keys["pairs"]) == 0
+        keys, meta = next(store._online.scan(number))
+        short = meta[:1].copy()
+        short[:, 1] = 3 * HOUR + 1  # an interval may be shorter than the truth
+        words = store.computer("pairs").rows_at(keys[:1], np.array([3 * HOUR])).words()
+        store._online.put_many(number, keys[:1], words, short)
+        changed = store.computer("pairs").changed_keys(3 * HOUR, 3 * HOUR + 1)
+        store._online.delete_many(number, changed)
+        report = store.materialize_incremental(3 * HOUR + 1, views=["pairs"])
+        wanted = {tuple(key) for key in [*keys[:1].tolist(), *changed.tolist()]}
+        assert {tuple(key) for key in report.keys["pairs"].tolist()} == wanted
+        assert len(changed) == 1
 
 
 def test_keys_that_left_the_source_leave_the_store(tmp_path: Path) -> None:
@@ -580,6 +599,30 @@ def test_a_full_disk_keeps_the_cursor(tmp_path: Path, monkeypatch: pytest.Monkey
         assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
         store.materialize_incremental(6 * HOUR)
         assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
+
+
+def test_a_run_that_failed_between_two_states_of_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = make_repo(tmp_path / "r", some_rows(2000, users=300))
+    source = repo / "events.parquet"
+    first, times = source.read_bytes(), (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(5 * HOUR)
+        write_events(repo, some_rows(2000, users=300, seed=8))
+        store.refresh()
+        monkeypatch.setattr(writing, "_CHUNK", 50)
+
+        def fail(view: str, done: int, total: int) -> None:
+            if done >= 150:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.materialize_incremental(5 * HOUR, progress=fail)
+        source.write_bytes(first)
+        os.utime(source, ns=times)  # as it was: the same stamp
+        assert store.refresh()
+        assert_online_is_offline(store, 5 * HOUR, list(range(300)), ["a"] * 300)
 
 
 def test_an_online_store_cut_short(tmp_path: Path) -> None:
