@@ -197,6 +197,30 @@ def test_a_row_keeps_its_bits_throughout_its_interval(events, chosen, ttl_s, ask
         assert (again.meta[:, 2] == rows.meta[n, 2]).all()
 
 
+TICKED = AGGREGATES.filter(lambda aggregate: aggregate[3] is not None)
+
+
+@settings(max_examples=120, deadline=None)
+@given(EVENTS, st.lists(TICKED, min_size=1, max_size=3), ASKED, st.data())
+def test_windows_that_move_at_ticks_equal_the_others_and_hold_between_ticks(events, chosen, asked, data):
+    whole, _, _ = build(events, chosen, None)
+    features = {n: f for n, f in whole.view.features.items() if n.startswith("a")}
+    made = computer(events, features)
+    users, times = [u for u, _ in asked], [t for _, t in asked]
+    rows, others = at(made, users, times), at(whole, users, times)
+    assert (rows.status == others.status).all()
+    found, want = cells(rows, made), cells(others, whole)
+    assert all(list(map(bits, found[n])) == list(map(bits, want[n])) for n in features)
+    for n, (user, t) in enumerate(asked):
+        since, until = int(rows.meta[n, 0]), int(rows.meta[n, 1])
+        assert since <= t < until and since <= int(others.meta[n, 0]) and until >= int(others.meta[n, 1])
+        low, high = max(since, t - 20 * SECOND), min(until - 1, t + 20 * SECOND)
+        drawn = [low, high, *data.draw(st.lists(st.integers(low, high), max_size=4))]
+        again = at(made, [user] * len(drawn), drawn)
+        assert (again.words() == rows.words()[n]).all()
+        assert (again.meta == rows.meta[n]).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(EVENTS, st.lists(AGGREGATES, max_size=3), st.sampled_from([None, 1, 2]), ASKED, st.data())
 def test_batch_split_and_order_change_no_bit(events, chosen, ttl_s, asked, data):
@@ -262,6 +286,20 @@ def test_the_interval_is_exact():
     assert interval(ticks, 11 * SECOND) == [10 * SECOND + 1, 12 * SECOND]
     assert interval(ticks, 12 * SECOND) == [12 * SECOND, 14 * SECOND]
     assert interval(ticks, 15 * SECOND) == [14 * SECOND, INT_MAX]
+    # Events between two ticks end no interval, and none of them is the newest one used.
+    busy = [event(t * SECOND) for t in (1, 11, 12, 13, 14, 21)]
+    calm = computer(busy, {"n": d.count(window="8s", every="10s"), "m": d.count(window="3s", every="5s")})
+    assert interval(calm, 1 * SECOND) == [1 * SECOND, 5 * SECOND]
+    for t in (10, 11, 12, 14):
+        row = at(calm, [1], [t * SECOND])
+        assert row.meta[0].tolist() == [10 * SECOND, 15 * SECOND, 1 * SECOND, 1 * SECOND]
+        assert [int(values[0]) for values, _ in row.columns] == [0, 0]
+    assert at(calm, [1], [19 * SECOND]).meta[0].tolist() == [
+        15 * SECOND,
+        20 * SECOND,
+        14 * SECOND,
+        14 * SECOND,
+    ]
     unknown = at(last, [5, None], [0, 0])
     assert unknown.meta[:, :2].tolist() == [[INT_MIN, INT_MAX]] * 2
     assert unknown.status.tolist() == [NOT_FOUND, NOT_FOUND]
