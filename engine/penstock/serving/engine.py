@@ -281,6 +281,8 @@ class Engine:
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
         """Bring the online store up to `end` (default: now); reads sources that changed again."""
         store = self._store()
+        if views is not None and not isinstance(views, list | tuple):
+            raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         with self._changing:
             self._refresh(store)
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
@@ -325,6 +327,9 @@ class Engine:
             if label not in (0, 1):
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
+        for row, stamp in enumerate(stamps):  # all is checked before the log: what it holds is joined again
+            if stamp < 0:
+                raise InvalidArgumentError(f"times[{row}] is {stamp}; expected microseconds UTC, at least 0")
         if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
@@ -373,6 +378,7 @@ class Engine:
         window_us = int(self.config.monitoring.window * 1e6)
         for name, model in self.live.live.items():
             entry = dict(model.served.stats())
+            entry["batches"] = {str(size): runs for size, runs in entry["batches"].items()}  # keys of JSON
             entry["version"] = model.bundle.version
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(
@@ -394,6 +400,8 @@ class Engine:
         Defaults: the whole of `monitoring.window`, up to the newest row served.
         """
         self.drain_served()
+        if window_s is not None and (type(window_s) not in (int, float) or not 0 < window_s < 1e12):
+            raise InvalidArgumentError(f"window_s is {window_s!r}; expected seconds, more than 0")
         window_us = None if window_s is None else round(window_s * 1e6)
         end_us = None if end is None else protocol.to_micros(end, "end")
         reports = {}
