@@ -126,6 +126,8 @@ class Engine:
                 table = self.served_log.read(name)
             except NotFoundError:
                 continue
+            if table.num_rows:  # windows end where they did
+                self.live.get(name).newest_us = pc.max(table["now_us"]).as_py()
             for version in table["version"].unique().to_pylist():
                 part = table.filter(pc.equal(table["version"], version))
                 scores = part["score"].to_numpy()
