@@ -128,6 +128,8 @@ class Engine:
                 table = self.served_log.read(name)
             except NotFoundError:
                 continue
+            if table.num_rows:  # windows end where they did
+                self.live.get(name).newest_us = pc.max(table["now_us"]).as_py()
             for version in table["version"].unique().to_pylist():
                 part = table.filter(pc.equal(table["version"], version))
                 scores = part["score"].to_numpy()
@@ -283,6 +285,8 @@ class Engine:
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
         """Bring the online store up to `end` (default: now); reads sources that changed again."""
         store = self._store()
+        if views is not None and not isinstance(views, list | tuple):
+            raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         with self._changing:
             self._refresh(store)
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
@@ -344,9 +348,11 @@ class Engine:
             if label not in (0, 1):
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
-        for row, stamp in enumerate(stamps):
-            if not -(1 << 63) <= stamp < 1 << 63:
-                raise InvalidArgumentError(f"times[{row}] is {stamp}; expected int64 microseconds UTC")
+        for row, stamp in enumerate(stamps):  # all is checked before the log: what it holds is joined again
+            if not 0 <= stamp < 1 << 63:
+                raise InvalidArgumentError(
+                    f"times[{row}] is {stamp}; expected int64 microseconds UTC, at least 0"
+                )
         if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
@@ -417,6 +423,8 @@ class Engine:
         Defaults: the whole of `monitoring.window`, up to the newest row served.
         """
         self.drain_served()
+        if window_s is not None and (type(window_s) not in (int, float) or not 0 < window_s < 1e12):
+            raise InvalidArgumentError(f"window_s is {window_s!r}; expected seconds, more than 0")
         window_us = None if window_s is None else round(window_s * 1e6)
         end_us = None if end is None else protocol.to_micros(end, "end")
         reports = {}

@@ -109,7 +109,7 @@ class LiveModels:
 
     def get(self, name: str) -> LiveModel:
         """The live version of `name`; NotFoundError names those that are loaded."""
-        found = self.live.get(name)
+        found = self.live.get(name) if isinstance(name, str) else None
         if found is None:
             known = ", ".join(sorted(self.live)) or "none is loaded"
             raise NotFoundError(f"model '{name}' is unknown; expected one of: {known}")

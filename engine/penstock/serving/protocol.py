@@ -80,6 +80,8 @@ def to_micros(value: Time, field: str = "now") -> int:
         aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
         return (aware - _EPOCH) // _MICROSECOND
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise InvalidArgumentError(f"{field} is {value}; expected microseconds UTC within int64")
         return int(value)
     raise InvalidArgumentError(f"{field} is {value!r}; expected a datetime or int microseconds UTC")
 
