@@ -127,7 +127,7 @@ class LimitsConfig(Section):
 
     A connection is not read while more than `pause_output_bytes` of its replies wait, holds at most
     `max_output_bytes` of them, and is dropped if it takes next to nothing for `slow_reader_timeout` seconds.
-    `max_calls` and `max_admin_calls` bound the calls of other methods than predictions that wait for a thread.
+    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait.
     """
 
     max_message_bytes: Size = Field(default=16 << 20, ge=1024)
@@ -144,8 +144,8 @@ class LimitsConfig(Section):
 class ServerConfig(Section):
     """Where to listen: "tcp://host:port" or "unix:///path".
 
-    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at the
-    latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
+    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at
+    the latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
     """
 
     listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
