@@ -282,7 +282,9 @@ std::vector<uint64_t> ServingCore::expire() {
 
 int64_t ServingCore::next_deadline() {
   int64_t next = std::numeric_limits<int64_t>::max();
-  for (const auto& model : all_models()) next = std::min(next, model->next_deadline());
+  const std::lock_guard lock(models_mutex_);
+  for (const auto& [name, model] : models_) next = std::min(next, model->next_deadline());
+  for (const auto& model : replaced_) next = std::min(next, model->next_deadline());
   return next;
 }
 
