@@ -25,6 +25,12 @@ class TreeModel final : public Model {
   TreeEnsemble::Scratch scratch_;
 };
 
+// At most what a reply takes on the wire: a float64, a request id and a status a row, and all else.
+constexpr size_t kReplyBytes = 256;
+constexpr size_t reply_bytes_per_row(size_t outputs) {
+  return 9 * outputs + 9 + 2;
+}
+
 constexpr int64_t kEndOfTimeUs = 253'402'300'800'000'000;  // the year 10000
 
 Status exhausted(std::string text) {
@@ -261,6 +267,20 @@ Status ServedModel::admit(const Admission& admission, const float* rows, const u
   return {};
 }
 
+// What an idle lane refuses, it refuses for its predicted run time alone. Were the slow runs behind that
+// prediction a passing trouble of the machine, no run would ever correct it: so each such refusal counts as
+// a run of half the predicted time, and a lane that refuses all is tried again after a window of them. Never
+// so short that the trial would run on the loop thread.
+void ServedModel::learn_from_refusal(uint32_t rows) {
+  if (lane_.queued_rows() > 0 || lane_.running_batches() > 0 || rows > config_.lane.max_queued_rows) return;
+  const auto most = static_cast<uint32_t>(config_.lane.policy.max_batch_rows);
+  for (const uint32_t n : {std::min(rows, most), rows > most ? rows % most : 0}) {
+    const int64_t predicted = n == 0 ? 0 : lane_.run_time().predict(n);
+    if (predicted > config_.inline_limit_ns)
+      lane_.record_run(n, std::max(config_.inline_limit_ns + 1, predicted / 2));
+  }
+}
+
 // Hands a request's rows to the lane. On a refusal the request holds no rows.
 Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t* row_status,
                                const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms) {
@@ -274,6 +294,7 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
   const Lane::Submitted submitted =
       lane_.submit(tag_of(index, request.generation), request.rows, request.deadline_ns, now);
   if (submitted.slot == Lane::kNoSlot) {
+    learn_from_refusal(request.rows);
     *retry_after_ms = to_ms_up(submitted.retry_after_ns);
     return exhausted("the queue of model '" + config_.name + "' is too long for the request's deadline");
   }
@@ -305,7 +326,9 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
   uint32_t index = kNone;
   if (Status status = new_request(admission, &index); !status.is_ok()) return status;
   Request& request = requests_[index];
-  if (parked_bytes_ + params.size() > config_.max_parked_bytes) {
+  const size_t bytes =
+      params.size() + misses.size() * sizeof(FeatureMiss) + n_views_ * request.rows * sizeof(int64_t);
+  if (parked_bytes_ + bytes > config_.max_parked_bytes) {
     *retry_after_ms = 1;
     Status status = exhausted("too many requests wait for the feature store");
     count_end(request, status.code);
@@ -319,7 +342,8 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
   request.parked->first_id = first_id;
   request.parked->overlay.index.assign(n_views_ * request.rows, -1);
   request.state = State::kParked;
-  parked_bytes_ += params.size();
+  request.parked->bytes = bytes;
+  parked_bytes_ += bytes;
   ++parked_;
   missed_rows_ += misses.size();
   link(index);
@@ -350,7 +374,7 @@ void ServedModel::end(uint32_t index, Status status) {
   Request& request = requests_[index];
   unlink(index);
   if (request.parked != nullptr) {
-    parked_bytes_ -= request.parked->params.size();
+    parked_bytes_ -= request.parked->bytes;
     request.parked.reset();
   }
   request.state = State::kDone;
@@ -359,7 +383,7 @@ void ServedModel::end(uint32_t index, Status status) {
     request.target.waiter->done = true;
     request.target.waiter->ended.notify_all();
   } else if (request.target.connection != 0) {
-    events_->ended(shared_from_this(), tag_of(index, request.generation));
+    events_->ended(shared_from_this(), tag_of(index, request.generation), request.target.connection);
   } else {
     count_end(request, Code::kCancelled);
     free_request(index);
@@ -373,6 +397,7 @@ void ServedModel::count_end(const Request& request, Code code) {
         return counters.ok;
       case Code::kResourceExhausted:
       case Code::kInvalidArgument:
+      case Code::kNotFound:
         return counters.rejected;
       case Code::kDeadlineExceeded:
         return counters.expired;
@@ -567,7 +592,20 @@ void ServedModel::wait(uint64_t tag, Waiter& waiter) {
   }
 }
 
-bool ServedModel::take(uint64_t tag, Result* out) {
+void ServedModel::abandon(uint64_t tag) {
+  const std::lock_guard lock(mutex_);
+  const Request* request = find(tag);
+  if (request == nullptr || request->state != State::kDone) return;
+  count_end(*request, Code::kCancelled);
+  free_request(static_cast<uint32_t>(tag));
+}
+
+bool ServedModel::idle() {
+  const std::lock_guard lock(mutex_);
+  return oldest_ == kNone && lane_.running_batches() == 0;
+}
+
+bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
   const std::lock_guard lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
@@ -575,6 +613,10 @@ bool ServedModel::take(uint64_t tag, Result* out) {
   const int64_t now = mono_ns();
   if (request->status.is_ok() && now >= request->deadline_ns) {
     request->status = {Code::kDeadlineExceeded, "the answer came after the deadline"};
+  }
+  if (request->status.is_ok() &&
+      request->rows * reply_bytes_per_row(n_outputs_) + kReplyBytes + config_.version.size() > max_bytes) {
+    request->status = exhausted("the connection's output buffer is full");
   }
   out->status = std::move(request->status);
   out->retry_after_ms = request->retry_after_ms;
@@ -630,7 +672,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     Request* request = find(tag);
     if (request == nullptr || request->state != State::kParked) return;
     parked = std::move(request->parked);
-    parked_bytes_ -= parked->params.size();
+    parked_bytes_ -= parked->bytes;
     rows = request->rows;
     now_us = request->now_us;
   }
@@ -662,7 +704,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     }
     missed_rows_ += scratch.misses.size();
     parked->misses = scratch.misses;
-    parked_bytes_ += parked->params.size();
+    parked_bytes_ += parked->bytes;
     request->parked = std::move(parked);
     events_->missed(shared_from_this(), tag);
     return;
