@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,13 @@ class Served:
 
     def client(self) -> Client:
         return Client(self.address)
+
+    def wait_logged(self) -> None:
+        """Return when every row served so far is in the log on disk (it may lag by `log_flush`)."""
+        with self.client() as client:
+            deadline = time.monotonic() + 30
+            while client.stats()["served_log"]["pending"]:
+                assert time.monotonic() < deadline
 
     def kill(self) -> None:
         """End it as a power cut would."""

@@ -189,14 +189,11 @@ def test_labels_join_the_rows_that_were_served(shop, serve, tmp_path, now):
 
 
 def test_an_acknowledged_label_survives_kill_9(shop, serve, tmp_path, now):
-    config = shop.config(tmp_path, monitoring={"log_flush": 0.001})
+    config = shop.config(tmp_path, monitoring={"log_flush": 0.01})
     served = serve(config)
     with served.client() as client:
         made = client.predict("purchase", shop.entities(slice(0, 20)), shop.inputs(slice(0, 20)), now=now)
-        for _ in range(10_000):  # the served row itself has a bounded loss: wait until it is on disk
-            log = client.stats()["served_log"]
-            if log["rows"] >= 20 and not log["pending"]:
-                break
+        served.wait_logged()
         assert client.label(made.request_ids, [1] * 20)["matched"] == 20
         before = client.stats()["models"]["purchase"]["performance"]
     served.kill()
