@@ -80,7 +80,9 @@ def test_unknown_model(refused, call):
 
 
 def test_unknown_version(refused):
-    refused(("promote", "purchase", "9"), NOT_FOUND, "model 'purchase' has no version '9'; expected one of: 1")
+    refused(
+        ("promote", "purchase", "9"), NOT_FOUND, "model 'purchase' has no version '9'; expected one of: 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,9 @@ def test_unknown_feature(refused, refs, message):
 
 
 def test_unknown_column(refused):
-    refused(predict({**USERS, "city": [1, 2]}), INVALID, "entities.city is unknown; expected columns: user_id")
+    refused(
+        predict({**USERS, "city": [1, 2]}), INVALID, "entities.city is unknown; expected columns: user_id"
+    )
     refused(predict(inputs={**BASKET, "km": [1, 2]}), INVALID, "inputs.km is unknown", "basket_value")
     refused(("features", SPEND, {"user": [1]}), INVALID, "column 'user'", "expected user_id")
     refused(predict(zap=1), INVALID, "options.zap is unknown; expected deadline_ms")
@@ -121,7 +125,9 @@ def test_unknown_method(refused):
     ids=["string", "float", "bool", "bytes"],
 )
 def test_wrong_type_of_a_key(refused, value, shown):
-    refused(predict({**USERS, "user_id": [1, value]}), INVALID, "entities.user_id[1]", shown, "expected int64")
+    refused(
+        predict({**USERS, "user_id": [1, value]}), INVALID, "entities.user_id[1]", shown, "expected int64"
+    )
 
 
 def test_wrong_type_of_an_input(refused):
@@ -153,7 +159,9 @@ def test_wrong_length(refused):
     refused(predict({**USERS, "item_id": [1]}), INVALID, "item_id has 1 rows; expected 2")
     refused(predict(inputs={"basket_value": 1.0}), INVALID, "inputs.basket_value has 1 rows; expected 2")
     refused(predict(request_id=[1]), INVALID, "options.request_id has 1 values; expected 2, one per row")
-    refused(("predict_vectors", "bare", ROWS, 3), INVALID, "data is of 24 bytes; expected 3 rows of 3 float32")
+    refused(
+        ("predict_vectors", "bare", ROWS, 3), INVALID, "data is of 24 bytes; expected 3 rows of 3 float32"
+    )
     refused(("predict_vectors", "bare", ROWS[:-1], 2), INVALID, "data is of 23 bytes")
     refused(("label", [1, 2], [1]), INVALID, "labels has 1 values; expected 2, one per row")
     refused(("label", [1], [1], [1, 2]), INVALID, "times has 2 values; expected 1, one per row")
@@ -233,7 +241,9 @@ def test_huge_and_negative_keys(refused, raw):
 
 
 def test_empty_columns(refused, raw):
-    refused(predict({"user_id": [], "item_id": []}, {"basket_value": []}), INVALID, "0 rows; expected at least 1")
+    refused(
+        predict({"user_id": [], "item_id": []}, {"basket_value": []}), INVALID, "0 rows; expected at least 1"
+    )
     refused(("predict_vectors", "bare", b"", 0), INVALID, "0 rows; expected at least 1")
     refused(("features", [], {"user_id": [1]}), INVALID, "features is []")
     refused(predict(model=""), INVALID, "expected a non-empty UTF-8 string")
@@ -442,7 +452,9 @@ def test_an_lmdb_file_cut_short(shop, penstock, serve, tmp_path, keep):
 
 def test_a_config_with_three_errors(penstock, tmp_path):
     config = tmp_path / "inference-config.yaml"
-    config.write_text("serving:\n  max_batch_size: 65\n  max_latncy_ms: 5\nserver:\n  listen: ['port 7064']\n")
+    config.write_text(
+        "serving:\n  max_batch_size: 65\n  max_latncy_ms: 5\nserver:\n  listen: ['port 7064']\n"
+    )
     done = penstock("serve", config)
     assert done.returncode == 1
     assert "line 2: serving.max_batch_size is 65" in done.stderr
