@@ -1,4 +1,4 @@
-"""Run every benchmark in its own process, then write README's tables.."""
+"""Run every benchmark, a process each, then write README's tables. What fails is named; the rest goes on."""
 
 from __future__ import annotations
 

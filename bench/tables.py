@@ -44,8 +44,8 @@ def table(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     under = (
         f"Median (10th-90th percentile) of {document['settings']['rounds']} rounds; {facts['cores']} {where} "
-        f"cores of {facts['cpu']}, Linux {facts['kernel']}; {versions}; commit {document['commit']}; "
-        f"`{document['command']}`."
+        f"cores of {facts['cpu']}, Linux {facts['kernel']}, load {facts['load_before']:.1f} before; "
+        f"{versions}; commit {document['commit']}; `{document['command']}`."
     )
     parts = ["\n".join(lines), "", under]
     if document["absent"]:

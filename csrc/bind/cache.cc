@@ -179,6 +179,13 @@ py::array_t<uint8_t> put_many(FeatureCache& self, const py::object& keys, const 
   return result;
 }
 
+py::array_t<bool> resident_many(const FeatureCache& self, const py::object& keys) {
+  const std::vector<Key128> list = checked_keys(keys);
+  py::array_t<bool> out(static_cast<py::ssize_t>(list.size()));
+  for (size_t i = 0; i < list.size(); ++i) out.mutable_data()[i] = self.is_resident(list[i]);
+  return out;
+}
+
 size_t discard_many(FeatureCache& self, const py::object& keys, uint64_t stamp, uint32_t owner) {
   size_t removed = 0;
   for (const Key128& key : checked_keys(keys)) removed += self.discard(key, stamp, owner) ? 1 : 0;
@@ -232,6 +239,8 @@ void bind_cache(py::module_& m) {
            "Store rows uint64[n, row_words] with meta int64[n, 4] (valid_from, valid_until, event_time, "
            "known_at; "
            "us). Returns uint8[n]: 0 stored, 1 replaced, 2 superseded. Raises ValueError naming the array.")
+      .def("resident_many", &resident_many, py::arg("keys"),
+           "Which keys uint64[n, 2] have a row, valid or not: bool[n]. A hint; counts as no read.")
       .def(
           "discard_many", &discard_many, py::arg("keys"), py::arg("stamp"), py::arg("owner") = 0,
           "Remove keys uint64[n, 2] whose rows have no greater stamp, and refuse lesser stamps from then on. "

@@ -59,7 +59,11 @@ void bind_drift(py::module_& m) {
             if (rows.ndim() != 2 || static_cast<size_t>(rows.shape(1)) != width) {
               throw py::value_error("rows: expected shape [n, " + std::to_string(width) + "]");
             }
-            self.count(rows.data(), static_cast<size_t>(rows.shape(0)), width);
+            const float* data = rows.data();
+            const auto n = static_cast<size_t>(rows.shape(0));
+            // The caller keeps other threads off these counts; nobody else needs to wait for them.
+            const py::gil_scoped_release release;
+            self.count(data, n, width);
           },
           py::arg("rows").noconvert(), "Adds float32 rows [n, columns]. Raises ValueError on another shape.")
       .def(

@@ -132,7 +132,10 @@ py::tuple drain(ServedModel& self, size_t n) {
   py::array_t<int64_t> event_time({rows, width(ring.views())});
   ServedRing::Out out{ids.mutable_data(),    now.mutable_data(),      status.mutable_data(),
                       scores.mutable_data(), features.mutable_data(), event_time.mutable_data()};
-  ring.drain(static_cast<size_t>(rows), out);  // one drainer: the rows counted are still there
+  {
+    const py::gil_scoped_release release;
+    ring.drain(static_cast<size_t>(rows), out);  // one drainer: the rows counted are still there
+  }
   return py::make_tuple(ids, now, features, scores, status, event_time);
 }
 

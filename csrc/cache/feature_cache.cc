@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <thread>
@@ -134,6 +136,8 @@ struct FeatureCache::Lock {
   bool abandoned = false;
 };
 
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older C libraries do not name
+
 Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<FeatureCache>* out) {
   constexpr uint64_t kMaxCapacity = uint64_t{1} << 40;
   if (config.capacity == 0 || config.capacity > kMaxCapacity) {
@@ -156,6 +160,15 @@ Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<Fe
                                           std::to_string(config.row_words)};
   }
   (void)madvise(arena, bytes, MADV_HUGEPAGE);  // advice: small pages only cost speed
+  // The pages are had now: the first touch of a huge page takes milliseconds, which no request should pay.
+  if (madvise(arena, bytes, kPopulateWrite) != 0) {
+    if (errno == ENOMEM) {
+      (void)munmap(arena, bytes);
+      return {Code::kResourceExhausted,
+              "there is no memory for the cache's " + std::to_string(bytes) + " bytes"};
+    }
+    std::memset(arena, 0, bytes);  // a kernel before 5.14
+  }
   auto* header = new (arena) Header{};
   header->magic = kMagic;
   header->layout_version = kLayoutVersion;
@@ -351,6 +364,10 @@ int FeatureCache::find_locked(const Key128& key, const Place& place) const {
     }
   }
   return -1;
+}
+
+bool FeatureCache::is_resident(const Key128& key) const {
+  return find_locked(key, place(key)) >= 0;  // relaxed loads, as the answer is a hint
 }
 
 // An empty way, else one past its TTL, else CLOCK. The chosen way's row is gone after the caller's write.

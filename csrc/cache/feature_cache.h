@@ -65,6 +65,9 @@ class FeatureCache {
   PutResult put(const Key128& key, const uint64_t* row, const RowMeta& meta, uint64_t stamp, int64_t mono_ns,
                 uint32_t owner);
 
+  // Whether a row of the key is resident, valid or not. A hint: it may be gone by the time of the answer.
+  bool is_resident(const Key128& key) const;
+
   // Removes the key unless its row has a greater stamp; from then on puts with a lesser stamp are refused.
   bool discard(const Key128& key, uint64_t stamp, uint32_t owner);
   void clear(uint32_t owner = 0);

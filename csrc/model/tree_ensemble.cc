@@ -8,10 +8,21 @@
 
 namespace penstock {
 
+namespace {
+
+constexpr size_t kAlign = 64;
+
+}  // namespace
+
 TreeEnsemble::Scratch::Scratch(const TreeEnsemble& ensemble)
-    : leaves_(ensemble.n_trees() * kBlockRows),
-      columns_(ensemble.n_features() * kMaxLanes),
-      masks_(ensemble.plan_.usable ? ensemble.n_trees() * kMaxLanes : 0) {}
+    : leaves_(ensemble.n_trees() * kBlockRows), columns_(ensemble.n_features() * kMaxLanes) {
+  if (ensemble.plan_.usable) masks_.resize((ensemble.n_trees() * kMaxMaskBytes + kAlign) / sizeof(uint64_t));
+}
+
+uint64_t* TreeEnsemble::Scratch::aligned_masks() {
+  const auto at = reinterpret_cast<uintptr_t>(masks_.data());
+  return reinterpret_cast<uint64_t*>((at + kAlign - 1) / kAlign * kAlign);
+}
 
 uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
   const Split* splits = splits_.data() + split_begin_[tree];
@@ -37,26 +48,42 @@ uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
   return static_cast<uint32_t>(~node);
 }
 
-void TreeEnsemble::find_leaves(const float* rows, size_t n, size_t stride, Scratch& scratch) const {
-#if defined(__x86_64__)
-  if (plan_.usable && cpu_level() >= CpuLevel::kAvx2) {
-    size_t lanes;
-    for (size_t done = 0; done < n; done += lanes) {
-      const size_t left = n - done;
-      lanes = left > 16 ? 32 : left > 8 ? 16 : 8;
-      // Lanes past the last row repeat it; their leaves are never read.
-      for (size_t lane = 0; lane < lanes; ++lane) {
-        const float* row = rows + std::min(done + lane, n - 1) * stride;
-        for (size_t f = 0; f < header_.n_features; ++f) scratch.columns_[f * lanes + lane] = row[f];
-      }
-      bitvector_leaves_avx2(plan_, header_.n_features, header_.n_trees, lanes, scratch.columns_.data(),
-                            scratch.masks_.data(), scratch.leaves_.data() + done, kBlockRows);
+// Rows that a vector kernel takes at once: the fewest that hold `left`. 1: the row-by-row kernel, which is
+// the faster for one row alone.
+size_t TreeEnsemble::lanes_for(size_t left, CpuLevel level) const {
+  if (level == CpuLevel::kPortable || left == 1) return 1;
+  if (level == CpuLevel::kAvx512) return left > 32 && plan_.narrow ? 64 : left > 16 ? 32 : 16;
+  return left > 16 ? 32 : left > 8 ? 16 : 8;
+}
+
+void TreeEnsemble::find_leaves(const float* rows, size_t n, size_t stride, CpuLevel level,
+                               Scratch& scratch) const {
+  if (!plan_.usable) {
+    for (uint32_t t = 0; t < header_.n_trees; ++t) {
+      for (size_t r = 0; r < n; ++r) scratch.leaves_[t * kBlockRows + r] = walk(t, rows + r * stride);
     }
     return;
   }
+  uint64_t* masks = scratch.aligned_masks();
+  size_t lanes;
+  for (size_t done = 0; done < n; done += lanes) {
+    lanes = lanes_for(n - done, level);
+    uint32_t* leaves = scratch.leaves_.data() + done;
+    if (lanes == 1) {
+      bitvector_leaves_row(plan_, header_.n_features, header_.n_trees, rows + done * stride, masks, leaves,
+                           kBlockRows);
+      continue;
+    }
+#if defined(__x86_64__)
+    // Lanes past the last row repeat it; their leaves are never used.
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      const float* row = rows + std::min(done + lane, n - 1) * stride;
+      for (size_t f = 0; f < header_.n_features; ++f) scratch.columns_[f * lanes + lane] = row[f];
+    }
+    const auto kernel = level == CpuLevel::kAvx512 ? bitvector_leaves_avx512 : bitvector_leaves_avx2;
+    kernel(plan_, header_.n_features, header_.n_trees, lanes, scratch.columns_.data(), masks, leaves,
+           kBlockRows);
 #endif
-  for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    for (size_t r = 0; r < n; ++r) scratch.leaves_[t * kBlockRows + r] = walk(t, rows + r * stride);
   }
 }
 
@@ -65,10 +92,19 @@ void TreeEnsemble::predict_margin(const float* rows, size_t n, size_t stride, do
   const size_t k_out = header_.n_outputs;
   for (size_t start = 0; start < n; start += kBlockRows) {
     const size_t block = std::min(kBlockRows, n - start);
-    find_leaves(rows + start * stride, block, stride, scratch);
+    const CpuLevel level = cpu_level();
+    find_leaves(rows + start * stride, block, stride, level, scratch);
     double* sums = out + start * k_out;
     std::fill_n(sums, block * k_out, 0.0);
-    for (uint32_t t = 0; t < header_.n_trees; ++t) {
+    uint32_t first_tree = 0;
+#if defined(__x86_64__)
+    if (level == CpuLevel::kAvx512 && k_out == 1 && block >= 4) {
+      sum_leaves_avx512(leaf_values_.data(), value_begin_.data(), scratch.leaves_.data(), header_.n_trees,
+                        block, kBlockRows, sums);
+      first_tree = header_.n_trees;
+    }
+#endif
+    for (uint32_t t = first_tree; t < header_.n_trees; ++t) {
       const double* values = leaf_values_.data() + value_begin_[t];
       const uint32_t* leaves = scratch.leaves_.data() + t * kBlockRows;
       if (tree_output_[t] >= 0) {
@@ -120,7 +156,7 @@ void TreeEnsemble::predict_leaf(const float* rows, size_t n, size_t stride, int3
                                 Scratch& scratch) const {
   for (size_t start = 0; start < n; start += kBlockRows) {
     const size_t block = std::min(kBlockRows, n - start);
-    find_leaves(rows + start * stride, block, stride, scratch);
+    find_leaves(rows + start * stride, block, stride, cpu_level(), scratch);
     for (size_t r = 0; r < block; ++r) {
       for (size_t t = 0; t < header_.n_trees; ++t) {
         out[(start + r) * header_.n_trees + t] = static_cast<int32_t>(scratch.leaves_[t * kBlockRows + r]);

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/status.h"
 #include "model/bitvector.h"
 #include "model/tree_format.h"
@@ -28,8 +29,10 @@ class TreeEnsemble {
    private:
     friend class TreeEnsemble;
     std::vector<uint32_t> leaves_;  // [tree][kBlockRows]
-    std::vector<float> columns_;    // [feature][kMaxLanes]
-    std::vector<uint64_t> masks_;   // [tree][kMaxLanes]
+    std::vector<float> columns_;    // [feature][lanes]
+    std::vector<uint64_t> masks_;   // room for kMaxMaskBytes a tree from a boundary of 64 bytes
+
+    uint64_t* aligned_masks();
   };
 
   static Status load(const uint8_t* data, size_t size, std::shared_ptr<const TreeEnsemble>* out);
@@ -49,7 +52,8 @@ class TreeEnsemble {
   Status check_tree(uint32_t tree) const;
   void build_bitvector();
   uint32_t walk(uint32_t tree, const float* row) const;
-  void find_leaves(const float* rows, size_t n, size_t stride, Scratch& scratch) const;
+  size_t lanes_for(size_t left, CpuLevel level) const;
+  void find_leaves(const float* rows, size_t n, size_t stride, CpuLevel level, Scratch& scratch) const;
   void transform(double* row) const;
 
   TreeHeader header_{};

@@ -164,6 +164,12 @@ void TreeEnsemble::build_bitvector() {
   for (const Keyed& k : keyed) {
     ++plan_.begin[k.group + 1];
     plan_.entries.push_back(k.entry);
+    plan_.thresholds.push_back(k.entry.threshold);
+    if (plan_.narrow) {
+      plan_.narrow_keeps.push_back({k.entry.tree, static_cast<uint32_t>(k.entry.keep)});
+    } else {
+      plan_.wide_keeps.push_back({k.entry.tree, k.entry.keep});
+    }
   }
   for (size_t g = 1; g < plan_.begin.size(); ++g) plan_.begin[g] += plan_.begin[g - 1];
   plan_.usable = true;

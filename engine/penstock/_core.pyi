@@ -214,6 +214,10 @@ class FeatureCache:
         """
         Take over the bucket locks of a writer known to have ended and empty what it left half-written. Returns the number of locks.
         """
+    def resident_many(self, keys: typing.Any) -> numpy.typing.NDArray[numpy.bool]:
+        """
+        Which keys uint64[n, 2] have a row, valid or not: bool[n]. A hint; counts as no read.
+        """
     def stats(self) -> dict:
         """
         Counters and sizes, by name.

@@ -90,9 +90,7 @@ def write_example(
         InvalidArgumentError: the folder holds something, or is a file, or cannot be written.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InvalidArgumentError(
-            f"DIR is '{directory}', which is not empty; expected a new or empty folder"
-        )
+        raise InvalidArgumentError(f"DIR is '{directory}', which holds something; expected a new folder")
     scratch = directory.absolute().parent / f".{directory.absolute().name}-{uuid.uuid4().hex[:8]}"
     try:
         repo = scratch / "feature_repo"
@@ -221,6 +219,10 @@ def _client(server: dict[str, Any]) -> Any:
     return Client(server["listen"])
 
 
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
     """Errors of ours end the command with code 1 and their message."""
@@ -234,7 +236,7 @@ def _reporting() -> Iterator[None]:
 @contextlib.contextmanager
 def _spinner(as_json: bool, title: str) -> Iterator[Callable[[str], None]]:
     """Shows that work goes on, on a terminal; the callable adds what has just been done."""
-    if as_json or not sys.stderr.isatty():
+    if as_json or not _on_terminal():
         yield lambda name: None
         return
     from rich.console import Console
@@ -246,7 +248,7 @@ def _spinner(as_json: bool, title: str) -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar for each view, on a terminal."""
-    if as_json or not sys.stderr.isatty():
+    if as_json or not _on_terminal():
         yield None
         return
     from rich.console import Console

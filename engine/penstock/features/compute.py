@@ -51,7 +51,7 @@ class ViewRows:
     """Rows of one view.
 
     Attributes:
-        columns: (values float64 or int64 [n], valid bool [n]) in the order of the view's schema.
+        columns: (values float64 or int64 [n], 0 where null; valid bool [n]) in the order of the schema.
         status: uint8[n]; PRESENT, NOT_FOUND, EXPIRED or FUTURE. All but PRESENT rows are all null.
         meta: int64[n, 4]; valid_from, valid_until, event_time and known_at of the newest event, or INT64_MIN.
     """
@@ -146,6 +146,11 @@ class ViewComputer:
                 window = (column.value.window_us, column.value.every_us or 0)
                 self._windows.setdefault(window, []).append((column.name, windows.KINDS[column.value.kind]))
 
+        # A row of windows that all move at ticks holds from tick to tick.
+        ticks = [every for _, every in self._windows]
+        whole = all(isinstance(column.value, WindowAggregate) for column in view.stored)
+        self._tick = min(ticks) if whole and min(ticks) > 0 and view.ttl_us is None else 0
+
     def _check_columns(self, table: SourceTable, where: str) -> None:
         read = columns_read(*(v for v in map(_value_of, self.view.stored) if v is not None))
         for name in [*self.view.join_keys, *read]:
@@ -213,8 +218,8 @@ class ViewComputer:
         status = np.empty(n, np.uint8)
         meta = np.empty((n, 4), np.int64)
         windows.locate(
-            slot, index.starts, index.event_time, index.known_at, now, cut, self.view.ttl_us or 0, latest,
-            status, meta,
+            slot, index.starts, index.event_time, index.known_at, now, cut, self.view.ttl_us or 0,
+            0 if len(cut) else self._tick, latest, status, meta,
         )  # fmt: skip
         found: dict[str, Column] = {}
         present = latest >= 0

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -226,10 +227,7 @@ def _create(path: Path) -> None:
     except (lmdb.Error, OSError) as error:
         raise StoreError(f"online store '{path}' cannot be made: {error}") from error
     finally:
-        for name in ("data.mdb", "lock.mdb"):
-            (scratch / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            scratch.rmdir()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _lengthen(file: Path, size: int) -> None:

@@ -68,6 +68,7 @@ def locate(
     now: NDArray[np.int64],
     known_by: NDArray[np.int64],
     ttl: int,
+    tick: int,
     latest: NDArray[np.int64],
     status: NDArray[np.uint8],
     meta: NDArray[np.int64],
@@ -78,6 +79,8 @@ def locate(
         slot: int64[n]; position of the row's key in the index, -1 for none.
         known_by: int64[n], or of length 0: only events known by then count.
         ttl: microseconds, 0 for none.
+        tick: microseconds; where above 0, the row reads only windows that move at multiples of it or rarer
+            ones, so an event between two ticks changes nothing but whether the key is known.
         latest: out; position of the newest event, -1 unless the row is PRESENT.
     """
     for i in range(len(slot)):
@@ -99,6 +102,14 @@ def locate(
                 at -= 1
         if at < first:
             status[i] = FUTURE
+            continue
+        if tick > 0:
+            # `bounds` narrows this to the ticks at which a window changes.
+            used = max(first, _upper(event_time, first, stop, _floor(now[i], tick)) - 1)
+            meta[i, 0], meta[i, 1] = event_time[first], _MAX
+            meta[i, 2], meta[i, 3] = event_time[used], known_at[used]
+            status[i] = PRESENT
+            latest[i] = at
             continue
         meta[i, 2], meta[i, 3] = event_time[at], known_at[at]
         if ttl > 0:

@@ -347,7 +347,12 @@ def read_served(
     import pyarrow.compute as pc
 
     tables: list[pa.Table] = []
+    # One listing may miss a file that is made meanwhile and show a later one. All up to the last of the first
+    # listing were there before the second began, so the second shows them.
+    last = max((segment.number for segment in _segments(Path(directory))), default=0)
     for segment in sorted(_segments(Path(directory))):
+        if segment.number > last:
+            break
         if segment.model != model or version not in (None, segment.version):
             continue
         batches = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
@@ -44,6 +45,7 @@ from penstock.serving.protocol import Prediction, PredictionBatch, Time
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _MONITOR_WAIT_S = 0.1
+_REFILL_ROWS = 1024
 
 
 class Engine:
@@ -93,7 +95,7 @@ class Engine:
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
-        self.live = LiveModels(config, self.core, self.store, self.served_log)
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
         for name, model in self._configured().items():
             self.live.publish(self.live.load(self._bundle(name, model)))
         self._replay_logs()
@@ -289,7 +291,24 @@ class Engine:
             self._refresh(store)
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
             report = store.materialize_incremental(end_us, views=views)
+            for view, keys in report.keys.items():
+                self._refill(store, view, keys, end_us)
             return {"end_us": end_us, "rows": dict(report.rows)}
+
+    def _refill(self, store: FeatureStore, view: str, keys: NDArray[np.uint64], now_us: int) -> None:
+        """Bring the rows that the cache holds of `keys` up to `now_us`, so that no request waits for them."""
+        cache = self.live.caches.get(view)
+        if cache is None:
+            return
+        for start in range(0, len(keys), _REFILL_ROWS):
+            part = np.ascontiguousarray(keys[start : start + _REFILL_ROWS])
+            known = np.ascontiguousarray(part[cache.resident_many(part)])
+            if not len(known):
+                continue
+            stamp = store.stamp()
+            rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
+            with self._filling:
+                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns())
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.
@@ -330,8 +349,10 @@ class Engine:
                 raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
         stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
         for row, stamp in enumerate(stamps):  # all is checked before the log: what it holds is joined again
-            if stamp < 0:
-                raise InvalidArgumentError(f"times[{row}] is {stamp}; expected microseconds UTC, at least 0")
+            if not 0 <= stamp < 1 << 63:
+                raise InvalidArgumentError(
+                    f"times[{row}] is {stamp}; expected int64 microseconds UTC, at least 0"
+                )
         if not self.live.performance:
             raise FailedPreconditionError("no model with probability scores is served; labels have no use")
         self.drain_served()
@@ -380,7 +401,7 @@ class Engine:
         window_us = int(self.config.monitoring.window * 1e6)
         for name, model in self.live.live.items():
             entry = dict(model.served.stats())
-            entry["batches"] = {str(size): runs for size, runs in entry["batches"].items()}  # keys of JSON
+            entry["batches"] = {str(rows): runs for rows, runs in entry["batches"].items()}
             entry["version"] = model.bundle.version
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from penstock import _core
+from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
 from penstock.errors import BundleError, NotFoundError, PenstockError
 from penstock.features.plan import ServicePlan
@@ -24,7 +25,7 @@ from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
-_DRAIN_ROWS = 16_384
+_DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
 @dataclass
@@ -97,8 +98,10 @@ class LiveModels:
         core: _core.ServingCore,
         store: FeatureStore | None,
         log: ServedLog,
+        clock: SystemClock,
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
+        self._clock = clock
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -241,8 +244,10 @@ class LiveModels:
                     computer.row_schema.row_words,
                     int(settings.ttl * 1e9) if settings.ttl else 0,
                 )
-            # One row of each view is loaded here, so that no request waits for a compiler.
+            # One row of each view is computed here, so that no request waits for a compiler.
             some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
+            for now_us in (0, self._clock.now_us()):
+                computer.rows_at(some, np.array([now_us], np.int64)).words()
             self._store.load_rows(view.name, some, np.zeros(1, np.int64))
             views.append(
                 {

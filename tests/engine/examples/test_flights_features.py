@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from penstock.examples import flights as package
+from penstock.cli_features import write_example
 from penstock.examples.flights import data, train
 from penstock.features.store import FeatureStore
 
@@ -34,10 +34,10 @@ def times(table: pa.Table, name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flights") / "repo"
-    shutil.copytree(Path(package.__path__[0]) / "repo", folder)
-    data.build(folder)
-    return folder
+    """The repository as `penstock init --example flights` makes it."""
+    folder = tmp_path_factory.mktemp("flights") / "example"
+    assert "feature_repo/data/landings.parquet" in write_example("flights", folder)
+    return folder / "feature_repo"
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features import definitions as d
 from penstock.features.compute import EXPIRED, FUTURE, NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.expressions import col, now, percentile_rank
+from penstock.features.index import entity_keys
 from penstock.features.program import Distribution
 from penstock.features.sources import UNKNOWN_TIME, SourceColumn, SourceTable
 
@@ -196,6 +197,30 @@ def test_a_row_keeps_its_bits_throughout_its_interval(events, chosen, ttl_s, ask
         assert (again.meta[:, 2] == rows.meta[n, 2]).all()
 
 
+TICKED = AGGREGATES.filter(lambda aggregate: aggregate[3] is not None)
+
+
+@settings(max_examples=120, deadline=None)
+@given(EVENTS, st.lists(TICKED, min_size=1, max_size=3), ASKED, st.data())
+def test_windows_that_move_at_ticks_equal_the_others_and_hold_between_ticks(events, chosen, asked, data):
+    whole, _, _ = build(events, chosen, None)
+    features = {n: f for n, f in whole.view.features.items() if n.startswith("a")}
+    made = computer(events, features)
+    users, times = [u for u, _ in asked], [t for _, t in asked]
+    rows, others = at(made, users, times), at(whole, users, times)
+    assert (rows.status == others.status).all()
+    found, want = cells(rows, made), cells(others, whole)
+    assert all(list(map(bits, found[n])) == list(map(bits, want[n])) for n in features)
+    for n, (user, t) in enumerate(asked):
+        since, until = int(rows.meta[n, 0]), int(rows.meta[n, 1])
+        assert since <= t < until and since <= int(others.meta[n, 0]) and until >= int(others.meta[n, 1])
+        low, high = max(since, t - 20 * SECOND), min(until - 1, t + 20 * SECOND)
+        drawn = [low, high, *data.draw(st.lists(st.integers(low, high), max_size=4))]
+        again = at(made, [user] * len(drawn), drawn)
+        assert (again.words() == rows.words()[n]).all()
+        assert (again.meta == rows.meta[n]).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(EVENTS, st.lists(AGGREGATES, max_size=3), st.sampled_from([None, 1, 2]), ASKED, st.data())
 def test_batch_split_and_order_change_no_bit(events, chosen, ttl_s, asked, data):
@@ -261,6 +286,20 @@ def test_the_interval_is_exact():
     assert interval(ticks, 11 * SECOND) == [10 * SECOND + 1, 12 * SECOND]
     assert interval(ticks, 12 * SECOND) == [12 * SECOND, 14 * SECOND]
     assert interval(ticks, 15 * SECOND) == [14 * SECOND, INT_MAX]
+    # Events between two ticks end no interval, and none of them is the newest one used.
+    busy = [event(t * SECOND) for t in (1, 11, 12, 13, 14, 21)]
+    calm = computer(busy, {"n": d.count(window="8s", every="10s"), "m": d.count(window="3s", every="5s")})
+    assert interval(calm, 1 * SECOND) == [1 * SECOND, 5 * SECOND]
+    for t in (10, 11, 12, 14):
+        row = at(calm, [1], [t * SECOND])
+        assert row.meta[0].tolist() == [10 * SECOND, 15 * SECOND, 1 * SECOND, 1 * SECOND]
+        assert [int(values[0]) for values, _ in row.columns] == [0, 0]
+    assert at(calm, [1], [19 * SECOND]).meta[0].tolist() == [
+        15 * SECOND,
+        20 * SECOND,
+        14 * SECOND,
+        14 * SECOND,
+    ]
     unknown = at(last, [5, None], [0, 0])
     assert unknown.meta[:, :2].tolist() == [[INT_MIN, INT_MAX]] * 2
     assert unknown.status.tolist() == [NOT_FOUND, NOT_FOUND]
@@ -380,3 +419,42 @@ def test_composite_and_string_keys_do_not_cross():
     assert made.join_dtypes == ("int64", "string") and len(made.keys) == 2
     keys, nulls = _core.keys128([[1, 1, 1], ["green", "red", "blue"]], SEED)
     assert cells(made.rows_at(keys, np.zeros(3, np.int64), nulls=nulls), made)["x"] == [2.0, 1.0, None]
+
+
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+def test_minus_zero_is_below_zero_in_either_order(zeros):
+    features = {"lo": d.min(col("x"), window="1s"), "hi": d.max(col("x"), window="1s")}
+    made = computer([event(n, x=x) for n, x in enumerate(zeros)], features)
+    row = {name: found[0] for name, found in cells(at(made, [1], [1]), made).items()}
+    assert math.copysign(1.0, row["lo"]) == -1.0 and math.copysign(1.0, row["hi"]) == 1.0
+
+
+def test_events_of_unknown_created_stay_out_of_a_cut_off_window():
+    events = [event(0, x=1.0), event(1, x=2.0) | {"k": None}, event(2, x=4.0, k=9), event(3, x=8.0)]
+    features = {
+        "n": d.count(window="1s"),
+        "s": d.sum(col("x"), window="1s"),
+        "i": d.count(col("x"), window="1s"),
+    }
+    made = computer(events, features)
+    assert cells(at(made, [1], [3], [3]), made) == {"n": [2], "s": [9.0], "i": [2]}
+    assert cells(at(made, [1], [3], [9]), made) == {"n": [3], "s": [13.0], "i": [3]}
+    assert cells(at(made, [1], [3]), made) == {"n": [4], "s": [15.0], "i": [4]}
+
+
+def test_the_value_of_a_null_is_zero():
+    features = {"x": col("x"), "i": col("i"), "m": d.mean(col("x"), window="1s"), "n": d.count(window="1s")}
+    made = computer([event(0, x=3.0, i=None), event(9, user=2, x=5.0, i=7)], features, timedelta(seconds=1))
+    rows = at(made, [1, 1, 2, 3, None], [0, 2 * SECOND, 0, 0, 0])
+    assert rows.status.tolist() == [PRESENT, EXPIRED, FUTURE, NOT_FOUND, NOT_FOUND]
+    for values, valid in rows.columns:
+        assert values[~valid].tolist() == [0] * int((~valid).sum()) and not valid[1:].any()
+
+
+def test_null_keys_are_zero_words():
+    text = SourceColumn("string", np.array([0, 1, 0]), np.array([True, True, False]), ["a", "b"])
+    number = SourceColumn("int64", np.array([5, 0, 7]), np.array([True, False, True]))
+    for columns, expected in (([text], [False, False, True]), ([number], [False, True, False]),
+                              ([number, text], [False, True, True])):  # fmt: skip
+        keys, nulls = entity_keys(columns, 3, SEED)
+        assert nulls.tolist() == expected and not keys[nulls].any() and keys[~nulls].any(axis=1).all()

@@ -269,7 +269,8 @@ def test_required_rows_is_where_the_null_reaches_the_limit():
     assert null * (1 / needed + 1e-6) <= 0.1 < null * (1 / (needed - 1) + 1e-6)
     assert required_rows(150, 10, DriftThresholds()) is None
     assert required_rows(250, 10, DriftThresholds()) is None  # its own noise is too much for 10 bins
-    assert required_rows(250, 2, DriftThresholds()) == 200
+    assert required_rows(300, 2, DriftThresholds()) == 200
+    assert required_rows(199, 2, DriftThresholds()) is None
 
 
 def test_no_drift_is_ok_and_not_significant_drift_is_ok():
@@ -468,6 +469,15 @@ def test_bad_windows_and_thresholds_are_refused():
         DriftThresholds(psi_warn=0.5)
     with pytest.raises(InvalidArgumentError, match="q is 1"):
         DriftThresholds(q=1.0)
+
+
+def test_a_large_effect_without_significance_is_ok():
+    item = one_window(
+        reference_of(column(normal_quantiles(20_000))), column(normal_quantiles(300, 0.15))
+    ).features[0]
+    assert item.ks_low >= 0.05
+    assert item.ks_q > 0.05
+    assert item.state == "ok"
 
 
 def test_two_proportions_without_rows_have_no_p():

@@ -27,7 +27,6 @@ def write_config(run: Path, bundle: Path, address: str) -> Path:
         "serving": {"max_batch_size": 64, "max_latency_ms": 50, "allow_replay": True},
         "server": {"listen": [address]},
         "feature_store": {"repo_path": "repo"},
-        "caches": {"features": {"capacity": 8192}},  # of each view; the greatest has 4 044 aircraft
         "models": {MODEL: {"path": str(bundle.relative_to(run))}},
         "monitoring": {"pane": "1d", "window": "16d"},
         "data_dir": "data",

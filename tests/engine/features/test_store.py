@@ -1,0 +1,811 @@
+"""The feature store: online equals offline to the bit, whatever was materialised, changed or killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.clock import ManualClock
+from penstock.errors import (
+    DefinitionError,
+    FailedPreconditionError,
+    FeatureNameCollisionError,
+    InvalidArgumentError,
+    NotFoundError,
+    StoreError,
+)
+from penstock.features import materialize as writing
+from penstock.features import online
+from penstock.features.store import FeatureStore
+
+MINUTE = 60_000_000
+HOUR = 60 * MINUTE
+DEFINITIONS = """
+from datetime import timedelta
+from penstock import (Entity, FeatureService, FeatureView, ParquetSource, RequestSource,
+                      col, count, max, mean, now, percentile_rank, sum)
+
+user = Entity("user", join_keys=["user_id"])
+shop = Entity("shop", join_keys=["shop"])
+events = ParquetSource("events.parquet", timestamp="at")
+users = FeatureView("users", entities=[user], source=events, ttl=timedelta(hours=3), features={
+    "n": count(window="1h"),
+    "spend": sum(col("x"), window="90m"),
+    "tick": mean(col("x"), window="2h", every="30m"),
+    "city": col("city"),
+    "rank": percentile_rank(col("x")),
+    "age": (now() - col("at")).hours(),
+    "late": percentile_rank(col("x")) + now().hour(),
+})
+pairs = FeatureView("pairs", entities=[user, shop], source=events, features={
+    "seen": count(window="1d"), "top": max(col("x"), window="1h"), "last": col("x")})
+cart = RequestSource("cart", {"value": "float64", "clicks": "int64"})
+model = FeatureService("model", features=["users:n", "pairs:top", "cart:value", "users:age"], request=cart)
+"""
+FEATURES = ["users:n", "pairs:seen", "users:spend", "users:tick", "users:city", "users:rank", "users:age",
+            "users:late", "pairs:top", "pairs:last"]  # fmt: skip
+
+
+def make_repo(path: Path, rows: list[tuple[int, int | None, str | None, float | None, str | None]]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "feature_store.yaml").write_text("project: test\n")
+    (path / "features.py").write_text(DEFINITIONS)
+    write_events(path, rows)
+    return path
+
+
+def write_events(path: Path, rows: list[Any]) -> None:
+    at, user, shop, x, city = zip(*rows)
+    table = pa.table(
+        {
+            "at": pa.array(at, pa.timestamp("us", "UTC")),
+            "user_id": pa.array(user, pa.int64()),
+            "shop": pa.array(shop, pa.string()),
+            "x": pa.array(x, pa.float64()),
+            "city": pa.array(city, pa.string()),
+        }
+    )
+    before = (path / "events.parquet").stat().st_mtime_ns if (path / "events.parquet").exists() else 0
+    pq.write_table(table, path / "events.parquet")
+    # The stamp sees size and time: two quick writes of one size must still differ.
+    now = max((path / "events.parquet").stat().st_mtime_ns, before + 1000)
+    os.utime(path / "events.parquet", ns=(now, now))
+
+
+def some_rows(n: int = 400, users: int = 20, seed: int = 3) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [
+        (
+            int(rng.integers(0, 10 * HOUR)),
+            int(rng.integers(0, users)),
+            "ab"[rng.integers(0, 2)],
+            float(rng.normal()),
+            ["Rome", "Oslo", None][rng.integers(0, 3)],
+        )
+        for _ in range(n)
+    ]
+
+
+def bits(column: pa.ChunkedArray) -> list[Any]:
+    """A column as hashable values in which equal means the same bits."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string())
+    if pa.types.is_floating(column.type):
+        return [None if v is None else np.float64(v).tobytes() for v in column.to_pylist()]
+    return list(column.to_pylist())
+
+
+def assert_online_is_offline(
+    store: FeatureStore, now: int, users: list[Any], shops: list[Any], features: Any = FEATURES
+) -> None:
+    entities = pa.table({"user_id": pa.array(users, pa.int64()), "shop": pa.array(shops, pa.string())})
+    served = store.get_online_features(features, entities, now=now).to_arrow(with_status=True)
+    times = pa.array([now] * len(users), pa.timestamp("us", "UTC"))
+    table = entities.append_column("event_timestamp", times)
+    joined = store.get_historical_features(table, features, with_status=True).to_arrow()
+    for name in served.column_names:
+        expected = bits(joined[name])
+        if name.endswith("__status"):  # an event in the future is no event online
+            expected = ["NOT_FOUND" if s == "FUTURE" else s for s in expected]
+        assert bits(served[name]) == expected, (name, now)
+
+
+moments = st.one_of(
+    st.integers(0, 24).map(lambda n: n * 30 * MINUTE),
+    st.builds(lambda n, d: n * 30 * MINUTE + d, st.integers(0, 24), st.sampled_from([-1, 1])),
+    st.integers(0, 12 * HOUR),
+)
+events = st.lists(
+    st.tuples(
+        moments,
+        st.one_of(st.integers(0, 3), st.none()),
+        st.sampled_from(["a", "b"]),
+        st.one_of(st.sampled_from([0.1, -0.0, 1e300, 7.0]), st.none(), st.floats(-9, 9)),
+        st.sampled_from(["Rome", "Oslo", None]),
+    ),
+    min_size=1,
+    max_size=40,
+).filter(lambda rows: any(row[3] is not None for row in rows))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    events,
+    st.lists(st.one_of(st.tuples(st.just("to"), moments), st.tuples(st.just("ask"), moments)), max_size=8),
+    st.lists(st.tuples(st.one_of(st.integers(0, 4), st.none()), st.sampled_from(["a", "b", "z", None]))),
+)
+def test_online_equals_historical_to_the_bit(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, steps: Any, asked: Any
+) -> None:
+    asked = asked or [(0, "a")]
+    users, shops = [a[0] for a in asked], [a[1] for a in asked]
+    with FeatureStore(make_repo(tmp_path_factory.mktemp("repo") / "r", rows)) as store:
+        cursor = -(2**62)
+        for step, moment in [*steps, ("ask", 12 * HOUR)]:
+            if step == "ask":
+                assert_online_is_offline(store, moment, users, shops)
+                continue
+            if moment < cursor:
+                store.materialize(-HOUR, moment)
+            else:
+                store.materialize_incremental(moment)
+            cursor = moment
+            assert store.cursor("users") == moment
+            assert_online_is_offline(store, moment, users, shops)
+
+
+@settings(max_examples=15, deadline=None)
+@given(events, events, moments, moments, st.booleans())
+def test_a_source_that_changed_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any, end: int, now: int, again: bool
+) -> None:
+    repo = make_repo(tmp_path_factory.mktemp("repo") / "r", first)
+    users, shops = [0, 1, 2, 3, 4, None], ["a", "b", "a", "b", "a", "b"]
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(end)
+        assert not store.refresh()
+        write_events(repo, second)
+        assert store.refresh()
+        assert store.cursor("users") is None
+        assert_online_is_offline(store, now, users, shops)
+        if again:
+            store.materialize_incremental(end)
+            assert_online_is_offline(store, now, users, shops)
+        with FeatureStore(repo) as other:
+            assert_online_is_offline(other, now, users, shops)
+
+
+def _count_computed(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    computed = [0]
+    for view in store.views:
+        computer = store.computer(view)
+        original = computer.rows_at
+
+        def rows_at(keys: Any, *args: Any, original: Any = original, **more: Any) -> Any:
+            computed[0] += len(keys)
+            return original(keys, *args, **more)
+
+        monkeypatch.setattr(computer, "rows_at", rows_at)
+    return computed
+
+
+def test_materialised_rows_are_read_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows())) as store:
+        report = store.materialize(0, 5 * HOUR)
+        assert report.rows["users"] == len(report.keys["users"]) == 20
+        assert report.stamp == store.stamp()
+        store.materialize_incremental(5 * HOUR)
+        computed = _count_computed(store, monkeypatch)
+        keys = store.computer("users").keys
+        rows, meta = store.load_rows("users", keys, np.full(len(keys), 5 * HOUR))
+        assert computed == [0]
+        expected = store.computer("users").rows_at(keys, np.full(len(keys), 5 * HOUR))
+        assert (rows == expected.words()).all()
+        assert (meta == expected.meta).all()
+        computed[0] = 0
+        store.load_rows("users", keys, np.full(len(keys), HOUR))  # before the rows hold
+        assert computed == [20]
+
+
+def test_an_incremental_run_leaves_every_row_valid_and_writes_no_others(tmp_path: Path) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows(users=200))) as store:
+        store.materialize_incremental(5 * HOUR)
+        computer = store.computer("users")
+        end = 5 * HOUR + 7 * MINUTE
+        before = computer.rows_at(computer.keys, np.full(len(computer.keys), 5 * HOUR))
+        report = store.materialize_incremental(end)
+        after = computer.rows_at(computer.keys, np.full(len(computer.keys), end))
+        written = {tuple(key) for key in report.keys["users"].tolist()}
+        differ = (before.words() != after.words()).any(axis=1) | (before.meta[:, 1] <= end)
+        needed = {tuple(key) for key in computer.keys[differ].tolist()}
+        assert needed <= written
+        assert 0 < len(written) < len(computer.keys)
+        number = store._live.view("users").number
+        for _, meta in store._online.scan(number):
+            assert ((meta[:, 0] <= end) & (end < meta[:, 1])).all()
+
+
+def test_an_incremental_run_writes_rows_that_ran_out_and_changed_rows_that_are_lost(tmp_path: Path) -> None:
+    rows = [(HOUR, 1, "a", 1.0, None), (HOUR, 2, "a", 1.0, None), (3 * HOUR + 1, 3, "a", 1.0, None)]
+    with FeatureStore(make_repo(tmp_path / "r", rows)) as store:
+        store.materialize_incremental(3 * HOUR, views=["pairs"])
+        number = store._live.view("pairs").number
+        assert len(store.materialize_incremental(3 * HOUR, views=["pairs"]).keys["pairs"]) == 0
+        keys, meta = next(store._online.scan(number))
+        short = meta[:1].copy()
+        short[:, 1] = 3 * HOUR + 1  # an interval may be shorter than the truth
+        words = store.computer("pairs").rows_at(keys[:1], np.array([3 * HOUR])).words()
+        store._online.put_many(number, keys[:1], words, short)
+        changed = store.computer("pairs").changed_keys(3 * HOUR, 3 * HOUR + 1)
+        store._online.delete_many(number, changed)
+        report = store.materialize_incremental(3 * HOUR + 1, views=["pairs"])
+        wanted = {tuple(key) for key in [*keys[:1].tolist(), *changed.tolist()]}
+        assert {tuple(key) for key in report.keys["pairs"].tolist()} == wanted
+        assert len(changed) == 1
+
+
+def test_keys_that_left_the_source_leave_the_store(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(9 * HOUR)
+        write_events(repo, [row for row in some_rows() if row[1] != 7])
+        assert store.refresh()
+        store.materialize_incremental(9 * HOUR)
+        left = {int(lo) for keys, _ in store._online.scan(store._live.view("users").number) for lo, _ in keys}
+        assert left == set(range(20)) - {7}
+        assert store.get_online_features(["users:n"], {"user_id": 7}, now=9 * HOUR).statuses() == {"n": [2]}
+
+
+def test_only_the_named_views_are_materialised(tmp_path: Path) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows())) as store:
+        seen: list[tuple[str, int, int]] = []
+        report = store.materialize_incremental(HOUR, views=["pairs"], progress=lambda *a: seen.append(a))
+        assert list(report.rows) == ["pairs"]
+        assert seen == [("pairs", report.rows["pairs"], report.rows["pairs"])]
+        assert (store.cursor("users"), store.cursor("pairs")) == (None, HOUR)
+        with pytest.raises(NotFoundError, match="view 'shops' is unknown; the views are pairs, users"):
+            store.materialize_incremental(HOUR, views=["shops"])
+        with pytest.raises(InvalidArgumentError, match="views is 'pairs'; expected a list"):
+            store.materialize_incremental(HOUR, views="pairs")
+
+
+def test_materialise_backwards(tmp_path: Path) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows())) as store:
+        store.materialize_incremental(5 * HOUR)
+        with pytest.raises(InvalidArgumentError, match=r"materialised up to 1970-01-01T05:00:00\+00:00"):
+            store.materialize_incremental(4 * HOUR)
+        with pytest.raises(InvalidArgumentError, match="after end"):
+            store.materialize(5 * HOUR, 4 * HOUR)
+        store.materialize(0, 4 * HOUR)
+        assert store.cursor("users") == 4 * HOUR
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        5 * HOUR,
+        datetime(1970, 1, 1, 5),
+        datetime(1970, 1, 1, 5, tzinfo=UTC),
+        datetime(1970, 1, 1, 7, tzinfo=timezone(timedelta(hours=2))),
+        "1970-01-01T05:00:00Z",
+        "1970-01-01T05:00",
+        "1970-01-01T00:00:00-05:00",
+        pd.Timestamp("1970-01-01T05:00"),
+    ],
+)
+def test_times_in_every_form(tmp_path: Path, time: Any) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows(20))) as store:
+        store.materialize_incremental(time)
+        assert store.cursor("users") == 5 * HOUR
+        assert store.get_online_features(["users:n"], {"user_id": 1}, now=time).now_us == 5 * HOUR
+
+
+@pytest.mark.parametrize("time", ["yesterday", 1.5, True, None, 2**63, -(2**63), pd.NaT, "2013-13-01"])
+def test_a_time_that_is_none(tmp_path: Path, time: Any) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows(20))) as store:
+        with pytest.raises(InvalidArgumentError, match=r"^end is "):
+            store.materialize_incremental(time)
+        if time is not None:
+            with pytest.raises(InvalidArgumentError, match=r"^now is "):
+                store.get_online_features(["users:n"], {"user_id": 1}, now=time)
+
+
+def test_now_is_the_clocks_by_default(tmp_path: Path) -> None:
+    clock = ManualClock(us=2 * HOUR)
+    with FeatureStore(make_repo(tmp_path / "r", some_rows()), clock=clock) as store:
+        assert store.get_online_features(["users:n"], {"user_id": 1}).now_us == 2 * HOUR
+
+
+ROWS = [(HOUR, 1, "a", 2.0, "Rome"), (2 * HOUR, 2, "a", 3.5, None), (9 * HOUR, 3, "b", 1.0, "Oslo")]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[FeatureStore]:
+    with FeatureStore(make_repo(tmp_path / "r", ROWS)) as store:
+        yield store
+
+
+def test_results_and_statuses(small: FeatureStore) -> None:
+    refs = ["users:city", "users:n", "users:age", "users:rank"]
+    now = 4 * HOUR + 1
+    got = small.get_online_features(refs, {"user_id": [2, 1, 3, 99, None]}, now=now)
+    assert got.to_dict() == {
+        "user_id": [2, 1, 3, 99, None],
+        "city": [None] * 5,
+        "n": [0, None, None, None, None],
+        "age": [pytest.approx(2 + 1 / HOUR), None, None, None, None],
+        "rank": [2.5 / 3, None, None, None, None],
+    }
+    assert got.statuses() == {
+        "city": [1, 3, 2, 2, 2], "n": [0, 3, 2, 2, 2], "age": [0, 3, 2, 2, 2], "rank": [0, 3, 2, 2, 2]
+    }  # fmt: skip
+    assert got.event_time[:, 0].tolist() == [2 * HOUR, HOUR, -(2**63), -(2**63), -(2**63)]
+    on_time = small.get_online_features(refs, {"user_id": 1}, now=4 * HOUR)  # ttl: 3 h, both ends count
+    assert on_time.to_dict()["city"] == ["Rome"]
+
+
+def test_to_numpy_fills_the_callers_array(small: FeatureStore) -> None:
+    got = small.get_online_features(["users:rank", "users:city"], {"user_id": [1, 99]}, now=HOUR)
+    out = np.zeros((2, 2), np.float32)
+    assert got.to_numpy(out) is out
+    code = small.computer("users").dictionaries["city"].index("Rome")
+    assert out[0].tolist() == [0.5, code]
+    assert np.isnan(out[1]).all()
+    np.testing.assert_array_equal(got.to_numpy(), out)
+    for wrong in (np.zeros((2, 3), np.float32), np.zeros((2, 2))):
+        with pytest.raises(InvalidArgumentError, match=r"out is .*; expected float32\[2, 2\]"):
+            got.to_numpy(wrong)
+
+
+def test_entity_rows_in_every_form(small: FeatureStore) -> None:
+    frame = pd.DataFrame({"user_id": [1, 2]})
+    polars = pytest.importorskip("polars")
+    forms = [
+        [{"user_id": 1}, {"user_id": 2}],
+        {"user_id": [1, 2]},
+        {"user_id": np.array([1, 2])},
+        frame,
+        pa.Table.from_pandas(frame),
+        polars.from_pandas(frame),
+        pd.DataFrame({"user_id": [1.0, 2.0]}),
+    ]
+    for form in forms:
+        assert small.get_online_features(["users:n"], form, now=2 * HOUR).to_dict()["n"] == [0, 1]
+
+
+def test_a_service_with_request_inputs(small: FeatureStore) -> None:
+    rows = [{"user_id": 1, "shop": "a", "value": 12}, {"user_id": 2, "shop": "b", "value": None}]
+    got = small.get_online_features("model", rows, now=HOUR)
+    assert list(got.to_dict()) == ["user_id", "shop", "n", "top", "value", "age"]
+    assert got.to_dict()["value"] == [12.0, None]
+    assert got.statuses()["value"] == [0, 1]
+    assert got.plan.fingerprint == small.service_plan(small.services["model"]).fingerprint
+    frame = pd.DataFrame({**pd.DataFrame(rows), "event_timestamp": pd.to_datetime([HOUR] * 2, unit="us")})
+    joined = small.get_historical_features(frame, "model").to_df()
+    assert joined["top"].tolist()[0] == 2.0
+    listed = small.get_online_features(["cart:clicks", "users:n"], {"user_id": 1, "clicks": 3}, now=HOUR)
+    assert listed.to_dict() == {"user_id": [1], "clicks": [3], "n": [1]}
+
+
+def test_full_feature_names(small: FeatureStore) -> None:
+    got = small.get_online_features(["users:n"], {"user_id": 1}, now=HOUR, full_feature_names=True)
+    assert list(got.to_dict()) == ["user_id", "users__n"]
+    assert small.service_plan(["users:n"]) is small.service_plan(["users:n"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"user": [1]}, "column 'user' is neither join key nor request input; expected user_id"),
+        ({}, "entity_rows has no join key 'user_id'; its columns are none"),
+        ({"user_id": ["x"]}, "join key 'user_id' has type string; expected int64"),
+        ({"user_id": [1.0]}, "join key 'user_id' has type double; expected int64"),
+        ({"user_id": [True]}, "join key 'user_id' has type bool; expected int64"),
+        ({"user_id": [2**63]}, "column 'user_id'"),
+        ({"user_id": [1, "x"]}, "column 'user_id'"),
+        ({"user_id": [1], 3: [4]}, "column name is 3; expected a text"),
+        ({"user_id": [[1]]}, "join key 'user_id' has type list"),
+        ([], "entity_rows is empty"),
+        ([7], r"entity_rows\[0\] is a int; expected a dict"),
+        ([{"user_id": 1}, {"shop": 1}], r"entity_rows\[1\] has the columns \['shop'\]"),
+        (7, "is a int; expected"),
+        (pd.DataFrame({"user_id": [1.5]}), "join key 'user_id'"),
+    ],
+)
+def test_wrong_entity_rows(small: FeatureStore, rows: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        small.get_online_features(["users:n"], rows, now=HOUR)
+
+
+def test_columns_of_different_lengths(small: FeatureStore) -> None:
+    with pytest.raises(InvalidArgumentError, match="column 'shop' has 1 rows; column 'user_id' has 2"):
+        small.get_online_features(["pairs:seen"], {"user_id": [1, 2], "shop": ["a"]}, now=HOUR)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "has no request input 'value'"),
+        ({"value": ["x"]}, "request input 'value' has type string; expected float64"),
+        ({"value": [True]}, "request input 'value' has type bool; expected float64"),
+    ],
+)
+def test_wrong_request_inputs(small: FeatureStore, inputs: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        small.get_online_features("model", {"user_id": [1], "shop": ["a"], **inputs}, now=HOUR)
+
+
+def test_unknown_service_view_and_feature(small: FeatureStore) -> None:
+    with pytest.raises(NotFoundError, match="service 'modle' is unknown; the services are model"):
+        small.service_plan("modle")
+    with pytest.raises(NotFoundError, match="no such view 'user'; did you mean 'users'"):
+        small.service_plan(["user:n"])
+    with pytest.raises(NotFoundError, match="no such feature 'm'"):
+        small.get_online_features(["users:m"], {"user_id": 1})
+    with pytest.raises(NotFoundError, match="view 'x' is unknown"):
+        small.computer("x")
+    with pytest.raises(InvalidArgumentError, match="features is 7"):
+        small.service_plan(7)  # type: ignore[arg-type]
+    with pytest.raises(FeatureNameCollisionError):
+        small.service_plan(["users:n", "users:n"])
+
+
+def test_a_feature_named_like_a_join_key(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    (repo / "more.py").write_text(
+        "from penstock import *\n"
+        "shop = FeatureView('shops', [Entity('s', ['shop'])], ParquetSource('events.parquet', 'at'),\n"
+        "                   {'user_id': col('user_id')})\n"
+    )
+    with FeatureStore(repo) as store:
+        refs = ["users:n", "shops:user_id"]
+        with pytest.raises(FeatureNameCollisionError, match="which is a join key"):
+            store.get_online_features(refs, {"user_id": 1, "shop": "a"}, now=HOUR)
+        got = store.get_online_features(refs, {"user_id": 1, "shop": "a"}, now=HOUR, full_feature_names=True)
+        assert got.to_dict()["shops__user_id"] == [1]
+
+
+def test_readers_on_threads_while_the_source_changes(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", [(HOUR, user, "a", 1.0, "Rome") for user in range(50)])
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(2 * HOUR)
+        done = threading.Event()
+        faults: list[BaseException] = []
+        names = {"user_id": list(range(50)), "shop": ["a"] * 50}
+
+        def read() -> None:
+            try:
+                while not done.is_set():
+                    got = store.get_online_features(["users:spend", "pairs:last"], names, now=2 * HOUR)
+                    for name in ("spend", "last"):  # of one reading of one source each
+                        assert len(set(got.to_dict()[name])) == 1
+            except BaseException as error:
+                faults.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for i in range(6):
+            write_events(repo, [(HOUR, user, "a", float(i), "Oslo") for user in range(50)])
+            assert store.refresh()
+            store.materialize_incremental(2 * HOUR)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert not faults
+        got = store.get_online_features(["pairs:last"], names, now=2 * HOUR)
+        assert set(got.to_dict()["last"]) == {5.0}
+
+
+def test_two_stores_on_one_path(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    one, two = FeatureStore(repo), FeatureStore(repo)
+    assert one.key_seed == two.key_seed
+    one.materialize_incremental(5 * HOUR)
+    assert two.cursor("users") == 5 * HOUR
+    one.close()
+    one.close()
+    assert_online_is_offline(two, 5 * HOUR, [1, 2], ["a", "b"])
+    two.close()
+    with pytest.raises(StoreError, match="is closed"):
+        two.get_online_features(["users:n"], {"user_id": 1})
+
+
+def test_another_process_materialises(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    with FeatureStore(repo, data_dir=tmp_path / "data") as store:
+        program = (
+            "import sys\nfrom penstock import FeatureStore\n"
+            "with FeatureStore(sys.argv[1], data_dir=sys.argv[2]) as store:\n"
+            "    store.materialize_incremental('1970-01-01T05:00')\n"
+        )
+        subprocess.run([sys.executable, "-c", program, str(repo), str(tmp_path / "data")], check=True)
+        assert store.cursor("users") == 5 * HOUR
+        assert_online_is_offline(store, 5 * HOUR + MINUTE, list(range(20)), ["a"] * 20)
+        assert not (repo / ".penstock").exists()
+
+
+KILLED = """
+import sys
+from penstock import FeatureStore
+from penstock.features import materialize, online
+materialize._CHUNK, online._CHUNK = 40, 13
+with FeatureStore(sys.argv[1]) as store:
+    for hour in range(int(sys.argv[2]), 10):
+        store.materialize_incremental(hour * 3_600_000_000, progress=lambda *at: print(*at, flush=True))
+"""
+
+
+def test_kill_9_while_materialising(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows(4000, users=300))
+    users, shops = list(range(300)), ["a", "b"] * 150
+    hour = 1
+    for kill_at in (1, 6, 14, 26):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(repo), str(hour)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for _ in range(kill_at):
+            assert child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        child.stdout.read()
+        assert child.wait() == -signal.SIGKILL
+        child.stdout.close()
+        with FeatureStore(repo) as store:
+            cursor = store.cursor("users")
+            for now in (hour * HOUR, hour * HOUR + 31 * MINUTE):
+                assert_online_is_offline(store, now, users, shops)
+            live = store._live.view("users")
+            for keys, meta in store._online.scan(live.number):  # what is there is right for its interval
+                rows, _, _ = store._online.get_many(live.number, live.tag, keys, live.row_words)
+                if cursor is not None:
+                    expected = live.computer.rows_at(keys, meta[:, 0].clip(0))
+                    assert (rows == expected.words()).all()
+            hour = 1 if cursor is None else max(1, cursor // HOUR)
+
+
+def test_a_full_disk_keeps_the_cursor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FeatureStore(make_repo(tmp_path / "r", some_rows(2000, users=300))) as store:
+        store.materialize_incremental(2 * HOUR)
+        monkeypatch.setattr(writing, "_CHUNK", 50)
+        written = online.OnlineStore.put_many
+        calls = [0]
+
+        def full(self: Any, *args: Any) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise StoreError("online store cannot be written: No space left on device")
+            written(self, *args)
+
+        monkeypatch.setattr(online.OnlineStore, "put_many", full)
+        with pytest.raises(StoreError, match="No space left"):
+            store.materialize_incremental(6 * HOUR)
+        assert store.cursor("users") == 2 * HOUR
+        assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
+        store.materialize_incremental(6 * HOUR)
+        assert_online_is_offline(store, 6 * HOUR, list(range(300)), ["a"] * 300)
+
+
+def test_a_run_that_failed_between_two_states_of_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = make_repo(tmp_path / "r", some_rows(2000, users=300))
+    source = repo / "events.parquet"
+    first, times = source.read_bytes(), (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(5 * HOUR)
+        write_events(repo, some_rows(2000, users=300, seed=8))
+        store.refresh()
+        monkeypatch.setattr(writing, "_CHUNK", 50)
+
+        def fail(view: str, done: int, total: int) -> None:
+            if done >= 150:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.materialize_incremental(5 * HOUR, progress=fail)
+        source.write_bytes(first)
+        os.utime(source, ns=times)  # as it was: the same stamp
+        assert store.refresh()
+        assert_online_is_offline(store, 5 * HOUR, list(range(300)), ["a"] * 300)
+
+
+def test_an_online_store_cut_short(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(5 * HOUR)
+    os.truncate(repo / ".penstock" / "online" / "data.mdb", 8192)
+    with pytest.raises(StoreError, match=r"data.mdb' is cut short"):
+        FeatureStore(repo)
+
+
+def test_a_corrupt_registry(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    with FeatureStore(repo) as store:
+        store.apply()
+    file = max((repo / ".penstock" / "registry").glob("0*.json"))
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(StoreError, match="is corrupt"):
+        FeatureStore(repo)
+
+
+def test_a_missing_source(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    (repo / "events.parquet").rename(repo / "away")
+    with FeatureStore(repo) as store:
+        for call in (
+            store.apply,
+            lambda: store.materialize_incremental(0),
+            lambda: store.get_online_features(["users:n"], {"user_id": 1}),
+        ):
+            with pytest.raises(InvalidArgumentError, match=r"source path is 'events.parquet'"):
+                call()
+        assert store.plan().views == {"users": "added", "pairs": "added"}  # nothing was recorded
+        (repo / "away").rename(repo / "events.parquet")
+        assert store.get_online_features(["users:n"], {"user_id": 1}, now=HOUR)
+
+
+def test_a_source_that_went_away_or_broke_while_open(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    with FeatureStore(repo) as store:
+        expected = store.get_online_features(["users:n"], {"user_id": 1}, now=5 * HOUR).to_dict()
+        (repo / "events.parquet").write_bytes(b"no parquet")
+        with pytest.raises(InvalidArgumentError, match="cannot be read as Parquet"):
+            store.refresh()
+        (repo / "events.parquet").unlink()
+        with pytest.raises(InvalidArgumentError, match="expected an existing file"):
+            store.refresh()
+        assert store.get_online_features(["users:n"], {"user_id": 1}, now=5 * HOUR).to_dict() == expected
+
+
+def test_a_source_whose_column_changes_its_type(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    with FeatureStore(repo) as store:
+        store.materialize_incremental(2 * HOUR)
+        table = pq.read_table(repo / "events.parquet")
+        at = table.column_names.index("x")
+        pq.write_table(
+            table.set_column(at, "x", table["x"].cast(pa.int64(), safe=False)), repo / "events.parquet"
+        )
+        with pytest.raises(FailedPreconditionError, match="open the store again"):
+            store.refresh()
+        assert store.get_online_features(["users:spend"], {"user_id": 1}, now=HOUR).to_dict()["spend"] == [
+            2.0
+        ]
+    with FeatureStore(repo) as store:  # another layout, another number: the old rows are not read
+        got = store.get_online_features(["users:spend"], {"user_id": 1}, now=2 * HOUR)
+        assert (got.to_dict()["spend"], got.plan.output_dtypes) == ([2], ("int64",))
+
+
+def test_dictionary_codes_stay_over_changes_of_the_source(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    ask: Any = (["users:city"], {"user_id": [1, 3]})
+    with FeatureStore(repo) as store:
+        codes = store.get_online_features(*ask, now=9 * HOUR).to_numpy()[1, 0]
+        write_events(repo, [(8 * HOUR, 1, "a", 1.0, "Aarhus"), *ROWS[2:]])
+        store.refresh()
+        assert store.get_online_features(*ask, now=9 * HOUR).to_dict()["city"] == ["Aarhus", "Oslo"]
+    with FeatureStore(repo) as store:
+        rows = store.get_online_features(*ask, now=9 * HOUR).to_numpy()
+        assert rows[1, 0] == codes
+        assert rows[0, 0] == 2  # after Rome and Oslo
+
+
+def test_plan_and_apply(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    with FeatureStore(repo) as store:
+        assert store.plan().services == {"model": "added"}
+        assert store.apply().views == {"pairs": "added", "users": "added"}
+        assert not store.plan()
+        store.materialize_incremental(2 * HOUR)
+    (repo / "features.py").write_text(
+        DEFINITIONS.replace('window="90m"', 'window="2h"').replace('"model"', '"model2"')
+    )
+    with FeatureStore(repo) as store:
+        changes = store.plan()
+        assert changes.views == {"users": "changed"}
+        assert changes.services == {"model": "removed", "model2": "added"}
+        assert store.cursor("users") is None  # rows of the old definition are not read
+        assert_online_is_offline(store, 2 * HOUR, [1, 2], ["a", "a"])
+        assert len(store._online.headers()) == 2
+        assert store.apply() == changes
+        assert len(store._online.headers()) == 1  # and have been removed
+        assert not store.plan()
+
+
+def test_apply_checks_the_services(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    (repo / "more.py").write_text("from penstock import *\ns = FeatureService('s', ['users:nn'])\n")
+    with FeatureStore(repo) as store:
+        with pytest.raises(NotFoundError, match="no such feature 'nn'; did you mean 'n'"):
+            store.apply()
+        assert "users" in store.plan().views
+
+
+def test_ranks_are_fitted_once_and_again_by_apply(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+
+    def rank(store: FeatureStore) -> float:
+        return store.get_online_features(["users:rank"], {"user_id": 1}, now=HOUR).to_dict()["rank"][0]
+
+    with FeatureStore(repo) as store:
+        assert rank(store) == 1.5 / 3
+        fingerprint = store.service_plan(["users:rank"]).fingerprint
+        write_events(repo, [*ROWS, (HOUR, 8, "a", 9.0, None)])
+        store.refresh()
+        assert rank(store) == 1.5 / 3
+    with FeatureStore(repo) as store:
+        assert rank(store) == 1.5 / 3
+        assert store.service_plan(["users:rank"]).fingerprint == fingerprint
+        store.materialize_incremental(HOUR)
+        store.apply()
+        assert store.cursor("users") is None
+        assert rank(store) == 1.5 / 4
+        assert store.service_plan(["users:rank"]).fingerprint != fingerprint
+        assert_online_is_offline(store, HOUR, [1, 2], ["a", "a"])
+    with FeatureStore(repo) as store:
+        assert rank(store) == 1.5 / 4
+
+
+def test_ranks_are_fitted_to_what_was_known_by_fit_until(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    (repo / "feature_store.yaml").write_text("project: test\nfit_until: 1970-01-01T02:00:00Z\n")
+    with FeatureStore(repo) as store:
+        got = store.get_online_features(["users:rank"], {"user_id": [1, 2]}, now=2 * HOUR)
+        assert got.to_dict()["rank"] == [0.5, 1.0]  # among the one row known before
+        store.apply()
+    (repo / "feature_store.yaml").write_text("project: test\n")
+    with FeatureStore(repo) as store:
+        assert store.plan().views == {"users": "changed"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("percentile_rank((now() - col('at')).hours())", "reads now"),
+        ("percentile_rank(col('x') * where(col('x') > 99.0, 1.0, lit(0.0) / 0.0))", "has no value"),
+    ],
+)
+def test_a_rank_that_cannot_be_fitted(tmp_path: Path, expression: str, message: str) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    (repo / "features.py").write_text(
+        "from penstock import *\nv = FeatureView('v', [Entity('u', ['user_id'])],\n"
+        f"  ParquetSource('events.parquet', 'at'), {{'f': {expression}}})\n"
+    )
+    with FeatureStore(repo) as store, pytest.raises(DefinitionError, match=message):
+        store.service_plan(["v:f"])
+
+
+def test_a_rank_of_a_rank(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", ROWS)
+    (repo / "features.py").write_text(
+        "from penstock import *\nv = FeatureView('v', [Entity('u', ['user_id'])],\n"
+        "  ParquetSource('events.parquet', 'at'), {'f': percentile_rank(percentile_rank(col('x')) * -1.0)})\n"
+    )
+    with FeatureStore(repo) as store:
+        got = store.get_online_features(["v:f"], {"user_id": [1, 2, 3]}, now=9 * HOUR)
+        assert got.to_dict()["f"] == [0.5, 0.5 / 3, 2.5 / 3]
+
+
+def test_a_historical_job_runs_once_and_late(small: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.DataFrame({"user_id": [1, 5], "event_timestamp": pd.to_datetime([HOUR] * 2, unit="us")})
+    job = small.get_historical_features(frame, ["users:n"], full_feature_names=True)
+    computed = _count_computed(small, monkeypatch)
+    assert job.to_df()["users__n"].tolist() == [1, pd.NA]
+    assert job.to_arrow() is job.to_arrow()
+    assert computed == [2]
