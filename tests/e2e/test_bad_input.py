@@ -28,12 +28,12 @@ SPEND = ["user_features:weekly_spend"]
 def assert_serves(served: Any, **options: Any) -> None:
     """Another peer gets its predictions from the server."""
     other = served.raw()
-    made = other.call("predict", "purchase", USERS, BASKET, options)
+    made = other.call("predict", "buy", USERS, BASKET, options)
     assert len(made["scores"]) == 2, made
     other.close()
 
 
-def predict(entities: Any = USERS, inputs: Any = BASKET, model: Any = "purchase", **options: Any) -> tuple:
+def predict(entities: Any = USERS, inputs: Any = BASKET, model: Any = "buy", **options: Any) -> tuple:
     return ("predict", model, entities, inputs, options)
 
 
@@ -67,22 +67,20 @@ def refused(raw) -> Callable[..., None]:
 @pytest.mark.parametrize(
     "call",
     [
-        predict(model="purchases"),
+        predict(model="bye"),
         ("predict_vectors", "bear", ROWS, 2),
-        ("drift", "purchases"),
-        ("promote", "purchases", "1"),
-        ("rollback", "purchases"),
+        ("drift", "bye"),
+        ("promote", "bye", "1"),
+        ("rollback", "bye"),
     ],
     ids=lambda call: call[0],
 )
 def test_unknown_model(refused, call):
-    refused(call, NOT_FOUND, f"model '{call[1]}' is unknown; expected one of: ", "purchase", "bare")
+    refused(call, NOT_FOUND, f"model '{call[1]}' is unknown; expected one of: ", "buy", "bare")
 
 
 def test_unknown_version(refused):
-    refused(
-        ("promote", "purchase", "9"), NOT_FOUND, "model 'purchase' has no version '9'; expected one of: 1"
-    )
+    refused(("promote", "buy", "9"), NOT_FOUND, "model 'buy' has no version '9'; expected one of: 1")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_wrong_type_of_a_parameter(refused):
     refused(predict(model=3), INVALID, "model is 3 (int); expected a non-empty UTF-8 string")
     refused(predict(5), INVALID, "entities is 5 (int); expected a map of columns")
     refused(predict(inputs=[1.0]), INVALID, "inputs is of 1 values (list); expected a map")
-    refused(("predict", "purchase", USERS, BASKET, [1]), INVALID, "options is of 1 values (list)")
+    refused(("predict", "buy", USERS, BASKET, [1]), INVALID, "options is of 1 values (list)")
     refused(predict(priority="mid"), INVALID, 'options.priority is "mid"', '"high" or "low"')
     refused(predict(timings=3), INVALID, "options.timings is 3 (int); expected a bool")
     refused(("predict_vectors", "bare", [1.0, 2.0], 2), INVALID, "data is of 2 values (list)")
@@ -152,7 +150,7 @@ def test_wrong_type_of_a_parameter(refused):
     refused(("drift", ["bare"]), NOT_FOUND, "model '['bare']' is unknown")
     refused(("materialize", "x"), INVALID, "end is 'x'; expected a datetime or int microseconds UTC")
     refused(("materialize", None, 3), INVALID, "views is 3; expected a list of names")
-    refused(("promote", ["purchase"]), NOT_FOUND, "is unknown")
+    refused(("promote", ["buy"]), NOT_FOUND, "is unknown")
 
 
 def test_wrong_length(refused):
@@ -190,7 +188,7 @@ def test_nesting_deeper_than_the_limit_ends_the_connection(raw):
 
 def test_nan_and_infinite_inputs_are_scored_as_the_library_does(shop, raw):
     asked = {"basket_value": [NAN, INF, -INF, 1e308]}
-    made = raw.call("predict", "purchase", {"user_id": [-1] * 4, "item_id": [-1] * 4}, asked)
+    made = raw.call("predict", "buy", {"user_id": [-1] * 4, "item_id": [-1] * 4}, asked)
     rows = np.full((4, 5), np.nan)
     rows[:, -1] = asked["basket_value"]
     np.testing.assert_allclose(made["scores"], shop.boosters["1"].predict(rows), rtol=0, atol=1e-6)
@@ -298,7 +296,7 @@ def test_refused_labels_do_not_come_back_after_a_restart(shop, serve, tmp_path):
 @pytest.mark.parametrize("kind", [0xC6, 0xDB, 0xDD, 0xDF], ids=["bin", "str", "array", "map"])
 @pytest.mark.parametrize("depth", ["message", "params"])
 def test_a_header_that_announces_1_gib(raw, kind, depth):
-    head = b"" if depth == "message" else b"\x94\x00\x01\xa7predict\x92\xa8purchase"
+    head = b"" if depth == "message" else b"\x94\x00\x01\xa7predict\x92\xa3buy"
     raw.socket.sendall(head + struct.pack(">BI", kind, GIB))
     error = raw.read()[2]
     assert error["code"] in (INVALID, "RESOURCE_EXHAUSTED") and error["message"]
@@ -334,7 +332,7 @@ def test_a_peer_that_never_reads(shop, serve, tmp_path):
     served = serve(shop.config(tmp_path), f"unix://{tmp_path}/s")
     peer = served.raw()
     peer.socket.setblocking(False)
-    params = ["purchase", shop.entities(), shop.inputs()]
+    params = ["buy", shop.entities(), shop.inputs()]
     data = memoryview(msgpack.packb([0, 1, "predict", params]) * 4000)
     sent = 0
     with pytest.raises(BlockingIOError):
@@ -369,7 +367,7 @@ def test_a_corrupt_bundle(shop, tmp_path, file, fault):
     from penstock import Engine
     from penstock.errors import BundleError
 
-    bundle = Path(shutil.copytree(shop.folder / "bundles/purchase/1", tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(shop.folder / "bundles/buy/1", tmp_path / "bundle"))
     broken = bundle / file
     if fault == "flipped":
         if file == "model.yaml":
@@ -380,27 +378,27 @@ def test_a_corrupt_bundle(shop, tmp_path, file, fault):
         broken.write_bytes(broken.read_bytes()[:-100])
     else:
         broken.unlink()
-    config = shop.config(tmp_path, models={"purchase": {"path": str(bundle)}})
+    config = shop.config(tmp_path, models={"buy": {"path": str(bundle)}})
     with pytest.raises(BundleError, match=file.replace(".", r"\.") if fault != "flipped" else r"bundle"):
         Engine.from_config(config)
-    assert not (tmp_path / "data/models/purchase/1").exists()
+    assert not (tmp_path / "data/models/buy/1").exists()
 
 
 def test_a_corrupt_bundle_ends_serve_with_1_and_its_name(shop, penstock, tmp_path):
-    bundle = Path(shutil.copytree(shop.folder / "bundles/purchase/1", tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(shop.folder / "bundles/buy/1", tmp_path / "bundle"))
     corrupt_at_the_middle(bundle / "trees.bin")
-    done = penstock("serve", shop.config(tmp_path, models={"purchase": {"path": str(bundle)}}))
+    done = penstock("serve", shop.config(tmp_path, models={"buy": {"path": str(bundle)}}))
     assert done.returncode == 1
     assert "trees.bin: its sha256 is not the one in model.yaml" in done.stderr
 
 
 def test_promoting_a_corrupt_bundle_keeps_the_champion(shop, serve, tmp_path):
     served = serve(shop.registry(tmp_path))
-    corrupt_at_the_middle(tmp_path / "data/models/purchase/2/trees.bin")
+    corrupt_at_the_middle(tmp_path / "data/models/buy/2/trees.bin")
     raw = served.raw()
-    code, message = raw.fault("promote", "purchase", "2")
+    code, message = raw.fault("promote", "buy", "2")
     assert code == "FAILED_PRECONDITION" and "trees.bin" in message
-    assert raw.call("health")["models"]["purchase"] == "1"
+    assert raw.call("health")["models"]["buy"] == "1"
     assert_serves(served)
 
 
@@ -436,18 +434,40 @@ def test_a_corrupt_parquet_file_at_the_start(shop, penstock, tmp_path):
     assert "prices.parquet" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("keep", [0, 100, 4096, 8192 + 5, 3 * 4096])
-def test_an_lmdb_file_cut_short(shop, penstock, serve, tmp_path, keep):
-    config = shop.config(tmp_path)
-    done = penstock("materialize", "--config", config, "--json")
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "data/online").rglob("data.mdb")
+@pytest.fixture(scope="module")
+def materialised(shop, tmp_path_factory) -> Path:
+    """A data folder with an online store in it."""
+    from penstock import FeatureStore
+
+    folder = tmp_path_factory.mktemp("materialised")
+    with FeatureStore(shop.folder / "feature_repo", data_dir=folder) as store:
+        store.materialize_incremental(int(shop.columns["now_us"].max()))
+    return folder
+
+
+def cut_store(source: Path, folder: Path, keep: int) -> Path:
+    (file,) = Path(shutil.copytree(source, folder / "data")).glob("online/**/data.mdb")
     with file.open("r+b") as stream:
         stream.truncate(keep)
-    done = penstock("serve", config)
-    assert done.returncode == 1
-    assert "data.mdb" in done.stderr and "cut short" in done.stderr and "Traceback" not in done.stderr
+    return file
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4096, 8192 + 5, 3 * 4096])
+def test_an_lmdb_file_cut_short(shop, materialised, tmp_path, keep):
+    from penstock import Engine
+    from penstock.errors import StoreError
+
+    file = cut_store(materialised, tmp_path, keep)
+    with pytest.raises(StoreError, match=r"data\.mdb' is cut short"):
+        Engine.from_config(shop.config(tmp_path))
     assert file.stat().st_size == keep
+
+
+def test_an_lmdb_file_cut_short_ends_serve_with_1(shop, materialised, penstock, tmp_path):
+    cut_store(materialised, tmp_path, 3 * 4096)
+    done = penstock("serve", shop.config(tmp_path))
+    assert done.returncode == 1
+    assert "data.mdb' is cut short" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_config_with_three_errors(penstock, tmp_path):
@@ -479,26 +499,26 @@ def test_a_full_disk(shop, serve, tmp_path):
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, limits[1]))  # every write to a file fails, as when full
     try:
-        for call in (("label", ids[10:20], [0] * 10), ("materialize", now), ("promote", "purchase", "2")):
+        for call in (("label", ids[10:20], [0] * 10), ("materialize", now), ("promote", "buy", "2")):
             code, message = raw.fault(*call)
             assert code == "UNAVAILABLE", (call[0], message)
             assert "File too large" in message
-        assert raw.call("health")["models"]["purchase"] == "1"
+        assert raw.call("health")["models"]["buy"] == "1"
         assert raw.call(*predict(shop.entities(), shop.inputs(), now=now))["scores"] == made["scores"]
         assert_serves(served, now=now)
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-    performance = raw.call("stats")["models"]["purchase"]["performance"]
+    performance = raw.call("stats")["models"]["buy"]["performance"]
     assert performance["labelled"] == 10
     assert raw.call("label", ids[20:30], [0] * 10)["matched"] == 10
     assert raw.call("materialize", now)["rows"]["user_features"] > 0
-    assert raw.call("promote", "purchase", "2")["version"] == "2"
+    assert raw.call("promote", "buy", "2")["version"] == "2"
     assert not list((tmp_path / "data").rglob(".tmp-*"))
     assert served.stop() == 0
     again = serve(config)
     stats = again.raw().call("stats")
-    assert stats["models"]["purchase"]["version"] == "2"
-    assert stats["models"]["purchase"]["performance"]["labelled"] == 20
+    assert stats["models"]["buy"]["version"] == "2"
+    assert stats["models"]["buy"]["performance"]["labelled"] == 20
     assert_serves(again, now=now)
 
 
