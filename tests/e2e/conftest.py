@@ -283,7 +283,10 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """One server for the tests of a module that leave it as it was; on a Unix socket and on TCP."""
     folder = tmp_path_factory.mktemp("server")
     with Servers() as servers:
-        yield servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
+        made = servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
+        yield made
+        assert made.stop() == 0
+        assert "Traceback" not in made.log.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -270,6 +270,25 @@ def test_an_acknowledged_promotion_survives_kill_9(shop, serve, tmp_path, now):
     np.testing.assert_array_equal(before.scores, after.scores)
 
 
+def test_the_models_commands_change_what_a_running_server_serves(shop, serve, penstock, tmp_path, now):
+    config = shop.config(tmp_path)
+    served = serve(config)
+
+    def models(*args: object) -> dict:
+        done = penstock("models", *args, "--config", config, "--json")
+        assert done.returncode == 0, done.stdout
+        return json.loads(done.stdout)
+
+    with served.client() as client:
+        assert models("add", shop.folder / "bundles/buy/2")["aliases"] == ["challenger"]
+        assert models("promote", "buy") == {"model": "buy", "version": "2"}
+        assert client.predict("buy", shop.entities(), shop.inputs(), now=now).version == "2"
+        assert models("rollback", "buy") == {"model": "buy", "version": "1"}
+        assert client.predict("buy", shop.entities(), shop.inputs(), now=now).version == "1"
+    done = penstock("models", "promote", "buy", "9", "--config", config)
+    assert done.returncode == 1 and "has no version '9'" in done.stderr
+
+
 # Life
 
 
