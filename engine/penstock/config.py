@@ -123,19 +123,36 @@ class ServingConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Bounds on what peers may ask for."""
+    """Bounds on what peers may ask for.
+
+    A connection is not read while more than `pause_output_bytes` of its replies wait, holds at most
+    `max_output_bytes` of them, and is dropped if it takes next to nothing for `slow_reader_timeout` seconds.
+    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait.
+    """
 
     max_message_bytes: Size = Field(default=16 << 20, ge=1024)
     max_depth: int = Field(default=32, ge=4, le=1024)
     max_connections: int = Field(default=1024, ge=1)
     max_in_flight_per_connection: int = Field(default=1024, ge=1)
+    max_output_bytes: Size = Field(default=64 << 20, ge=1 << 16)
+    pause_output_bytes: Size = Field(default=1 << 20, ge=1)
+    slow_reader_timeout: Seconds = Field(default=10.0, gt=0)
+    max_calls: int = Field(default=256, ge=1)
+    max_admin_calls: int = Field(default=16, ge=1)
 
 
 class ServerConfig(Section):
-    """Where to listen: "tcp://host:port" or "unix:///path"."""
+    """Where to listen: "tcp://host:port" or "unix:///path".
+
+    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at
+    the latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
+    """
 
     listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    call_threads: int = Field(default=4, ge=1, le=256)
+    drain_timeout: Seconds = Field(default=30.0, gt=0)
+    goaway_grace: Seconds = Field(default=0.5, ge=0)
 
     @field_validator("listen")
     @classmethod

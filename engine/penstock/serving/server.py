@@ -99,6 +99,14 @@ class ServerSettings:
             max_depth=limits.max_depth,
             max_connections=limits.max_connections,
             max_in_flight=limits.max_in_flight_per_connection,
+            max_output_bytes=limits.max_output_bytes,
+            pause_output_bytes=limits.pause_output_bytes,
+            slow_reader_timeout=limits.slow_reader_timeout,
+            drain_timeout=config.server.drain_timeout,
+            goaway_grace=config.server.goaway_grace,
+            data_threads=config.server.call_threads,
+            data_queue=limits.max_calls,
+            admin_queue=limits.max_admin_calls,
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from penstock.config import Config
+from penstock.config import Config, check_text
 from penstock.errors import FailedPreconditionError, InvalidArgumentError
 from penstock.serving import server as server_module
 from penstock.serving.client import Client
@@ -538,3 +538,29 @@ def test_settings_come_from_the_configuration():
     assert settings.listen == ("tcp://127.0.0.1:7064",)
     assert settings.max_connections == 1024
     assert settings.max_message_bytes == 16 << 20
+
+
+def test_every_bound_of_the_server_is_a_setting() -> None:
+    text = """
+server:
+  listen: ["unix:///tmp/x.sock"]
+  limits:
+    max_message_bytes: 2KiB
+    max_depth: 7
+    max_connections: 3
+    max_in_flight_per_connection: 5
+    max_output_bytes: 1MiB
+    pause_output_bytes: 2KiB
+    slow_reader_timeout: 2s
+    max_calls: 11
+    max_admin_calls: 2
+  call_threads: 6
+  drain_timeout: 1500ms
+  goaway_grace: 0
+"""
+    config, faults = check_text(text)
+    assert config is not None, faults
+    assert ServerSettings.from_config(config) == ServerSettings(
+        ("unix:///tmp/x.sock",), 2048, 7, 3, 5, 1 << 20, 2048, 2.0, 1.5, 0.0, 6, 11, 2
+    )
+    assert ServerSettings.from_config(Config()) == ServerSettings(("tcp://127.0.0.1:7064",))
