@@ -61,6 +61,7 @@ class Shop:
                 "bare": {"path": str(self.folder / "bundles/bare/1")},
             },
             "caches": {"features": {"capacity": 4096}},
+            "server": {"goaway_grace": 0.02},
             "data_dir": str(folder / "data"),
         }
         for name, section in sections.items():
