@@ -116,10 +116,10 @@ def apply(
 
     with _reporting():
         folder, data = _folders(repo, data_dir, config)
-        server = None if dry_run else _server(data)
+        server = None if dry_run else running_server(data)
         with _spinner(as_json, "Reading sources"):
             if server is not None:
-                with _client(server) as client:
+                with connect_to(server) as client:
                     changes = client.apply()
             else:
                 with FeatureStore(folder, data_dir=data) as store:
@@ -157,13 +157,13 @@ def materialize(
         end_us = SystemClock().now_us() if end is None else to_us(end, "--end")
         start_us = None if start is None else to_us(start, "--start")
         folder, data = _folders(repo, data_dir, config)
-        server = _server(data)
+        server = running_server(data)
         if server is not None:
             if start_us is not None:
                 raise FailedPreconditionError(
                     f"--start: {_holder(server)} uses the data folder; leave it out"
                 )
-            with _spinner(as_json, "Materialising"), _client(server) as client:
+            with _spinner(as_json, "Materialising"), connect_to(server) as client:
                 rows = client.materialize(end_us, view)["rows"]
         else:
             with FeatureStore(folder, data_dir=data) as store, _bars(as_json) as progress:
@@ -198,7 +198,7 @@ def _folders(repo: Path | None, data_dir: Path | None, config: Path | None) -> t
     return repo, load_repo(repo).data_dir if data_dir is None else data_dir
 
 
-def _server(data_dir: Path) -> dict[str, Any] | None:
+def running_server(data_dir: Path) -> dict[str, Any] | None:
     """Who holds the data folder; None if nobody does."""
     from penstock.serving.lock import lock_holder
 
@@ -209,7 +209,8 @@ def _holder(server: dict[str, Any]) -> str:
     return f"process {server.get('pid') or 'unknown'}"
 
 
-def _client(server: dict[str, Any]) -> Any:
+def connect_to(server: dict[str, Any]) -> Any:
+    """A client of the server that holds a data folder; FailedPreconditionError if it listens nowhere."""
     from penstock.serving.client import Client
 
     if not server.get("listen"):

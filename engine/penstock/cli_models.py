@@ -1,6 +1,7 @@
 """`penstock models`: list, add, promote and roll back the models of a data directory.
 
-Each command is one call of `call_models`, whose arguments and result are plain values.
+Each command is one call of `call_models`, whose arguments and result are plain values. While a server holds
+the data directory, `promote` and `rollback` go through its socket: it must swap what it serves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.cli_features import connect_to, running_server
 from penstock.errors import InvalidArgumentError, PenstockError, to_wire
 
 app = typer.Typer(help="Model versions of a data directory.", no_args_is_help=True, add_completion=False)
@@ -90,6 +92,9 @@ def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[
     """
     from penstock.models.registry import ModelRegistry
 
+    if method in ("promote", "rollback") and (server := running_server(data_dir)) is not None:
+        with connect_to(server) as client:
+            return client.call(method, *params.values())
     registry = ModelRegistry(data_dir / "models", data_dir / "registry")
     if method == "list":
         return {"models": [info.to_dict() for info in registry.list()]}

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Shop:
     """What the session built.
 
     Attributes:
-        folder: holds `feature_repo` and `bundles` (purchase 1 and 2 by feature service, bare 1 on vectors).
+        folder: holds `feature_repo` and `bundles` (buy 1 and 2 by feature service, bare 1 on vectors).
         columns: of the rows asked for: user_id, item_id, basket_value lists and now_us int64.
         rows: float32 [n, F], their features by the historical join.
         boosters: the LightGBM models by version; forest: the scikit-learn model of `bare`.
@@ -56,10 +57,11 @@ class Shop:
             "serving": {"max_latency_ms": 2000, "allow_replay": True},  # a slow machine is no failure here
             "feature_store": {"repo_path": str(self.folder / "feature_repo")},
             "models": {
-                "purchase": {"path": str(self.folder / "bundles/purchase/1")},
+                "buy": {"path": str(self.folder / "bundles/buy/1")},
                 "bare": {"path": str(self.folder / "bundles/bare/1")},
             },
             "caches": {"features": {"capacity": 4096}},
+            "server": {"goaway_grace": 0.02},
             "data_dir": str(folder / "data"),
         }
         for name, section in sections.items():
@@ -70,11 +72,11 @@ class Shop:
         return path
 
     def registry(self, folder: Path) -> Path:
-        """As `config`, but `purchase` 1 (the champion) and 2 come from the registry in the data folder."""
+        """As `config`, but `buy` 1 (the champion) and 2 come from the registry in the data folder."""
         from penstock.models.registry import ModelRegistry
 
         registry = ModelRegistry(folder / "data/models", folder / "data/registry")
-        for name in ("purchase/1", "purchase/2", "bare/1"):
+        for name in ("buy/1", "buy/2", "bare/1"):
             registry.add(self.folder / "bundles" / name)
         return self.config(folder, models=None)
 
@@ -129,7 +131,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
             save_bundle(
                 boosters[version],
                 joined.append_column("bought", pa.array(bought)),
-                name="purchase",
+                name="buy",
                 version=version,
                 directory=folder / "bundles",
                 label="bought",
@@ -221,6 +223,13 @@ class Served:
     def client(self) -> Client:
         return Client(self.address)
 
+    def wait_logged(self) -> None:
+        """Return when every row served so far is in the log on disk (it may lag by `log_flush`)."""
+        with self.client() as client:
+            deadline = time.monotonic() + 30
+            while client.stats()["served_log"]["pending"]:
+                assert time.monotonic() < deadline
+
     def kill(self) -> None:
         """End it as a power cut would."""
         self.process.kill()
@@ -247,7 +256,10 @@ class Servers:
         self._made.append(Served(config, *options, prelude=prelude))
         return self._made[-1]
 
-    def close(self) -> None:
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for served in self._made:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 served.stop()
@@ -257,18 +269,25 @@ class Servers:
 @pytest.fixture
 def serve() -> Iterator[Servers]:
     """Starts a server of a configuration, on the addresses given or a free port."""
-    servers = Servers()
-    yield servers
-    servers.close()
+    with Servers() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def servers() -> type[Servers]:
+    """For fixtures whose servers outlive one test."""
+    return Servers
 
 
 @pytest.fixture(scope="module")
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for the tests of a module that leave it as it was; on a Unix socket and on TCP."""
     folder = tmp_path_factory.mktemp("server")
-    servers = Servers()
-    yield servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
-    servers.close()
+    with Servers() as servers:
+        made = servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
+        yield made
+        assert made.stop() == 0
+        assert "Traceback" not in made.log.read_text()
 
 
 @pytest.fixture(scope="session")
