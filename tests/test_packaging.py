@@ -56,7 +56,7 @@ def test_the_package_of_models_has_the_functions_of_bundles():
 
 
 def test_an_unknown_name_of_the_package_of_models():
-    with pytest.raises(AttributeError, match="module 'penstock.models' has no attribute 'load_bundl'"):
+    with pytest.raises(AttributeError, match=r"penstock\.models' has no attribute 'load_bundl'"):
         penstock.models.load_bundl  # noqa: B018
 
 
