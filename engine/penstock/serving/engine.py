@@ -403,6 +403,7 @@ class Engine:
             entry = dict(model.served.stats())
             entry["batches"] = {str(rows): runs for rows, runs in entry["batches"].items()}
             entry["version"] = model.bundle.version
+            entry["limit_ms"] = self.config.serving.max_latency_ms
             if model.performance is not None:
                 entry["performance"] = model.performance.metrics(
                     model.newest_us or self.clock.now_us(), window_us
