@@ -288,6 +288,10 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     with Servers() as servers:
         made = servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
         yield made
+        for model in made.raw().call("stats")["models"].values():
+            for counts in (model["requests"], model["rows"]):  # whatever the tests did: one end for each
+                assert counts["submitted"] == sum(counts.values()) - counts["submitted"]
+                assert counts["in_flight"] == 0
         assert made.stop() == 0
 
 
