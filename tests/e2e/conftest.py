@@ -158,7 +158,7 @@ class Raw:
             self.socket = socket.create_connection((where.host or "", where.port))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(30)
-        self._unpacker = msgpack.Unpacker(max_buffer_size=0, strict_map_key=False)
+        self._unpacker = msgpack.Unpacker(max_buffer_size=0)
         self._msgid = 0
 
     def read(self) -> Any:
@@ -194,13 +194,12 @@ class Raw:
 class Served:
     """A `penstock serve` process and its addresses."""
 
-    def __init__(self, config: Path, *options: str, prelude: str = "") -> None:
+    def __init__(self, config: Path, *options: str) -> None:
         self.config = config
-        command = [_PENSTOCK[0], "-c", f"{prelude}\n{_PENSTOCK[2]}"] if prelude else _PENSTOCK
         self.log = config.with_name("server.log")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*command, "serve", str(config), "--json", *options],
+                [*_PENSTOCK, "serve", str(config), "--json", *options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -251,19 +250,22 @@ class Servers:
     def __init__(self) -> None:
         self._made: list[Served] = []
 
-    def __call__(self, config: Path, *listen: str, prelude: str = "") -> Served:
+    def __call__(self, config: Path, *listen: str) -> Served:
         options = [part for address in listen or ("tcp://127.0.0.1:0",) for part in ("--listen", address)]
-        self._made.append(Served(config, *options, prelude=prelude))
+        self._made.append(Served(config, *options))
         return self._made[-1]
 
     def __enter__(self) -> Servers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Stop what still runs; no server may have met an error that nobody expected."""
         for served in self._made:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 served.stop()
             served.kill()
+        for served in self._made:
+            assert "Traceback" not in (log := served.log.read_text()), log
 
 
 @pytest.fixture
@@ -286,8 +288,11 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     with Servers() as servers:
         made = servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
         yield made
+        for model in made.raw().call("stats")["models"].values():
+            for counts in (model["requests"], model["rows"]):  # whatever the tests did: one end for each
+                assert counts["submitted"] == sum(counts.values()) - counts["submitted"]
+                assert counts["in_flight"] == 0
         assert made.stop() == 0
-        assert "Traceback" not in made.log.read_text()
 
 
 @pytest.fixture(scope="session")

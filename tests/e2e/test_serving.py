@@ -372,6 +372,20 @@ def test_every_method_answers_over_the_socket(shop, serve, tmp_path, penstock, n
     assert stats["server"]["connections"] == 1 and stats["monitor_errors"] == 0
 
 
+def test_times_may_be_the_timestamp_extension(shop, serve, tmp_path, now):
+    raw = serve(shop.config(tmp_path)).raw()
+    stamp = msgpack.Timestamp(now // 10**6, now % 10**6 * 1000)
+    columns = shop.entities(), shop.inputs()
+    made = raw.call("predict", "buy", *columns, {"now": stamp})
+    assert made["scores"] == raw.call("predict", "buy", *columns, {"now": now})["scores"]
+    weekly = ["user_features:weekly_spend"]
+    users = {"user_id": shop.entities()["user_id"]}
+    assert raw.call("features", weekly, users, stamp) == raw.call("features", weekly, users, now)
+    assert raw.call("label", made["request_ids"][:1], [1], [stamp])["matched"] == 1
+    assert raw.call("materialize", stamp)["end_us"] == now
+    assert raw.call("drift", None, None, stamp) == raw.call("drift", None, None, now)
+
+
 def test_materialize_keeps_the_scores_of_the_same_moment(shop, serve, tmp_path, now):
     served = serve(shop.config(tmp_path))
     with served.client() as client:
