@@ -293,7 +293,8 @@ def test_the_models_commands_change_what_a_running_server_serves(shop, serve, pe
 
 
 def test_sigterm_answers_what_was_asked_and_ends_with_0(shop, serve, tmp_path, now):
-    served = serve(shop.config(tmp_path))
+    room = {"max_queued_rows": 1 << 18, "max_latency_ms": 20_000}  # however slow the machine is
+    served = serve(shop.config(tmp_path, serving=room))
     idle, busy = served.raw(), served.raw()
     assert idle.call("health")["ready"]
     rows = slice(0, 40)
