@@ -9,6 +9,8 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
+// The code is in three files: served_admission.cc (the way in), served_parking.cc (misses), served_model.cc
+// (the rest).
 #pragma once
 
 #include <condition_variable>
