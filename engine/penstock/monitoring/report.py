@@ -72,7 +72,9 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or column in ("State", "Why") else "right")
+        table.add_column(
+            column, justify="left" if i == 0 or column in ("State", "Why") else "right", overflow="fold"
+        )
     return table
 
 
@@ -113,11 +115,13 @@ def _latency(data: ReportData) -> Table | None:
     latency = data.get("latency")
     if not latency:
         return None
-    table = _table("Latency", "Requests", "p50", "p99", "longest")
+    table = _table("Latency", "Requests", "p50", "p99", "longest", "Limit")
+    limit = latency.get("limit_ms")
     _row(
         table,
         count(latency["count"]),
         *(nanoseconds(ns) for ns in (latency["p50_ns"], latency["p99_ns"], latency["max_ns"])),
+        duration(None if limit is None else 1e3 * limit),
     )
     return table
 

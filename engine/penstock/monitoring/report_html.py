@@ -120,7 +120,9 @@ def _tiles(data: ReportData, features: Sequence[dict[str, Any]]) -> str:
             (nanoseconds(latency["p50_ns"]), "latency p50"),
             (nanoseconds(latency["p99_ns"]), "latency p99"),
         ]
-        tiles.append((nanoseconds(latency["max_ns"]), "latency, longest"))
+        limit = latency.get("limit_ms")
+        end = "" if limit is None else f"; limit {duration(1e3 * limit)}"
+        tiles.append((nanoseconds(latency["max_ns"]), f"latency, longest{end}"))
     if metrics and metrics.get("labelled"):
         for key, text in PERFORMANCE:
             tiles.append((number(metrics.get(key), 4), text))
