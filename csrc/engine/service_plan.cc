@@ -24,40 +24,6 @@ std::string names_of(const std::vector<PlanColumn>& columns) {
   return names.empty() ? "none" : names;
 }
 
-uint64_t big_endian(const uint8_t* p, size_t bytes) {
-  uint64_t value = 0;
-  for (size_t i = 0; i < bytes; ++i) value = value << 8 | p[i];
-  return value;
-}
-
-// The MessagePack timestamp extension (type -1; 4, 8 or 12 bytes) in microseconds.
-bool read_timestamp(wire::Cursor& cursor, int64_t* time_us) {
-  constexpr int64_t kMaxSeconds = std::numeric_limits<int64_t>::max() / 1'000'000 - 1;
-  wire::Cursor probe = cursor;
-  int8_t type;
-  const uint8_t* p;
-  size_t size;
-  if (!probe.read_ext(&type, &p, &size) || type != -1) return false;
-  uint64_t nanoseconds = 0;
-  int64_t seconds;
-  if (size == 4) {
-    seconds = static_cast<int64_t>(big_endian(p, 4));
-  } else if (size == 8) {
-    const uint64_t packed = big_endian(p, 8);
-    nanoseconds = packed >> 34;
-    seconds = static_cast<int64_t>(packed & ((uint64_t{1} << 34) - 1));
-  } else if (size == 12) {
-    nanoseconds = big_endian(p, 4);
-    seconds = static_cast<int64_t>(big_endian(p + 4, 8));
-  } else {
-    return false;
-  }
-  if (nanoseconds > 999'999'999 || seconds > kMaxSeconds || seconds < -kMaxSeconds) return false;
-  *time_us = seconds * 1'000'000 + static_cast<int64_t>(nanoseconds / 1000);
-  cursor = probe;
-  return true;
-}
-
 }  // namespace
 
 ServicePlan::ServicePlan(ServicePlanSpec spec)
@@ -208,12 +174,8 @@ Status ServicePlan::read_input(size_t input, wire::Cursor& cursor, const wire::C
       block->i64[r] = value;
     } else {
       int64_t value = 0;
-      if (dtype != FeatureDtype::kTimestamp || !read_timestamp(cursor, &value)) {
-        status = read_int64(cursor, label, &value, &null);
-        if (!status.is_ok() && dtype == FeatureDtype::kTimestamp) {
-          status.message += " microseconds UTC or a timestamp";
-        }
-      }
+      status = dtype == FeatureDtype::kTimestamp ? read_time(cursor, label, &value, &null)
+                                                 : read_int64(cursor, label, &value, &null);
       block->i64[r] = value;
     }
     if (!status.is_ok()) return status;

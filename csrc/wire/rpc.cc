@@ -328,6 +328,11 @@ Status read_bool(Cursor& cursor, const ValueLabel& label, bool* value, bool* nul
   return refuse(label, cursor, "bool");
 }
 
+Status read_time(Cursor& cursor, const ValueLabel& label, int64_t* time_us, bool* null) {
+  if (read_null(cursor, null) || read_time_us(cursor, time_us)) return {};
+  return refuse(label, cursor, "int64 microseconds UTC or a timestamp");
+}
+
 Status read_str(Cursor& cursor, const ValueLabel& label, std::string_view* value, bool* null) {
   if (read_null(cursor, null) || read_utf8(cursor, value)) return {};
   return refuse(label, cursor, "a UTF-8 string");

@@ -88,5 +88,7 @@ Status read_int64(Cursor& cursor, const ValueLabel& label, int64_t* value, bool*
 Status read_f64(Cursor& cursor, const ValueLabel& label, double* value, bool* null);  // takes integers too
 Status read_bool(Cursor& cursor, const ValueLabel& label, bool* value, bool* null);
 Status read_str(Cursor& cursor, const ValueLabel& label, std::string_view* value, bool* null);
+// Microseconds UTC: an int64, or the timestamp extension.
+Status read_time(Cursor& cursor, const ValueLabel& label, int64_t* time_us, bool* null);
 
 }  // namespace penstock::wire

@@ -53,7 +53,8 @@ border-radius:4px;background:currentColor;margin-right:6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500}tr:last-child td{border-bottom:0}
-th:first-child,td:first-child,.left{text-align:left}.why{white-space:normal;min-width:220px;text-align:left}
+th:first-child,td:first-child,.left{text-align:left}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:140px}.why{white-space:normal;min-width:220px;text-align:left}
 svg{display:block;width:100%;height:auto;margin-top:8px}svg text{font-size:11px;fill:var(--soft)}
 path.ref,circle.ref{fill:var(--ref)}path.cur,circle.cur{fill:var(--cur)}.tip{fill:transparent}
 .axis,.grid{stroke:var(--line);fill:none}.limit{stroke:var(--alert);stroke-dasharray:4 4;fill:none}

@@ -191,19 +191,22 @@ class LiveModels:
         return previous if previous is not None and previous.bundle.version == version else None
 
     def retire_strangers(self) -> list[str]:
-        """Stop serving the models whose features the store no longer defines as they were trained; names."""
+        """Stop the versions whose features the store no longer defines as they were trained.
+
+        Returns the names that are not served any more.
+        """
         found = []
-        for name, model in list(self.live.items()):
-            try:
-                self._plan(model.bundle)
-            except PenstockError:
-                self._core.retire(name)
-                self.live.pop(name)
-                for version in (model, self.previous.pop(name, None)):
-                    if version is not None:
-                        version.served.stop()
-                        version.drain()
-                found.append(name)
+        for versions in (self.previous, self.live):
+            for name, model in list(versions.items()):
+                try:
+                    self._plan(model.bundle)
+                except PenstockError:
+                    if versions is self.live:
+                        self._core.retire(name)
+                        found.append(name)
+                    del versions[name]
+                    model.served.stop()
+                    model.drain()
         return found
 
     def clear_caches(self) -> None:
