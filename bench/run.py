@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SUBJECTS = ("cache", "model", "serving")
+SUBJECTS = ("cache", "model", "features", "serving")
 
 
 def main() -> int:

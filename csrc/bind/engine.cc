@@ -63,6 +63,18 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity) {
+  const auto within = [](const char* setting, double value, double least, double most) {
+    if (value >= least && value <= most) return;
+    throw py::value_error(std::string(setting) + " is " + py::cast<std::string>(py::str(py::float_(value))) +
+                          "; expected " + py::cast<std::string>(py::str(py::float_(least))) + " to " +
+                          py::cast<std::string>(py::str(py::float_(most))));
+  };
+  within("max_batch_rows", static_cast<double>(max_batch_rows), 1, kMaxBatchRows);
+  within("max_latency_ms", max_latency_ms, 1e-3, 1e9);
+  within("guard_ms", guard_ms, 0, 1e9);
+  within("inline_limit_us", static_cast<double>(inline_limit_us), 0, 1e12);
+  within("max_requests", max_requests, 1, 1 << 24);
+  within("max_queued_rows", max_queued_rows, 1, 1 << 28);
   ServedModelConfig config;
   config.name = name;
   config.version = version;
@@ -160,7 +172,7 @@ py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params) {
   if (!call.model->take(call.tag, &result)) {
     const py::gil_scoped_release release;
     call.model->wait(call.tag, call.waiter);
-    (void)call.model->take(call.tag, &result);
+    if (!call.model->take(call.tag, &result)) result.status = {Code::kInternal, "the request was lost"};
   }
   if (!result.status.is_ok()) return failure(result.status, result.retry_after_ms);
   const auto rows = static_cast<py::ssize_t>(result.rows);
@@ -300,7 +312,7 @@ void bind_connection(py::module_& m) {
       .def_property_readonly("pending_output_bytes",
                              [](Connection& self) { return self.session().pending_output_bytes(); })
       .def_property_readonly("in_flight", [](Connection& self) { return self.session().in_flight(); })
-      .def_property_readonly("closed", [](Connection& self) { return self.session().closed(); })
+      .def_property_readonly("closed", &Connection::closed)
       .def_property_readonly("dropped_notifications",
                              [](Connection& self) { return self.session().dropped(); })
       .def("drop", &Connection::drop, "The peer is gone: its requests are cancelled.");

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 
 #include "model/tree_ensemble.h"
 
@@ -25,14 +24,10 @@ class TreeModel final : public Model {
   TreeEnsemble::Scratch scratch_;
 };
 
-constexpr int64_t kEndOfTimeUs = 253'402'300'800'000'000;  // the year 10000
-
-Status exhausted(std::string text) {
-  return {Code::kResourceExhausted, std::move(text)};
-}
-
-int64_t to_ms_up(int64_t ns) {
-  return (ns + 999'999) / 1'000'000;
+// At most what a reply takes on the wire: a float64, a request id and a status a row, and all else.
+constexpr size_t kReplyBytes = 256;
+constexpr size_t reply_bytes_per_row(size_t outputs) {
+  return 9 * outputs + 9 + 2;
 }
 
 }  // namespace
@@ -123,211 +118,6 @@ ServedModel::Request* ServedModel::find(uint64_t tag) {
   return request.state != State::kFree && request.generation == tag >> 32 ? &request : nullptr;
 }
 
-Status ServedModel::check_options(const wire::Options& options, uint32_t rows, int64_t received_ns,
-                                  int64_t wall_us, Admission* admission) const {
-  if (rows == 0) return Status::invalid("the request has 0 rows; expected at least 1");
-  if (rows > config_.lane.max_rows_per_request) {
-    return Status::invalid("the request has " + std::to_string(rows) + " rows; expected at most " +
-                           std::to_string(config_.lane.max_rows_per_request));
-  }
-  if (options.has_now && !config_.allow_replay) {
-    return {Code::kFailedPrecondition, "options.now is given, but serving.allow_replay is false"};
-  }
-  if (options.has_now && (options.now_us < 0 || options.now_us >= kEndOfTimeUs)) {
-    return Status::invalid("options.now is " + std::to_string(options.now_us) +
-                           "; expected microseconds of the years 1970 to 9999");
-  }
-  int64_t limit_ns = config_.max_latency_ns;
-  if (options.deadline_us > 0 && options.deadline_us < limit_ns / 1000) limit_ns = options.deadline_us * 1000;
-  admission->rows = rows;
-  admission->received_ns = received_ns;
-  admission->deadline_ns = received_ns + limit_ns;
-  admission->now_us = options.has_now ? options.now_us : wall_us;
-  admission->with_timings = options.timings;
-  return {};
-}
-
-void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, uint64_t first_id,
-                                   Scratch& scratch) {
-  scratch.request_ids.resize(std::max<size_t>(scratch.request_ids.size(), rows));
-  wire::Cursor list = options.request_id_list;
-  for (uint32_t r = 0; r < rows; ++r) {
-    uint64_t id = first_id + r;
-    if (options.request_ids == wire::RequestIds::kOne) id = options.request_id;
-    if (options.request_ids == wire::RequestIds::kList) (void)list.read_uint(&id);
-    scratch.request_ids[r] = id;
-  }
-}
-
-Status ServedModel::refuse(const Status& status, uint32_t rows) {
-  const std::lock_guard lock(mutex_);
-  ++request_counts_.submitted;
-  ++request_counts_.rejected;
-  row_counts_.submitted += rows;
-  row_counts_.rejected += rows;
-  return status;
-}
-
-Status ServedModel::predict(const wire::PredictCall& call, std::string_view params, const Target& target,
-                            int64_t received_ns, int64_t wall_us, uint64_t first_id, Scratch& scratch,
-                            int64_t* retry_after_ms, uint64_t* tag) {
-  Admission admission{.target = target};
-  Status status = check_options(call.options, call.rows, received_ns, wall_us, &admission);
-  if (status.is_ok() && plan_ == nullptr) {
-    status = {Code::kFailedPrecondition,
-              "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
-  }
-  const bool use_cache = !call.options.no_cache;
-  if (status.is_ok()) {
-    status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
-                           &scratch.gathered, &scratch.misses);
-  }
-  if (!status.is_ok()) return refuse(status, call.rows);
-  if (!scratch.misses.empty())
-    return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
-  read_request_ids(call.options, call.rows, first_id, scratch);
-  return admit(admission, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-               scratch.gathered.event_time.data(), scratch.request_ids.data(), retry_after_ms, tag);
-}
-
-Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target& target, int64_t received_ns,
-                                    int64_t wall_us, uint64_t first_id, Scratch& scratch,
-                                    int64_t* retry_after_ms, uint64_t* tag) {
-  Admission admission{.target = target, .as_bin = true};
-  Status status = check_options(call.options, call.rows, received_ns, wall_us, &admission);
-  if (status.is_ok() && call.bytes != call.rows * n_features_ * sizeof(float)) {
-    status =
-        Status::invalid("data is of " + std::to_string(call.bytes) + " bytes; expected " +
-                        std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
-  }
-  if (!status.is_ok()) return refuse(status, call.rows);
-  GatheredRows& gathered = scratch.gathered;
-  const size_t n = call.rows;
-  if (gathered.rows.size() < n * n_features_) gathered.rows.resize(n * n_features_);
-  if (gathered.status.size() < n) gathered.status.resize(n);
-  if (gathered.event_time.size() < n * n_views_) gathered.event_time.resize(n * n_views_);
-  std::memcpy(gathered.rows.data(), call.data, call.bytes);
-  std::fill_n(gathered.status.begin(), n, uint8_t{0});
-  std::fill_n(gathered.event_time.begin(), n * n_views_, std::numeric_limits<int64_t>::min());
-  read_request_ids(call.options, call.rows, first_id, scratch);
-  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(),
-               scratch.request_ids.data(), retry_after_ms, tag);
-}
-
-Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
-  ++request_counts_.submitted;
-  row_counts_.submitted += admission.rows;
-  if (stopping_ || free_requests_.empty()) {
-    ++request_counts_.rejected;
-    row_counts_.rejected += admission.rows;
-    if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
-    return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()));
-  }
-  ++request_counts_.in_flight;
-  row_counts_.in_flight += admission.rows;
-  *index = free_requests_.back();
-  free_requests_.pop_back();
-  Request& request = requests_[*index];
-  ++request.generation;
-  request.target = admission.target;
-  request.rows = admission.rows;
-  request.first_row = kNone;
-  request.lane_slot = Lane::kNoSlot;
-  request.received_ns = admission.received_ns;
-  request.deadline_ns = admission.deadline_ns;
-  request.formed_ns = request.run_ns = 0;
-  request.now_us = admission.now_us;
-  request.as_bin = admission.as_bin;
-  request.with_timings = admission.with_timings;
-  request.status = {};
-  request.retry_after_ms = -1;
-  return {};
-}
-
-Status ServedModel::admit(const Admission& admission, const float* rows, const uint8_t* row_status,
-                          const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms,
-                          uint64_t* tag) {
-  const std::lock_guard lock(mutex_);
-  uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
-  Status status = queue_rows(index, rows, row_status, event_time, ids, retry_after_ms);
-  if (!status.is_ok()) {
-    count_end(requests_[index], status.code);
-    free_request(index);
-    return status;
-  }
-  link(index);
-  *tag = tag_of(index, requests_[index].generation);
-  return {};
-}
-
-// Hands a request's rows to the lane. On a refusal the request holds no rows.
-Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t* row_status,
-                               const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms) {
-  Request& request = requests_[index];
-  if (request.rows > free_rows_) {
-    return exhausted("too many rows are unanswered; at most " + std::to_string(config_.max_resident_rows));
-  }
-  const int64_t now = mono_ns();
-  if (now >= request.deadline_ns)
-    return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
-  const Lane::Submitted submitted =
-      lane_.submit(tag_of(index, request.generation), request.rows, request.deadline_ns, now);
-  if (submitted.slot == Lane::kNoSlot) {
-    *retry_after_ms = to_ms_up(submitted.retry_after_ns);
-    return exhausted("the queue of model '" + config_.name + "' is too long for the request's deadline");
-  }
-  request.lane_slot = submitted.slot;
-  slot_tags_[submitted.slot] = tag_of(index, request.generation);
-  request.state = State::kQueued;
-  request.first_row = free_row_;
-  request.seek_index = 0;
-  request.seek_row = free_row_;
-  uint32_t last = kNone;
-  for (uint32_t r = 0; r < request.rows; ++r) {
-    const uint32_t at = free_row_;
-    free_row_ = next_row_[at];
-    std::copy_n(rows + r * n_features_, n_features_, &rows_[at * n_features_]);
-    if (n_views_ != 0) std::copy_n(event_time + r * n_views_, n_views_, &event_time_[at * n_views_]);
-    row_status_[at] = row_status[r];
-    request_ids_[at] = ids[r];
-    last = at;
-  }
-  next_row_[last] = kNone;
-  free_rows_ -= request.rows;
-  return {};
-}
-
-Status ServedModel::park(const Admission& admission, std::string_view params, bool use_cache,
-                         const std::vector<FeatureMiss>& misses, int64_t* retry_after_ms, uint64_t* tag,
-                         uint64_t first_id) {
-  const std::lock_guard lock(mutex_);
-  uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
-  Request& request = requests_[index];
-  if (parked_bytes_ + params.size() > config_.max_parked_bytes) {
-    *retry_after_ms = 1;
-    Status status = exhausted("too many requests wait for the feature store");
-    count_end(request, status.code);
-    free_request(index);
-    return status;
-  }
-  request.parked = std::make_unique<Parked>();
-  request.parked->params.assign(params);
-  request.parked->misses = misses;
-  request.parked->use_cache = use_cache;
-  request.parked->first_id = first_id;
-  request.parked->overlay.index.assign(n_views_ * request.rows, -1);
-  request.state = State::kParked;
-  parked_bytes_ += params.size();
-  ++parked_;
-  missed_rows_ += misses.size();
-  link(index);
-  *tag = tag_of(index, request.generation);
-  events_->missed(shared_from_this(), *tag);
-  return {};
-}
-
 // Deadlines mostly rise, so the search from the newest end is short.
 void ServedModel::link(uint32_t index) {
   Request& request = requests_[index];
@@ -350,7 +140,7 @@ void ServedModel::end(uint32_t index, Status status) {
   Request& request = requests_[index];
   unlink(index);
   if (request.parked != nullptr) {
-    parked_bytes_ -= request.parked->params.size();
+    parked_bytes_ -= request.parked->bytes;
     request.parked.reset();
   }
   request.state = State::kDone;
@@ -359,7 +149,7 @@ void ServedModel::end(uint32_t index, Status status) {
     request.target.waiter->done = true;
     request.target.waiter->ended.notify_all();
   } else if (request.target.connection != 0) {
-    events_->ended(shared_from_this(), tag_of(index, request.generation));
+    events_->ended(shared_from_this(), tag_of(index, request.generation), request.target.connection);
   } else {
     count_end(request, Code::kCancelled);
     free_request(index);
@@ -373,6 +163,7 @@ void ServedModel::count_end(const Request& request, Code code) {
         return counters.ok;
       case Code::kResourceExhausted:
       case Code::kInvalidArgument:
+      case Code::kNotFound:
         return counters.rejected;
       case Code::kDeadlineExceeded:
         return counters.expired;
@@ -567,7 +358,20 @@ void ServedModel::wait(uint64_t tag, Waiter& waiter) {
   }
 }
 
-bool ServedModel::take(uint64_t tag, Result* out) {
+void ServedModel::abandon(uint64_t tag) {
+  const std::lock_guard lock(mutex_);
+  const Request* request = find(tag);
+  if (request == nullptr || request->state != State::kDone) return;
+  count_end(*request, Code::kCancelled);
+  free_request(static_cast<uint32_t>(tag));
+}
+
+bool ServedModel::idle() {
+  const std::lock_guard lock(mutex_);
+  return oldest_ == kNone && lane_.running_batches() == 0;
+}
+
+bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
   const std::lock_guard lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
@@ -575,6 +379,10 @@ bool ServedModel::take(uint64_t tag, Result* out) {
   const int64_t now = mono_ns();
   if (request->status.is_ok() && now >= request->deadline_ns) {
     request->status = {Code::kDeadlineExceeded, "the answer came after the deadline"};
+  }
+  if (request->status.is_ok() &&
+      request->rows * reply_bytes_per_row(n_outputs_) + kReplyBytes + config_.version.size() > max_bytes) {
+    request->status = {Code::kResourceExhausted, "the connection's output buffer is full"};
   }
   out->status = std::move(request->status);
   out->retry_after_ms = request->retry_after_ms;
@@ -606,84 +414,6 @@ bool ServedModel::take(uint64_t tag, Result* out) {
   count_end(*request, out->status.code);
   free_request(index);
   return true;
-}
-
-bool ServedModel::parked_misses(uint64_t tag, std::vector<FeatureMiss>* misses, int64_t* now_us,
-                                bool* fill_cache) {
-  const std::lock_guard lock(mutex_);
-  const Request* request = find(tag);
-  if (request == nullptr || request->state != State::kParked) return false;
-  *misses = request->parked->misses;
-  *now_us = request->now_us;
-  *fill_cache = request->parked->use_cache;
-  return true;
-}
-
-void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words,
-                         const std::vector<RowMeta>& meta, Scratch& scratch) {
-  // The parked part is taken out, so that the rows are gathered without the lock.
-  std::unique_ptr<Parked> parked;
-  uint32_t rows;
-  int64_t now_us;
-  {
-    const std::lock_guard lock(mutex_);
-    Request* request = find(tag);
-    if (request == nullptr || request->state != State::kParked) return;
-    parked = std::move(request->parked);
-    parked_bytes_ -= parked->params.size();
-    rows = request->rows;
-    now_us = request->now_us;
-  }
-  for (size_t m = 0; m < parked->misses.size(); ++m) {
-    const FeatureMiss& miss = parked->misses[m];
-    Overlay& overlay = parked->overlay;
-    overlay.index[size_t{miss.view} * rows + miss.row] = static_cast<int64_t>(overlay.words.size());
-    overlay.words.emplace_back(words[m], words[m] + plan_->row_words(miss.view));
-    overlay.meta.push_back(meta[m]);
-  }
-  ++parked->loads;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(parked->params.data());
-  Status status = decode_predict({bytes, bytes + parked->params.size()}, &scratch.resumed);
-  if (status.is_ok()) {
-    status = plan_->gather(scratch.resumed, now_us, mono_ns(), parked->use_cache, &parked->overlay,
-                           scratch.plan, &scratch.gathered, &scratch.misses);
-  }
-  if (status.is_ok()) read_request_ids(scratch.resumed.options, rows, parked->first_id, scratch);
-
-  const std::lock_guard lock(mutex_);
-  Request* request = find(tag);
-  if (request == nullptr || request->state != State::kParked) return;  // it ended meanwhile
-  const auto index = static_cast<uint32_t>(tag);
-  if (status.is_ok() && !scratch.misses.empty()) {
-    // Rows that were cached before have gone: load those too, a bounded number of times.
-    if (parked->loads >= kMaxLoads) {
-      end(index, {Code::kUnavailable, "rows leave the feature cache faster than they are loaded"});
-      return;
-    }
-    missed_rows_ += scratch.misses.size();
-    parked->misses = scratch.misses;
-    parked_bytes_ += parked->params.size();
-    request->parked = std::move(parked);
-    events_->missed(shared_from_this(), tag);
-    return;
-  }
-  if (status.is_ok()) {
-    status =
-        queue_rows(index, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-                   scratch.gathered.event_time.data(), scratch.request_ids.data(), &request->retry_after_ms);
-  }
-  if (!status.is_ok()) {
-    end(index, status);
-  } else {
-    work_.notify_one();
-  }
-}
-
-void ServedModel::fail_parked(uint64_t tag, Status status) {
-  const std::lock_guard lock(mutex_);
-  const Request* request = find(tag);
-  if (request == nullptr || request->state != State::kParked) return;
-  end(static_cast<uint32_t>(tag), std::move(status));
 }
 
 void ServedModel::stats(ServedModelStats* out) {

@@ -9,6 +9,8 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
+// The code is in three files: served_admission.cc (the way in), served_parking.cc (misses), served_model.cc
+// (the rest).
 #pragma once
 
 #include <condition_variable>
@@ -99,7 +101,7 @@ class ServedModel;
 class ModelEvents {
  public:
   virtual ~ModelEvents() = default;
-  virtual void ended(const std::shared_ptr<ServedModel>& model, uint64_t tag) = 0;
+  virtual void ended(const std::shared_ptr<ServedModel>& model, uint64_t tag, uint64_t connection) = 0;
   virtual void missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) = 0;
 };
 
@@ -147,8 +149,12 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void drop(uint64_t connection);
   // Waits until the local request has ended, at most to its deadline, when it expires it.
   void wait(uint64_t tag, Waiter& waiter);
-  // Fills the reply and frees the request; false if it was dropped. Each ended tag is taken once.
-  bool take(uint64_t tag, Result* out);
+  // Fills the reply and frees the request; false if it was dropped. Each ended tag is taken once. A reply
+  // that may need more than max_bytes on the wire becomes RESOURCE_EXHAUSTED.
+  bool take(uint64_t tag, Result* out, size_t max_bytes = SIZE_MAX);
+  // In place of take() where the peer is gone: the request is cancelled, its rows are not served.
+  void abandon(uint64_t tag);
+  bool idle();  // every request has its answer, and nothing runs
 
   // The loader's side of a parked request. view_misses: what it lacks, false if it ended meanwhile.
   bool parked_misses(uint64_t tag, std::vector<FeatureMiss>* misses, int64_t* now_us, bool* fill_cache);
@@ -177,6 +183,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     uint64_t first_id = 0;
     uint32_t loads = 0;
     bool use_cache = true;
+    size_t bytes = 0;  // what it counts for in parked_bytes_
   };
 
   struct Request {
@@ -224,6 +231,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void count_end(const Request& request, Code code);
   void free_request(uint32_t index);
   uint32_t row_at(Request& request, uint32_t index);
+  void learn_from_refusal(uint32_t rows);
   void report_ended();
   void expire_locked(int64_t now_ns);
   void run_batch(std::unique_lock<std::mutex>& lock, bool on_executor);

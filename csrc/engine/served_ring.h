@@ -64,12 +64,27 @@ class ServedRing {
     return dropped_;
   }
 
-  // Moves up to n rows out, oldest first; returns how many.
+  // Moves up to n rows out, oldest first; returns how many. One thread at a time. In short turns, because the
+  // replies of the model wait while the lock is held.
   size_t drain(size_t n, const Out& out) {
+    size_t done = 0;
+    while (done < n) {
+      const size_t moved = drain_some(done, std::min(n, done + kTurn), out);
+      if (moved == 0) break;
+      done += moved;
+    }
+    return done;
+  }
+
+ private:
+  static constexpr size_t kTurn = 128;
+
+  // Moves rows to places from..to of `out`.
+  size_t drain_some(size_t from, size_t to, const Out& out) {
     const std::lock_guard lock(mutex_);
-    n = std::min(n, size_);
-    for (size_t i = 0; i < n; ++i) {
-      const size_t at = (begin_ + i) % capacity_;
+    const size_t n = std::min(to - from, size_);
+    for (size_t i = from; i < from + n; ++i) {
+      const size_t at = (begin_ + i - from) % capacity_;
       out.request_ids[i] = request_ids_[at];
       out.now_us[i] = now_us_[at];
       out.status[i] = status_[at];
@@ -82,7 +97,6 @@ class ServedRing {
     return n;
   }
 
- private:
   std::mutex mutex_;
   size_t capacity_, features_, outputs_, views_;
   size_t begin_ = 0;

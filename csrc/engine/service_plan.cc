@@ -1,6 +1,7 @@
 #include "engine/service_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -10,6 +11,8 @@ namespace {
 constexpr uint8_t kPresent = 0;
 constexpr uint8_t kNotFound = 2;
 constexpr size_t kMaxViews = 64;
+
+std::atomic<uint64_t> last_id{0};  // no partner: only distinctness matters
 
 Status bad(std::string text) {
   return Status::invalid(std::move(text));
@@ -21,7 +24,44 @@ std::string names_of(const std::vector<PlanColumn>& columns) {
   return names.empty() ? "none" : names;
 }
 
+uint64_t big_endian(const uint8_t* p, size_t bytes) {
+  uint64_t value = 0;
+  for (size_t i = 0; i < bytes; ++i) value = value << 8 | p[i];
+  return value;
+}
+
+// The MessagePack timestamp extension (type -1; 4, 8 or 12 bytes) in microseconds.
+bool read_timestamp(wire::Cursor& cursor, int64_t* time_us) {
+  constexpr int64_t kMaxSeconds = std::numeric_limits<int64_t>::max() / 1'000'000 - 1;
+  wire::Cursor probe = cursor;
+  int8_t type;
+  const uint8_t* p;
+  size_t size;
+  if (!probe.read_ext(&type, &p, &size) || type != -1) return false;
+  uint64_t nanoseconds = 0;
+  int64_t seconds;
+  if (size == 4) {
+    seconds = static_cast<int64_t>(big_endian(p, 4));
+  } else if (size == 8) {
+    const uint64_t packed = big_endian(p, 8);
+    nanoseconds = packed >> 34;
+    seconds = static_cast<int64_t>(packed & ((uint64_t{1} << 34) - 1));
+  } else if (size == 12) {
+    nanoseconds = big_endian(p, 4);
+    seconds = static_cast<int64_t>(big_endian(p + 4, 8));
+  } else {
+    return false;
+  }
+  if (nanoseconds > 999'999'999 || seconds > kMaxSeconds || seconds < -kMaxSeconds) return false;
+  *time_us = seconds * 1'000'000 + static_cast<int64_t>(nanoseconds / 1000);
+  cursor = probe;
+  return true;
+}
+
 }  // namespace
+
+ServicePlan::ServicePlan(ServicePlanSpec spec)
+    : id_(last_id.fetch_add(1, std::memory_order_relaxed) + 1), spec_(std::move(spec)) {}
 
 Status ServicePlan::create(ServicePlanSpec spec, std::shared_ptr<const ServicePlan>* out) {
   auto plan = std::shared_ptr<ServicePlan>(new ServicePlan(std::move(spec)));
@@ -91,7 +131,8 @@ Status ServicePlan::resolve() {
 }
 
 void ServicePlan::fit(Scratch& scratch) const {
-  if (scratch.plan == this) return;
+  if (scratch.plan_id == id_) return;
+  scratch.plan_id = 0;
   scratch.words.resize(spec_.views.size());
   for (size_t v = 0; v < spec_.views.size(); ++v) scratch.words[v].resize(kBlockRows * row_words(v));
   scratch.inputs.resize(inputs_.size());
@@ -100,7 +141,7 @@ void ServicePlan::fit(Scratch& scratch) const {
   scratch.ints.resize(spec_.entities.size() * kBlockRows);
   scratch.text.resize(spec_.entities.size() * kBlockRows);
   scratch.nulls.resize(spec_.entities.size());
-  scratch.plan = this;
+  scratch.plan_id = id_;
 }
 
 Status ServicePlan::match(const wire::Columns& given, const char* group,
@@ -167,7 +208,12 @@ Status ServicePlan::read_input(size_t input, wire::Cursor& cursor, const wire::C
       block->i64[r] = value;
     } else {
       int64_t value = 0;
-      status = read_int64(cursor, label, &value, &null);
+      if (dtype != FeatureDtype::kTimestamp || !read_timestamp(cursor, &value)) {
+        status = read_int64(cursor, label, &value, &null);
+        if (!status.is_ok() && dtype == FeatureDtype::kTimestamp) {
+          status.message += " microseconds UTC or a timestamp";
+        }
+      }
       block->i64[r] = value;
     }
     if (!status.is_ok()) return status;

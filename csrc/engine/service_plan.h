@@ -72,7 +72,7 @@ class ServicePlan {
     std::vector<int64_t> ints;           // [entity][kBlockRows]
     std::vector<std::string_view> text;  // [entity][kBlockRows]
     std::vector<uint64_t> nulls;         // [entity], bit per row
-    const ServicePlan* plan = nullptr;
+    uint64_t plan_id = 0;  // the plan that it fits; not its address, which a later plan may have
   };
 
   // Refuses what run time could not serve: unknown program inputs, wrong dtypes, string request inputs.
@@ -97,7 +97,7 @@ class ServicePlan {
     uint32_t index;  // field of the view, or request input
   };
 
-  explicit ServicePlan(ServicePlanSpec spec) : spec_(std::move(spec)) {}
+  explicit ServicePlan(ServicePlanSpec spec);
   Status resolve();
   void fit(Scratch& scratch) const;
   Status match(const wire::Columns& given, const char* group, const std::vector<PlanColumn>& wanted,
@@ -110,6 +110,7 @@ class ServicePlan {
                  bool use_cache, const Overlay* overlay, Scratch& scratch, GatheredRows* out,
                  std::vector<FeatureMiss>* misses) const;
 
+  const uint64_t id_;  // distinct in the process
   ServicePlanSpec spec_;
   std::vector<RowSchema> schemas_;
   std::vector<Input> inputs_;  // of the program, in order

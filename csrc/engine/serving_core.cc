@@ -34,29 +34,43 @@ const Status kDraining{Code::kUnavailable, "the server is shutting down"};
 
 void Connection::refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms) {
   session_.finish(msgid);
-  (void)wire::encode_error(session_.out(), msgid, status, is_retryable(status.code), retry_after_ms);
+  (void)encode_error(msgid, status, is_retryable(status.code), retry_after_ms);
+}
+
+// A request that gets no answer at all would wait for ever: without room for the error the connection ends.
+bool Connection::encode_error(std::optional<uint32_t> msgid, const Status& status, bool retryable,
+                              int64_t retry_after_ms) {
+  if (!wire::encode_error(session_.out(), msgid, status, retryable, retry_after_ms)) overflowed_ = true;
+  return !overflowed_;
 }
 
 void Connection::received(size_t n, std::vector<Call>* others) {
-  if (core_ == nullptr) return;
+  if (core_ == nullptr || overflowed_) return;
   ServingCore& core = *core_;
   const int64_t received_ns = mono_ns();
   const int64_t now_us = wall_us();
   session_.advance(n);
   core.begin_read();
   core.reading_ = this;
+  struct EndOfRead {  // however the read ends, also by an exception, the next completion must wake the loop
+    ServingCore& core;
+    ~EndOfRead() {
+      core.reading_ = nullptr;
+      core.end_read();
+    }
+  } end_of_read{core};
   std::shared_ptr<ServedModel> model;  // of the last call; most reads ask one model
   wire::Message message;
-  while (session_.next_message(&message)) {
+  while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
     if (message.kind == wire::MessageKind::kOther) {
       others->push_back({msgid, std::string(message.method), std::string(bytes_of(message.params))});
       continue;
     }
     if (message.kind == wire::MessageKind::kBad) {
-      (void)wire::encode_error(
-          session_.out(), message.has_msgid ? std::optional<uint32_t>(msgid) : std::nullopt, message.status,
-          is_retryable(message.status.code), message.status.code == Code::kResourceExhausted ? 1 : -1);
+      (void)encode_error(message.has_msgid ? std::optional<uint32_t>(msgid) : std::nullopt, message.status,
+                         is_retryable(message.status.code),
+                         message.status.code == Code::kResourceExhausted ? 1 : -1);
       continue;
     }
     if (message.kind == wire::MessageKind::kCancel) {
@@ -90,8 +104,6 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   }
   if (model != nullptr) model->pump();
   core.deliver_ended();
-  core.reading_ = nullptr;
-  if (!core.dirty_.empty()) core.signal();
 }
 
 bool Connection::reply(uint32_t msgid, std::string_view result) {
@@ -105,8 +117,7 @@ bool Connection::reply(uint32_t msgid, std::string_view result) {
 }
 
 bool Connection::reply_error(uint32_t msgid, const Status& status, bool retryable, int64_t retry_after_ms) {
-  return session_.finish(msgid) &&
-         wire::encode_error(session_.out(), msgid, status, retryable, retry_after_ms);
+  return session_.finish(msgid) && encode_error(msgid, status, retryable, retry_after_ms);
 }
 
 void Connection::drop() {
@@ -149,12 +160,12 @@ std::vector<std::shared_ptr<ServedModel>> ServingCore::all_models() {
   const std::lock_guard lock(models_mutex_);
   std::vector<std::shared_ptr<ServedModel>> all;
   for (const auto& [name, model] : models_) all.push_back(model);
-  std::erase_if(replaced_, [](const auto& model) { return model.expired(); });
-  for (const auto& weak : replaced_) {
-    auto model = weak.lock();
-    if (model != nullptr && std::find(all.begin(), all.end(), model) == all.end())
-      all.push_back(std::move(model));
-  }
+  std::erase_if(replaced_, [&](const auto& model) {
+    if (std::find(all.begin(), all.end(), model) != all.end()) return true;  // live again, or listed twice
+    all.push_back(model);
+    // This reference and the one in `all`, which the caller drops without the lock.
+    return model.use_count() == 2 && model->idle();
+  });
   return all;
 }
 
@@ -184,9 +195,9 @@ std::unique_ptr<Connection> ServingCore::connect(const wire::SessionLimits& limi
   return connection;
 }
 
-void ServingCore::ended(const std::shared_ptr<ServedModel>& model, uint64_t tag) {
+void ServingCore::ended(const std::shared_ptr<ServedModel>& model, uint64_t tag, uint64_t connection) {
   const std::lock_guard lock(ended_mutex_);
-  ended_.emplace_back(model, tag);
+  ended_.push_back({model, tag, connection});
   if (signalled_) return;
   signalled_ = true;
   signal();
@@ -202,6 +213,12 @@ void ServingCore::begin_read() {
   signalled_ = true;
 }
 
+void ServingCore::end_read() {
+  const std::lock_guard lock(ended_mutex_);
+  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty();
+  if (signalled_) signal();
+}
+
 void ServingCore::deliver_ended() {
   for (;;) {
     {
@@ -212,14 +229,17 @@ void ServingCore::deliver_ended() {
       }
       std::swap(ended_, delivering_);
     }
-    for (const auto& [model, tag] : delivering_) {
-      if (!model->take(tag, &result_)) continue;
-      const auto at = connections_.find(result_.target.connection);
-      if (at == connections_.end()) continue;
+    for (const auto& [model, tag, id] : delivering_) {
+      const auto at = connections_.find(id);
+      if (at == connections_.end() || at->second->overflowed_) {
+        model->abandon(tag);
+        continue;
+      }
       Connection& connection = *at->second;
+      wire::Writer& out = connection.session_.out();
+      if (!model->take(tag, &result_, connection.max_output_bytes_ - out.size())) continue;
       const uint32_t msgid = result_.target.msgid;
       connection.session_.finish(msgid);
-      wire::Writer& out = connection.session_.out();
       const bool had_output = out.size() > 0;
       if (result_.status.is_ok()) {
         const wire::Timing timings[] = {
@@ -235,11 +255,11 @@ void ServingCore::deliver_ended() {
         reply.as_bin_f32 = result_.as_bin;
         if (!wire::encode_scores(out, msgid, reply)) {
           const Status full{Code::kResourceExhausted, "the connection's output buffer is full"};
-          (void)wire::encode_error(out, msgid, full, true);
+          (void)connection.encode_error(msgid, full, true, -1);
         }
       } else {
-        (void)wire::encode_error(out, msgid, result_.status, is_retryable(result_.status.code),
-                                 result_.retry_after_ms);
+        (void)connection.encode_error(msgid, result_.status, is_retryable(result_.status.code),
+                                      result_.retry_after_ms);
       }
       if (!had_output && &connection != reading_) dirty_.push_back(connection.id());
     }
@@ -268,7 +288,9 @@ std::vector<uint64_t> ServingCore::expire() {
 
 int64_t ServingCore::next_deadline() {
   int64_t next = std::numeric_limits<int64_t>::max();
-  for (const auto& model : all_models()) next = std::min(next, model->next_deadline());
+  const std::lock_guard lock(models_mutex_);
+  for (const auto& [name, model] : models_) next = std::min(next, model->next_deadline());
+  for (const auto& model : replaced_) next = std::min(next, model->next_deadline());
   return next;
 }
 

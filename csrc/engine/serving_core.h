@@ -4,7 +4,7 @@
 // Threads: connections, received(), wake() and expire() belong to the loop thread. call_local(), publishing,
 // stats and the loader's calls may come from any thread. Ended requests of connections are queued and one
 // eventfd write wakes the loop, unless a wake is pending already or the loop is in received() and will look
-// itself. Lock order: a model's lock, then one of this class; never the other way.
+// itself. Lock order: models_mutex_, a model's lock, then ended_mutex_ or miss_mutex_.
 #pragma once
 
 #include <atomic>
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -28,7 +29,7 @@ class ServingCore;
 class Connection {
  public:
   Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
-      : core_(core), id_(id), session_(limits) {}
+      : core_(core), id_(id), max_output_bytes_(limits.max_output_bytes), session_(limits) {}
   ~Connection() { drop(); }
 
   struct Call {
@@ -49,14 +50,20 @@ class Connection {
   // The peer is gone. Its requests are cancelled and nothing is sent.
   void drop();
   bool dropped() const { return core_ == nullptr; }
+  // Flush, then hang up: the framing is broken, or a request could not even be refused for want of room.
+  bool closed() const { return session_.closed() || overflowed_; }
 
  private:
   friend class ServingCore;
   void refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms);
+  bool encode_error(std::optional<uint32_t> msgid, const Status& status, bool retryable,
+                    int64_t retry_after_ms);
 
   ServingCore* core_;
   const uint64_t id_;
+  const size_t max_output_bytes_;
   wire::Session session_;
+  bool overflowed_ = false;
 };
 
 // Rows that parked requests lack: per view, distinct (key, request time).
@@ -90,7 +97,7 @@ class ServingCore : public ModelEvents {
   std::shared_ptr<ServedModel> retire(const std::string& name);
   std::shared_ptr<ServedModel> find(std::string_view name);
   std::vector<std::shared_ptr<ServedModel>> models();
-  // The live ones and those replaced that somebody still holds.
+  // The live ones and those replaced that somebody holds or that have unanswered requests.
   std::vector<std::shared_ptr<ServedModel>> all_models();
   Status unknown_model(std::string_view name);
 
@@ -123,12 +130,17 @@ class ServingCore : public ModelEvents {
   // Stops every model. Connections may still be dropped afterwards.
   void close();
 
-  void ended(const std::shared_ptr<ServedModel>& model, uint64_t tag) override;
+  void ended(const std::shared_ptr<ServedModel>& model, uint64_t tag, uint64_t connection) override;
   void missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) override;
 
  private:
   friend class Connection;
   using Tags = std::vector<std::pair<std::shared_ptr<ServedModel>, uint64_t>>;
+  struct EndedRequest {
+    std::shared_ptr<ServedModel> model;
+    uint64_t tag;
+    uint64_t connection;
+  };
 
   struct Hash {
     using is_transparent = void;
@@ -137,19 +149,20 @@ class ServingCore : public ModelEvents {
 
   uint64_t next_ids(uint32_t rows) { return next_id_.fetch_add(rows, std::memory_order_relaxed); }
   void begin_read();
+  void end_read();
   void deliver_ended();
   void signal();
   std::vector<uint64_t> take_dirty();
 
   std::mutex models_mutex_;
   std::unordered_map<std::string, std::shared_ptr<ServedModel>, Hash, std::equal_to<>> models_;
-  std::vector<std::weak_ptr<ServedModel>> replaced_;
+  std::vector<std::shared_ptr<ServedModel>> replaced_;  // each until nobody else has it and all is answered
 
   int event_fd_;
   std::mutex ended_mutex_;
-  Tags ended_;
-  bool signalled_ = false;  // a wake is pending, or the loop will look by itself
-  Tags delivering_;         // loop thread
+  std::vector<EndedRequest> ended_;
+  bool signalled_ = false;                // a wake is pending, or the loop will look by itself
+  std::vector<EndedRequest> delivering_;  // loop thread
   std::unordered_map<uint64_t, Connection*> connections_;  // loop thread
   std::vector<uint64_t> dirty_;                            // loop thread
   Connection* reading_ = nullptr;                          // loop thread

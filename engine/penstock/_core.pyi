@@ -10,27 +10,13 @@ import typing
 import numpy
 import numpy.typing
 
-__all__: list[str] = [
-    "Connection",
-    "FeatureCache",
-    "FeatureProgram",
-    "HistogramCounts",
-    "MissBatch",
-    "RowSchema",
-    "ServedModel",
-    "ServingCore",
-    "TreeEnsemble",
-    "WireSession",
-    "cpu_level",
-    "force_cpu_level",
-    "keys128",
-    "siphash128",
-    "wire_decode_predict",
-    "wire_decode_predict_vectors",
-    "wire_transcode",
-]
+@typing.type_check_only
+class _NativeType(type):
+    """
+    The metaclass of every class here.
+    """
 
-class WireSession:
+class WireSession(metaclass=_NativeType):
     """
     One connection's framing, requests in flight and output. One thread.
     """
@@ -112,7 +98,7 @@ class WireSession:
     @property
     def pending_output_bytes(self) -> int: ...
 
-class TreeEnsemble:
+class TreeEnsemble(metaclass=_NativeType):
     """
     A forest loaded from the bytes of trees.bin; immutable.
     """
@@ -142,7 +128,7 @@ class TreeEnsemble:
     @property
     def n_trees(self) -> int: ...
 
-class FeatureCache:
+class FeatureCache(metaclass=_NativeType):
     """
     Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.
     """
@@ -223,7 +209,7 @@ class FeatureCache:
         Counters and sizes, by name.
         """
 
-class HistogramCounts:
+class HistogramCounts(metaclass=_NativeType):
     """
     Counts per column: fine bins (e[k-1], e[k]] or codes, then missing, unseen, -inf, +inf. One writer at a time.
     """
@@ -248,7 +234,7 @@ class HistogramCounts:
         A copy of all counts, uint64 [slots].
         """
 
-class FeatureProgram:
+class FeatureProgram(metaclass=_NativeType):
     """
     A compiled feature program; immutable.
     """
@@ -273,7 +259,7 @@ class FeatureProgram:
         (name, dtype) of each output column.
         """
 
-class RowSchema:
+class RowSchema(metaclass=_NativeType):
     """
     Layout of a stored feature row.
     """
@@ -303,10 +289,14 @@ class RowSchema:
         64-bit words in a row.
         """
 
-class ServedModel:
+class ServedModel(metaclass=_NativeType):
     """
     One live version of a model: lane, executor thread, counters.
     """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
     def _hold(self, held: bool) -> None:
         """
         For tests: while held, batches block on the executor as in a model that hangs.
@@ -334,10 +324,14 @@ class ServedModel:
     @property
     def version(self) -> str: ...
 
-class Connection:
+class Connection(metaclass=_NativeType):
     """
     One peer. Every call belongs to the loop thread.
     """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
     def drop(self) -> None:
         """
         The peer is gone: its requests are cancelled.
@@ -388,17 +382,21 @@ class Connection:
     @property
     def pending_output_bytes(self) -> int: ...
 
-class MissBatch:
+class MissBatch(metaclass=_NativeType):
     """
     Rows that parked requests lack.
     """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
     @property
     def views(self) -> list:
         """
         [(view, keys uint64 [n, 2], now_us int64 [n])], pairs distinct in a view.
         """
 
-class ServingCore:
+class ServingCore(metaclass=_NativeType):
     """
     Live models, connections and the loader's queue.
     """

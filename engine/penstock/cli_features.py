@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from penstock.cli_holder import holder, holder_client, holder_name
 from penstock.errors import FailedPreconditionError, InvalidArgumentError, PenstockError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -116,10 +117,10 @@ def apply(
 
     with _reporting():
         folder, data = _folders(repo, data_dir, config)
-        server = None if dry_run else _server(data)
+        server = None if dry_run else holder(data)
         with _spinner(as_json, "Reading sources"):
             if server is not None:
-                with _client(server) as client:
+                with holder_client(server) as client:
                     changes = client.apply()
             else:
                 with FeatureStore(folder, data_dir=data) as store:
@@ -157,13 +158,13 @@ def materialize(
         end_us = SystemClock().now_us() if end is None else to_us(end, "--end")
         start_us = None if start is None else to_us(start, "--start")
         folder, data = _folders(repo, data_dir, config)
-        server = _server(data)
+        server = holder(data)
         if server is not None:
             if start_us is not None:
                 raise FailedPreconditionError(
-                    f"--start: {_holder(server)} uses the data folder; leave it out"
+                    f"--start: {holder_name(server)} uses the data folder; leave it out"
                 )
-            with _spinner(as_json, "Materialising"), _client(server) as client:
+            with _spinner(as_json, "Materialising"), holder_client(server) as client:
                 rows = client.materialize(end_us, view)["rows"]
         else:
             with FeatureStore(folder, data_dir=data) as store, _bars(as_json) as progress:
@@ -196,27 +197,6 @@ def _folders(repo: Path | None, data_dir: Path | None, config: Path | None) -> t
     if repo is None:
         repo = Path() if Path("feature_store.yaml").exists() else Path("feature_repo")
     return repo, load_repo(repo).data_dir if data_dir is None else data_dir
-
-
-def _server(data_dir: Path) -> dict[str, Any] | None:
-    """Who holds the data folder; None if nobody does."""
-    from penstock.serving.lock import lock_holder
-
-    return lock_holder(data_dir)
-
-
-def _holder(server: dict[str, Any]) -> str:
-    return f"process {server.get('pid') or 'unknown'}"
-
-
-def _client(server: dict[str, Any]) -> Any:
-    from penstock.serving.client import Client
-
-    if not server.get("listen"):
-        raise FailedPreconditionError(
-            f"{_holder(server)} uses the data folder and listens nowhere; stop it, or call its engine"
-        )
-    return Client(server["listen"])
 
 
 def _on_terminal() -> bool:

@@ -1,6 +1,8 @@
 """`penstock models`: list, add, promote and roll back the models of a data directory.
 
-Each command is one call of `call_models`, whose arguments and result are plain values.
+Each command is one call of `call_models`, whose arguments and result are plain values. While a server holds
+the data directory, `promote` and `rollback` go through its socket, for it must serve what they choose; `list`
+and `add` change nothing that is served and work on the registry itself.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.cli_holder import holder, holder_client
 from penstock.errors import InvalidArgumentError, PenstockError, to_wire
 
-app = typer.Typer(help="Model versions of a data directory.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="List, add, promote and roll back model versions.", no_args_is_help=True, add_completion=False
+)
 
 _CONFIG_NAME = "inference-config.yaml"
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The data directory.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help=f"Take data_dir from this file [default: ./{_CONFIG_NAME}].")
+    Path | None,
+    typer.Option("--config", help=f"Take data_dir from this file; ./{_CONFIG_NAME} if there is one."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Name = Annotated[str, typer.Argument(help="The model's name.")]
@@ -59,7 +65,7 @@ def add(
 def promote(
     name: Name,
     version: Annotated[
-        str | None, typer.Argument(help="A version or an alias [default: the challenger].")
+        str | None, typer.Argument(help="A version or an alias; the challenger if left out.")
     ] = None,
     data_dir: DataDir = None,
     config: ConfigFile = None,
@@ -82,12 +88,17 @@ def rollback(
 
 
 def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Do `method` on the registry in `data_dir`; plain values in and out.
+    """Do `method` on the registry in `data_dir`, or by the server that holds it; plain values in and out.
 
     list {} -> {"models": [version, ...]}; add {path} -> version; promote {name, version | None} and
     rollback {name} -> {"model", "version"}.
     A version is `ModelInfo.to_dict()`. Raises PenstockError or OSError.
     """
+    if method in ("promote", "rollback") and (server := holder(data_dir)) is not None:
+        with holder_client(server) as client:
+            name = params["name"]
+            found = client.promote(name, params["version"]) if method == "promote" else client.rollback(name)
+            return {"model": found["model"], "version": found["version"]}
     from penstock.models.registry import ModelRegistry
 
     registry = ModelRegistry(data_dir / "models", data_dir / "registry")

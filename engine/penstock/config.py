@@ -190,7 +190,11 @@ class CachesConfig(Section):
 
 
 class ModelConfig(Section):
-    """One served model: its bundle folder (None: by name under data_dir), and the version or alias."""
+    """One served model: the bundle folder to add to data_dir (None: it is there), and the version or alias.
+
+    A bundle that the registry sees for the first time becomes the champion; later promotions and rollbacks
+    hold, whatever `path` says.
+    """
 
     path: FilePath | None = None
     version: Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)] = Field(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Shop:
     """What the session built.
 
     Attributes:
-        folder: holds `feature_repo` and `bundles` (purchase 1 and 2 by feature service, bare 1 on vectors).
+        folder: holds `feature_repo` and `bundles` (buy 1 and 2 by feature service, bare 1 on vectors).
         columns: of the rows asked for: user_id, item_id, basket_value lists and now_us int64.
         rows: float32 [n, F], their features by the historical join.
         boosters: the LightGBM models by version; forest: the scikit-learn model of `bare`.
@@ -56,10 +57,11 @@ class Shop:
             "serving": {"max_latency_ms": 2000, "allow_replay": True},  # a slow machine is no failure here
             "feature_store": {"repo_path": str(self.folder / "feature_repo")},
             "models": {
-                "purchase": {"path": str(self.folder / "bundles/purchase/1")},
+                "buy": {"path": str(self.folder / "bundles/buy/1")},
                 "bare": {"path": str(self.folder / "bundles/bare/1")},
             },
             "caches": {"features": {"capacity": 4096}},
+            "server": {"goaway_grace": 0.02},
             "data_dir": str(folder / "data"),
         }
         for name, section in sections.items():
@@ -70,11 +72,11 @@ class Shop:
         return path
 
     def registry(self, folder: Path) -> Path:
-        """As `config`, but `purchase` 1 (the champion) and 2 come from the registry in the data folder."""
+        """As `config`, but `buy` 1 (the champion) and 2 come from the registry in the data folder."""
         from penstock.models.registry import ModelRegistry
 
         registry = ModelRegistry(folder / "data/models", folder / "data/registry")
-        for name in ("purchase/1", "purchase/2", "bare/1"):
+        for name in ("buy/1", "buy/2", "bare/1"):
             registry.add(self.folder / "bundles" / name)
         return self.config(folder, models=None)
 
@@ -129,7 +131,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
             save_bundle(
                 boosters[version],
                 joined.append_column("bought", pa.array(bought)),
-                name="purchase",
+                name="buy",
                 version=version,
                 directory=folder / "bundles",
                 label="bought",
@@ -156,7 +158,7 @@ class Raw:
             self.socket = socket.create_connection((where.host or "", where.port))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(30)
-        self._unpacker = msgpack.Unpacker(max_buffer_size=0, strict_map_key=False)
+        self._unpacker = msgpack.Unpacker(max_buffer_size=0)
         self._msgid = 0
 
     def read(self) -> Any:
@@ -192,13 +194,12 @@ class Raw:
 class Served:
     """A `penstock serve` process and its addresses."""
 
-    def __init__(self, config: Path, *options: str, prelude: str = "") -> None:
+    def __init__(self, config: Path, *options: str) -> None:
         self.config = config
-        command = [_PENSTOCK[0], "-c", f"{prelude}\n{_PENSTOCK[2]}"] if prelude else _PENSTOCK
         self.log = config.with_name("server.log")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*command, "serve", str(config), "--json", *options],
+                [*_PENSTOCK, "serve", str(config), "--json", *options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -221,6 +222,13 @@ class Served:
     def client(self) -> Client:
         return Client(self.address)
 
+    def wait_logged(self) -> None:
+        """Return when every row served so far is in the log on disk (it may lag by `log_flush`)."""
+        with self.client() as client:
+            deadline = time.monotonic() + 30
+            while client.stats()["served_log"]["pending"]:
+                assert time.monotonic() < deadline
+
     def kill(self) -> None:
         """End it as a power cut would."""
         self.process.kill()
@@ -242,33 +250,49 @@ class Servers:
     def __init__(self) -> None:
         self._made: list[Served] = []
 
-    def __call__(self, config: Path, *listen: str, prelude: str = "") -> Served:
+    def __call__(self, config: Path, *listen: str) -> Served:
         options = [part for address in listen or ("tcp://127.0.0.1:0",) for part in ("--listen", address)]
-        self._made.append(Served(config, *options, prelude=prelude))
+        self._made.append(Served(config, *options))
         return self._made[-1]
 
-    def close(self) -> None:
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop what still runs; no server may have met an error that nobody expected."""
         for served in self._made:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 served.stop()
             served.kill()
+        for served in self._made:
+            assert "Traceback" not in (log := served.log.read_text()), log
 
 
 @pytest.fixture
 def serve() -> Iterator[Servers]:
     """Starts a server of a configuration, on the addresses given or a free port."""
-    servers = Servers()
-    yield servers
-    servers.close()
+    with Servers() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def servers() -> type[Servers]:
+    """For fixtures whose servers outlive one test."""
+    return Servers
 
 
 @pytest.fixture(scope="module")
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for the tests of a module that leave it as it was; on a Unix socket and on TCP."""
     folder = tmp_path_factory.mktemp("server")
-    servers = Servers()
-    yield servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
-    servers.close()
+    with Servers() as servers:
+        made = servers(shop.config(folder), "tcp://127.0.0.1:0", f"unix://{folder}/s")
+        yield made
+        for model in made.raw().call("stats")["models"].values():
+            for counts in (model["requests"], model["rows"]):  # whatever the tests did: one end for each
+                assert counts["submitted"] == sum(counts.values()) - counts["submitted"]
+                assert counts["in_flight"] == 0
+        assert made.stop() == 0
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ monitoring: {{pane: 1d, window: 10d}}
 data_dir: {home}/data
 """
     for old, new in changes.items():
-        text = text.replace(old.replace("_", " "), new)
+        text = text.replace(old, new)
     config, faults = check_text(text)
     assert config is not None, faults
     return config
@@ -251,6 +251,25 @@ def test_promotion_and_rollback_swap_versions(home: Path) -> None:
     assert config is not None
     with Engine(config) as engine:  # champions of the registry, without a word about models
         assert engine.health()["models"] == {"buy": "2", "bare": "1"}
+
+
+def test_a_path_deploys_its_bundle_once_and_later_promotions_hold(home: Path) -> None:
+    with Engine(config_of(home)) as engine:
+        engine.registry.add(home / "bundles" / "buy" / "2")
+        engine.promote("buy", "2")
+    with Engine(config_of(home)) as engine:
+        assert engine.health()["models"]["buy"] == "2"
+        engine.rollback("buy")
+    with Engine(config_of(home, **{"buy/1": "buy/2"})) as engine:  # known already: the rollback holds
+        assert engine.health()["models"]["buy"] == "1"
+
+
+def test_a_new_path_is_deployed(home: Path) -> None:
+    with Engine(config_of(home)) as engine:
+        assert engine.health()["models"]["buy"] == "1"
+    with Engine(config_of(home, **{"buy/1": "buy/2"})) as engine:
+        assert engine.health()["models"]["buy"] == "2"
+        assert engine.rollback("buy")["version"] == "1"
 
 
 def test_a_bundle_of_other_definitions_is_refused(home: Path) -> None:

@@ -1,0 +1,212 @@
+// The way into a ServedModel: options, rows and ids of a call, its request and its place in the lane.
+#include <algorithm>
+#include <cstring>
+
+#include "engine/served_model.h"
+
+namespace penstock {
+namespace {
+
+constexpr int64_t kEndOfTimeUs = 253'402'300'800'000'000;  // the year 10000
+
+Status exhausted(std::string text) {
+  return {Code::kResourceExhausted, std::move(text)};
+}
+
+int64_t to_ms_up(int64_t ns) {
+  return (ns + 999'999) / 1'000'000;
+}
+
+}  // namespace
+
+Status ServedModel::check_options(const wire::Options& options, uint32_t rows, int64_t received_ns,
+                                  int64_t wall_us, Admission* admission) const {
+  if (rows == 0) return Status::invalid("the request has 0 rows; expected at least 1");
+  if (rows > config_.lane.max_rows_per_request) {
+    return Status::invalid("the request has " + std::to_string(rows) + " rows; expected at most " +
+                           std::to_string(config_.lane.max_rows_per_request));
+  }
+  if (options.has_now && !config_.allow_replay) {
+    return {Code::kFailedPrecondition, "options.now is given, but serving.allow_replay is false"};
+  }
+  if (options.has_now && (options.now_us < 0 || options.now_us >= kEndOfTimeUs)) {
+    return Status::invalid("options.now is " + std::to_string(options.now_us) +
+                           "; expected microseconds of the years 1970 to 9999");
+  }
+  int64_t limit_ns = config_.max_latency_ns;
+  if (options.deadline_us > 0 && options.deadline_us < limit_ns / 1000) limit_ns = options.deadline_us * 1000;
+  admission->rows = rows;
+  admission->received_ns = received_ns;
+  admission->deadline_ns = received_ns + limit_ns;
+  admission->now_us = options.has_now ? options.now_us : wall_us;
+  admission->with_timings = options.timings;
+  return {};
+}
+
+void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, uint64_t first_id,
+                                   Scratch& scratch) {
+  scratch.request_ids.resize(std::max<size_t>(scratch.request_ids.size(), rows));
+  wire::Cursor list = options.request_id_list;
+  for (uint32_t r = 0; r < rows; ++r) {
+    uint64_t id = first_id + r;
+    if (options.request_ids == wire::RequestIds::kOne) id = options.request_id;
+    if (options.request_ids == wire::RequestIds::kList) (void)list.read_uint(&id);
+    scratch.request_ids[r] = id;
+  }
+}
+
+Status ServedModel::refuse(const Status& status, uint32_t rows) {
+  const std::lock_guard lock(mutex_);
+  ++request_counts_.submitted;
+  ++request_counts_.rejected;
+  row_counts_.submitted += rows;
+  row_counts_.rejected += rows;
+  return status;
+}
+
+Status ServedModel::predict(const wire::PredictCall& call, std::string_view params, const Target& target,
+                            int64_t received_ns, int64_t wall_us, uint64_t first_id, Scratch& scratch,
+                            int64_t* retry_after_ms, uint64_t* tag) {
+  Admission admission{.target = target};
+  Status status = check_options(call.options, call.rows, received_ns, wall_us, &admission);
+  if (status.is_ok() && plan_ == nullptr) {
+    status = {Code::kFailedPrecondition,
+              "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
+  }
+  const bool use_cache = !call.options.no_cache;
+  if (status.is_ok()) {
+    status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
+                           &scratch.gathered, &scratch.misses);
+  }
+  if (!status.is_ok()) return refuse(status, call.rows);
+  if (!scratch.misses.empty())
+    return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
+  read_request_ids(call.options, call.rows, first_id, scratch);
+  return admit(admission, scratch.gathered.rows.data(), scratch.gathered.status.data(),
+               scratch.gathered.event_time.data(), scratch.request_ids.data(), retry_after_ms, tag);
+}
+
+Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target& target, int64_t received_ns,
+                                    int64_t wall_us, uint64_t first_id, Scratch& scratch,
+                                    int64_t* retry_after_ms, uint64_t* tag) {
+  Admission admission{.target = target, .as_bin = true};
+  Status status = check_options(call.options, call.rows, received_ns, wall_us, &admission);
+  if (status.is_ok() && call.bytes != call.rows * n_features_ * sizeof(float)) {
+    status =
+        Status::invalid("data is of " + std::to_string(call.bytes) + " bytes; expected " +
+                        std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
+  }
+  if (!status.is_ok()) return refuse(status, call.rows);
+  GatheredRows& gathered = scratch.gathered;
+  const size_t n = call.rows;
+  if (gathered.rows.size() < n * n_features_) gathered.rows.resize(n * n_features_);
+  if (gathered.status.size() < n) gathered.status.resize(n);
+  if (gathered.event_time.size() < n * n_views_) gathered.event_time.resize(n * n_views_);
+  std::memcpy(gathered.rows.data(), call.data, call.bytes);
+  std::fill_n(gathered.status.begin(), n, uint8_t{0});
+  std::fill_n(gathered.event_time.begin(), n * n_views_, std::numeric_limits<int64_t>::min());
+  read_request_ids(call.options, call.rows, first_id, scratch);
+  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(),
+               scratch.request_ids.data(), retry_after_ms, tag);
+}
+
+Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
+  ++request_counts_.submitted;
+  row_counts_.submitted += admission.rows;
+  if (stopping_ || free_requests_.empty()) {
+    ++request_counts_.rejected;
+    row_counts_.rejected += admission.rows;
+    if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
+    return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()));
+  }
+  ++request_counts_.in_flight;
+  row_counts_.in_flight += admission.rows;
+  *index = free_requests_.back();
+  free_requests_.pop_back();
+  Request& request = requests_[*index];
+  ++request.generation;
+  request.target = admission.target;
+  request.rows = admission.rows;
+  request.first_row = kNone;
+  request.lane_slot = Lane::kNoSlot;
+  request.received_ns = admission.received_ns;
+  request.deadline_ns = admission.deadline_ns;
+  request.formed_ns = request.run_ns = 0;
+  request.now_us = admission.now_us;
+  request.as_bin = admission.as_bin;
+  request.with_timings = admission.with_timings;
+  request.status = {};
+  request.retry_after_ms = -1;
+  return {};
+}
+
+Status ServedModel::admit(const Admission& admission, const float* rows, const uint8_t* row_status,
+                          const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms,
+                          uint64_t* tag) {
+  const std::lock_guard lock(mutex_);
+  uint32_t index = kNone;
+  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
+  Status status = queue_rows(index, rows, row_status, event_time, ids, retry_after_ms);
+  if (!status.is_ok()) {
+    count_end(requests_[index], status.code);
+    free_request(index);
+    return status;
+  }
+  link(index);
+  *tag = tag_of(index, requests_[index].generation);
+  return {};
+}
+
+// What an idle lane refuses, it refuses for its predicted run time alone. Were the slow runs behind that
+// prediction a passing trouble of the machine, no run would ever correct it: so each such refusal counts as
+// a run of half the predicted time, and a lane that refuses all is tried again after a window of them. Never
+// so short that the trial would run on the loop thread.
+void ServedModel::learn_from_refusal(uint32_t rows) {
+  if (lane_.queued_rows() > 0 || lane_.running_batches() > 0 || rows > config_.lane.max_queued_rows) return;
+  const auto most = static_cast<uint32_t>(config_.lane.policy.max_batch_rows);
+  for (const uint32_t n : {std::min(rows, most), rows > most ? rows % most : 0}) {
+    const int64_t predicted = n == 0 ? 0 : lane_.run_time().predict(n);
+    if (predicted > config_.inline_limit_ns)
+      lane_.record_run(n, std::max(config_.inline_limit_ns + 1, predicted / 2));
+  }
+}
+
+// Hands a request's rows to the lane. On a refusal the request holds no rows.
+Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t* row_status,
+                               const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms) {
+  Request& request = requests_[index];
+  if (request.rows > free_rows_) {
+    return exhausted("too many rows are unanswered; at most " + std::to_string(config_.max_resident_rows));
+  }
+  const int64_t now = mono_ns();
+  if (now >= request.deadline_ns)
+    return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
+  const Lane::Submitted submitted =
+      lane_.submit(tag_of(index, request.generation), request.rows, request.deadline_ns, now);
+  if (submitted.slot == Lane::kNoSlot) {
+    learn_from_refusal(request.rows);
+    *retry_after_ms = to_ms_up(submitted.retry_after_ns);
+    return exhausted("the queue of model '" + config_.name + "' is too long for the request's deadline");
+  }
+  request.lane_slot = submitted.slot;
+  slot_tags_[submitted.slot] = tag_of(index, request.generation);
+  request.state = State::kQueued;
+  request.first_row = free_row_;
+  request.seek_index = 0;
+  request.seek_row = free_row_;
+  uint32_t last = kNone;
+  for (uint32_t r = 0; r < request.rows; ++r) {
+    const uint32_t at = free_row_;
+    free_row_ = next_row_[at];
+    std::copy_n(rows + r * n_features_, n_features_, &rows_[at * n_features_]);
+    if (n_views_ != 0) std::copy_n(event_time + r * n_views_, n_views_, &event_time_[at * n_views_]);
+    row_status_[at] = row_status[r];
+    request_ids_[at] = ids[r];
+    last = at;
+  }
+  next_row_[last] = kNone;
+  free_rows_ -= request.rows;
+  return {};
+}
+
+}  // namespace penstock

@@ -1,0 +1,34 @@
+"""How a command reaches the server that holds a data folder: by the folder's lock, over its socket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import FailedPreconditionError
+
+if TYPE_CHECKING:
+    from penstock.serving.client import Client
+
+
+def holder(data_dir: Path) -> dict[str, Any] | None:
+    """Who holds the data folder ({"pid", "listen"}); None if nobody does."""
+    from penstock.serving.lock import lock_holder
+
+    return lock_holder(data_dir)
+
+
+def holder_name(found: dict[str, Any]) -> str:
+    """The holder, for a message."""
+    return f"process {found.get('pid') or 'unknown'}"
+
+
+def holder_client(found: dict[str, Any]) -> Client:
+    """A client of the holder; FailedPreconditionError if it listens nowhere."""
+    from penstock.serving import client
+
+    if not found.get("listen"):
+        raise FailedPreconditionError(
+            f"{holder_name(found)} uses the data folder and listens nowhere; stop it, or call its engine"
+        )
+    return client.Client(found["listen"])
