@@ -112,7 +112,7 @@ bool Connection::reply(uint32_t msgid, std::string_view result) {
   const bool retryable = out.size() > 0;  // alone in the buffer it would not fit either
   if (wire::encode_raw_result(out, msgid, result)) return true;
   const Status full{Code::kResourceExhausted, "the result does not fit the connection's output buffer"};
-  (void)wire::encode_error(out, msgid, full, retryable);
+  (void)encode_error(msgid, full, retryable, -1);
   return false;
 }
 

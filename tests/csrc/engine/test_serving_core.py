@@ -271,6 +271,16 @@ def test_a_result_above_the_output_limit_is_answered_resource_exhausted(core: An
     assert not peer.connection.reply(1, msgpack.packb("again"))
 
 
+def test_a_result_without_room_even_for_its_error_ends_the_connection(core: Any) -> None:
+    peer = Peer(core, max_output_bytes=1 << 16)
+    peer.send(request(1, "stats", []) + request(2, "stats", []))
+    assert peer.connection.reply(1, msgpack.packb(b"x" * ((1 << 16) - 16)))
+    assert not peer.connection.closed
+    assert not peer.connection.reply(2, msgpack.packb(b"x" * 100))
+    assert peer.connection.closed
+    assert [reply[1] for reply in peer.replies()] == [1]
+
+
 _IMAGE: list[bytes] = []
 
 
