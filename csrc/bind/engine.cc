@@ -275,7 +275,8 @@ void bind_connection(py::module_& m) {
             return self.reply(msgid, static_cast<std::string_view>(result));
           },
           py::arg("msgid"), py::arg("result"),
-          "Answer with a MessagePack value. False: not in flight, or the output is full.")
+          "Answer with a MessagePack value. False: not in flight, or it does not fit and the answer is\n"
+          "RESOURCE_EXHAUSTED.")
       .def(
           "reply_error",
           [](Connection& self, uint32_t msgid, const std::string& code, const std::string& message,

@@ -107,7 +107,13 @@ void Connection::received(size_t n, std::vector<Call>* others) {
 }
 
 bool Connection::reply(uint32_t msgid, std::string_view result) {
-  return session_.finish(msgid) && wire::encode_raw_result(session_.out(), msgid, result);
+  if (!session_.finish(msgid)) return false;
+  wire::Writer& out = session_.out();
+  const bool retryable = out.size() > 0;  // alone in the buffer it would not fit either
+  if (wire::encode_raw_result(out, msgid, result)) return true;
+  const Status full{Code::kResourceExhausted, "the result does not fit the connection's output buffer"};
+  (void)encode_error(msgid, full, retryable, -1);
+  return false;
 }
 
 bool Connection::reply_error(uint32_t msgid, const Status& status, bool retryable, int64_t retry_after_ms) {

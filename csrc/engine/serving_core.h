@@ -43,7 +43,8 @@ class Connection {
   // `n` bytes arrived in the last get_buffer(): answers what can be answered now and adds every request that
   // is not a predict call to `others`.
   void received(size_t n, std::vector<Call>* others);
-  // Answers a request that received() returned; false if it is not in flight or the output is full.
+  // Answer a request that received() returned; false if it is not in flight or the output is full. A result
+  // that does not fit is answered RESOURCE_EXHAUSTED.
   bool reply(uint32_t msgid, std::string_view result);
   bool reply_error(uint32_t msgid, const Status& status, bool retryable, int64_t retry_after_ms);
   // The peer is gone. Its requests are cancelled and nothing is sent.

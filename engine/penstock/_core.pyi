@@ -356,7 +356,8 @@ class Connection(metaclass=_NativeType):
         """
     def reply(self, msgid: typing.SupportsInt | typing.SupportsIndex, result: bytes) -> bool:
         """
-        Answer with a MessagePack value. False: not in flight, or the output is full.
+        Answer with a MessagePack value. False: not in flight, or it does not fit and the answer is
+        RESOURCE_EXHAUSTED.
         """
     def reply_error(
         self,

@@ -46,7 +46,6 @@ _NEVER = 2**63 - 1
 _SLOW_PROGRESS = 64 << 10  # bytes that a peer must take within slow_reader_timeout
 _LINGER = 1.0  # seconds that a peer has to read the last words of its connection
 _MOST_LINGERING = 256
-_ENVELOPE = 512  # bytes around a result, with what an error reply may need
 _RESERVED_FILES = 64
 _SWITCH_INTERVAL = 0.0005  # seconds; threads that compute in Python let the loop in this soon
 _REFUSED_RETRY_MS = 100
@@ -121,6 +120,7 @@ class Server:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._peers: dict[int, Peer] = {}
+        self._dropped_notifications = 0  # of the connections that are gone
         self._stalled: set[Peer] = set()
         self._farewells: dict[Farewell, asyncio.TimerHandle] = {}
         self._listeners: list[Listener] = []
@@ -187,12 +187,15 @@ class Server:
 
     def stats(self) -> dict[str, int]:
         """Return the server's counters."""
+        peers = list(self._peers.values())
+        dropped = sum(peer.connection.dropped_notifications for peer in peers)
         return {
-            "connections": len(self._peers),
+            "connections": len(peers),
             "accepted": self.accepted,
             "refused": self.refused,
             "slow_readers": self.slow_readers,
             "slow_readers_dropped": self.slow_dropped,
+            "dropped_notifications": self._dropped_notifications + dropped,
             "calls_outstanding": self._data.outstanding,
             "admin_calls_outstanding": self._admin.outstanding,
         }
@@ -223,6 +226,7 @@ class Server:
         """`peer` is gone: its requests are cancelled."""
         self._stalled.discard(peer)
         if self._peers.pop(peer.connection.id, None) is not None:
+            self._dropped_notifications += peer.connection.dropped_notifications
             peer.connection.drop()
             self._check_drained()
 
@@ -323,7 +327,7 @@ class Server:
         for msgid, method, params in requests:
             if method == "health":
                 try:
-                    self._reply(peer, msgid, pack_result(self.health()))
+                    peer.connection.reply(msgid, pack_result(self.health()))
                 except Exception as error:
                     self._fail(peer, msgid, error)
             elif method not in METHODS:
@@ -351,17 +355,9 @@ class Server:
             if isinstance(outcome, BaseException):
                 self._fail(peer, msgid, outcome)
             else:
-                self._reply(peer, msgid, outcome)
+                peer.connection.reply(msgid, outcome)
             peer.flush()
         self._check_drained()
-
-    def _reply(self, peer: Peer, msgid: int, result: bytes) -> None:
-        room = self.settings.max_output_bytes - peer.connection.pending_output_bytes - _ENVELOPE
-        if len(result) > room:
-            message = f"the reply has {len(result)} bytes; the connection has room for {max(0, room)}"
-            self._fail(peer, msgid, ResourceExhaustedError(message))
-        else:
-            peer.connection.reply(msgid, result)
 
     def _fail(self, peer: Peer, msgid: int, error: BaseException) -> None:
         wire = to_wire(error)

@@ -253,6 +253,34 @@ def test_pipelined_requests_are_answered_whatever_the_pieces(step: int, n: int, 
     core.close()
 
 
+def test_a_result_above_the_output_limit_is_answered_resource_exhausted(core: Any) -> None:
+    peer = Peer(core, max_output_bytes=1 << 16)
+    peer.send(request(1, "stats", []) + request(2, "stats", []) + request(3, "stats", []))
+    large = msgpack.packb(b"x" * (1 << 16))
+    assert not peer.connection.reply(1, large)
+    assert peer.connection.in_flight == 2
+    assert peer.connection.reply(2, msgpack.packb("ok"))
+    assert not peer.connection.reply(3, large)
+    first, second, third = peer.replies()
+    message = "the result does not fit the connection's output buffer"
+    # Alone in the buffer it would not fit either; behind another reply it may do so later.
+    assert first == [1, 1, {"code": "RESOURCE_EXHAUSTED", "message": message, "retryable": False}, None]
+    assert second == [1, 2, None, "ok"]
+    assert third == [1, 3, {"code": "RESOURCE_EXHAUSTED", "message": message, "retryable": True}, None]
+    assert peer.connection.in_flight == 0
+    assert not peer.connection.reply(1, msgpack.packb("again"))
+
+
+def test_a_result_without_room_even_for_its_error_ends_the_connection(core: Any) -> None:
+    peer = Peer(core, max_output_bytes=1 << 16)
+    peer.send(request(1, "stats", []) + request(2, "stats", []))
+    assert peer.connection.reply(1, msgpack.packb(b"x" * ((1 << 16) - 16)))
+    assert not peer.connection.closed
+    assert not peer.connection.reply(2, msgpack.packb(b"x" * 100))
+    assert peer.connection.closed
+    assert [reply[1] for reply in peer.replies()] == [1]
+
+
 _IMAGE: list[bytes] = []
 
 

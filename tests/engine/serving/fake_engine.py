@@ -54,6 +54,10 @@ class FakeConnection:
     def pending_output_bytes(self) -> int:
         return self.session.pending_output_bytes
 
+    @property
+    def dropped_notifications(self) -> int:
+        return self.session.dropped
+
     def received(self, n: int) -> list[tuple[int, str, bytes]]:
         self.session.advance(n)
         others = []
@@ -112,7 +116,11 @@ class FakeConnection:
 
     def reply(self, msgid: int, result: bytes) -> bool:
         self.session.finish(msgid)
-        return self.session.reply_raw(msgid, result)
+        if self.session.reply_raw(msgid, result):
+            return True
+        full = "the result does not fit the connection's output buffer"
+        self.session.reply_error(msgid, "RESOURCE_EXHAUSTED", full, self.pending_output_bytes > 0)
+        return False
 
     def reply_error(
         self, msgid: int, code: str, message: str, retryable: bool, retry_after_ms: int | None = None

@@ -328,7 +328,20 @@ def test_reply_above_the_output_limit_is_an_error(serve, connect):
     peer = connect(serve(max_output_bytes=1 << 16).address)
     peer.send([0, 1, "features", [1 << 17, {}]])
     _, _, error, _ = peer.read()
-    assert (error["code"], "bytes" in error["message"]) == ("RESOURCE_EXHAUSTED", True)
+    assert (error["code"], "does not fit" in error["message"]) == ("RESOURCE_EXHAUSTED", True)
+
+
+def test_dropped_notifications_are_counted_past_the_end_of_their_connection(serve, connect):
+    running = serve()
+    first, second = connect(running.address), connect(running.address)
+    for peer in (first, second):
+        peer.send([2, "nonsense", []], [0, 1, "health", []])
+        peer.read()
+    first.close()
+    assert running.core.dropped.acquire(timeout=30)
+    second.send([0, 2, "stats", []])
+    server = second.read()[3]["server"]
+    assert (server["connections"], server["dropped_notifications"]) == (1, 2)
 
 
 def test_health_that_fails_is_an_error_reply(serve, connect, monkeypatch):
