@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from penstock.cli_holder import holder, holder_client, holder_name
+from penstock.cli_holder import alone, holder, holder_client, holder_name
 from penstock.errors import FailedPreconditionError, InvalidArgumentError, PenstockError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -123,7 +123,7 @@ def apply(
                 with holder_client(server) as client:
                     changes = client.apply()
             else:
-                with FeatureStore(folder, data_dir=data) as store:
+                with alone(data), FeatureStore(folder, data_dir=data) as store:
                     found = store.plan() if dry_run else store.apply()
                     changes = {"views": found.views, "services": found.services}
     if as_json:
@@ -167,7 +167,7 @@ def materialize(
             with _spinner(as_json, "Materialising"), holder_client(server) as client:
                 rows = client.materialize(end_us, view)["rows"]
         else:
-            with FeatureStore(folder, data_dir=data) as store, _bars(as_json) as progress:
+            with alone(data), FeatureStore(folder, data_dir=data) as store, _bars(as_json) as progress:
                 if start_us is None:
                     report = store.materialize_incremental(end_us, views=view, progress=progress)
                 else:

@@ -1,7 +1,9 @@
-"""How a command reaches the server that holds a data folder: by the folder's lock, over its socket."""
+"""One writer for each data folder: the server that holds it, reached over its socket, or else the command."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,21 @@ def holder(data_dir: Path) -> dict[str, Any] | None:
     from penstock.serving.lock import lock_holder
 
     return lock_holder(data_dir)
+
+
+@contextmanager
+def alone(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder, if there is one; FailedPreconditionError if somebody came first."""
+    from penstock.serving.lock import DataDirLock
+
+    if not data_dir.is_dir():
+        yield
+        return
+    lock = DataDirLock(data_dir)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def holder_name(found: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from penstock.cli_holder import holder, holder_client
+from penstock.cli_holder import alone, holder, holder_client
 from penstock.errors import InvalidArgumentError, PenstockError, to_wire
 
 app = typer.Typer(
@@ -106,11 +106,13 @@ def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[
         return {"models": [info.to_dict() for info in registry.list()]}
     if method == "add":
         return registry.add(params["path"]).to_dict()
-    if method == "promote":
-        chosen = registry.promote(params["name"], params["version"])
-        return {"model": params["name"], "version": chosen}
-    if method == "rollback":
-        return {"model": params["name"], "version": registry.rollback(params["name"])}
+    if method in ("promote", "rollback"):
+        name = params["name"]
+        with alone(data_dir):
+            chosen = (
+                registry.promote(name, params["version"]) if method == "promote" else registry.rollback(name)
+            )
+        return {"model": name, "version": chosen}
     raise InvalidArgumentError(f"method is {method!r}; expected one of add, list, promote, rollback")
 
 
