@@ -262,10 +262,6 @@ class AsyncClient:
         """As `Client.label`."""
         return await self._run(label_call(request_ids, labels, times))
 
-    async def push(self, source: str, columns: Any) -> dict[str, Any]:
-        """As `Client.push`."""
-        return await self.call("push", source, to_columns("columns", columns))
-
     async def models(self) -> dict[str, Any]:
         """As `Client.models`."""
         return await self.call("models")

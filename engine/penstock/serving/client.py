@@ -163,10 +163,6 @@ class Client:
         call = label_call(request_ids, labels, times)
         return self._run(call, self._deadline(call, None))
 
-    def push(self, source: str, columns: Any) -> dict[str, Any]:
-        """Add rows to a source; returns `{"accepted": n}` once they are durable."""
-        return self.call("push", source, to_columns("columns", columns))
-
     def models(self) -> dict[str, Any]:
         """Return the served models, their versions and their inputs."""
         return self.call("models")
@@ -195,7 +191,7 @@ class Client:
         return self.call("materialize", stamp, None if views is None else list(views))
 
     def apply(self) -> Any:
-        """Read the feature definitions again and record them."""
+        """Record the server's feature definitions and read the sources that changed again."""
         return self.call("apply")
 
     def promote(self, model: str, version: str | int | None = None) -> Any:

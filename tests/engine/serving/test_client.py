@@ -91,7 +91,6 @@ def test_predict_and_the_other_methods(serve):
         assert client.models()["echo"]["entities"] == ["id"]
         assert client.features("3", {"id": [1]})["columns"] == {"big": "xxx"}
         client.label([1, 2], [0, 1])
-        client.push("trips", {"id": np.array([1])})
         client.materialize(5, ["v"])
         client.materialize()
         client.apply()
@@ -102,7 +101,6 @@ def test_predict_and_the_other_methods(serve):
             client.drift("echo", 60, 5)
     assert [call[:2] for call in running.engine.calls[3:]] == [
         ("label", [[1, 2], [0, 1]]),
-        ("push", ["trips", {"id": [1]}]),
         ("materialize", [5, ["v"]]),
         ("materialize", []),
         ("apply", []),
@@ -126,7 +124,6 @@ def test_async_client_has_the_same_methods(serve, run):
             assert "echo" in await client.models()
             assert await client.features("3", {"id": [1]}) == {"columns": {"big": "xxx"}}
             await client.label([1], [0])
-            await client.push("trips", {"id": [1]})
             await client.materialize(5, ["v"])
             await client.apply()
             await client.rollback("echo")
