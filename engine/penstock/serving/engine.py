@@ -8,6 +8,7 @@ call any method.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -48,6 +49,16 @@ _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is 
 _REFILL_ROWS = 1024
 
 
+_open_engines: set[Engine] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what a program left open: no thread may meet the interpreter's end in native code."""
+    for engine in list(_open_engines):
+        engine.close()
+
+
 class Engine:
     """Serves the models of a configuration in this process.
 
@@ -70,6 +81,7 @@ class Engine:
         self._closing = threading.Event()
         self.monitor_errors = 0
         self._threads: list[threading.Thread] = []
+        _open_engines.add(self)
         try:
             self._open()
         except BaseException:
@@ -466,6 +478,7 @@ class Engine:
             return
         self.drain()
         self._closing.set()
+        _open_engines.discard(self)
         self.core.close()
         for thread in self._threads:
             thread.join()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -403,6 +405,21 @@ def test_a_closed_engine_refuses_and_closes_twice(home: Path) -> None:
     engine.close()
     with pytest.raises(UnavailableError):
         ask(engine, rows_of(1))
+
+
+def test_a_program_that_ends_without_closing_ends_in_order(home: Path) -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from penstock import Engine\n"
+        "engine = Engine.from_config(sys.argv[1])\n"
+        "print(engine.predict_vectors('bare', np.zeros((1, 5))).version, flush=True)\n"
+        "raise RuntimeError('the program fails')\n"
+    )
+    path = home / "inference-config.yaml"
+    path.write_text(f"models: {{bare: {{path: {home}/bundles/bare/1}}}}\ndata_dir: {home}/data\n")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "1\n")
+    assert done.stderr.splitlines()[-1] == "RuntimeError: the program fails"
 
 
 def test_a_config_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
