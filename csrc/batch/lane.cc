@@ -127,13 +127,23 @@ int64_t Lane::next_deadline() const {
   return next;
 }
 
-bool Lane::cancel(uint32_t slot, uint64_t tag) {
-  if (slot >= slots_.size()) return false;
-  const Request& request = slots_[slot];
-  if (!request.used || request.answered || request.tag != tag) return false;
-  end(slot, End::kCancelled);
-  settle();
+bool Lane::end_if_unanswered(const Named& named) {
+  if (named.slot >= slots_.size()) return false;
+  const Request& request = slots_[named.slot];
+  if (!request.used || request.answered || request.tag != named.tag) return false;
+  end(named.slot, End::kCancelled);
   return true;
+}
+
+bool Lane::cancel(uint32_t slot, uint64_t tag) {
+  const bool found = end_if_unanswered({slot, tag});
+  settle();
+  return found;
+}
+
+void Lane::cancel_all(std::span<const Named> requests) {
+  for (const Named& named : requests) (void)end_if_unanswered(named);
+  settle();
 }
 
 void Lane::end(uint32_t slot, End how) {

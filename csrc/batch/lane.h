@@ -86,6 +86,12 @@ class Lane {
 
   // Ends the request if it is unanswered; false when the slot holds no such request.
   bool cancel(uint32_t slot, uint64_t tag);
+  // The same for many, in one pass over the queue.
+  struct Named {
+    uint32_t slot;
+    uint64_t tag;
+  };
+  void cancel_all(std::span<const Named> requests);
 
   // Requests ended since the last clear_ended(), in order. At most max_requests can be pending.
   std::span<const Ended> ended() const { return ended_; }
@@ -109,6 +115,7 @@ class Lane {
     bool answered = false;
   };
 
+  bool end_if_unanswered(const Named& named);
   void end(uint32_t slot, End how);
   void settle();
   void compact();

@@ -73,6 +73,7 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
   free_row_ = config.max_resident_rows == 0 ? kNone : 0;
   batch_.reserve(kMaxBatchRows);
   batch_tags_.reserve(kMaxBatchRows);
+  dropped_.reserve(config.lane.max_requests);
 }
 
 ServedModel::~ServedModel() {
@@ -332,20 +333,22 @@ bool ServedModel::cancel(uint64_t connection, uint32_t msgid) {
 
 void ServedModel::drop(uint64_t connection) {
   const std::lock_guard lock(mutex_);
+  dropped_.clear();
   for (uint32_t i = newest_; i != kNone;) {
     Request& request = requests_[i];
     const uint32_t older = request.older;
     if (request.target.connection == connection) {
       request.target = {};
       if (request.state == State::kQueued) {
-        (void)lane_.cancel(request.lane_slot, tag_of(i, request.generation));
-        report_ended();
+        dropped_.push_back({request.lane_slot, tag_of(i, request.generation)});
       } else {
         end(i, {Code::kCancelled, ""});
       }
     }
     i = older;
   }
+  lane_.cancel_all(dropped_);
+  report_ended();
 }
 
 void ServedModel::wait(uint64_t tag, Waiter& waiter) {

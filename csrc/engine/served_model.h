@@ -264,6 +264,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<uint64_t> batch_tags_;
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
+  std::vector<Lane::Named> dropped_;  // of one drop()
 
   EndCounters request_counts_, row_counts_;
   uint64_t batches_[kMaxBatchRows + 1] = {};
