@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,9 @@ import msgpack
 import numpy as np
 import pytest
 import yaml
+from raw_peer import Raw
 
 from penstock.serving.client import Client
-from penstock.serving.protocol import parse_address
 
 _FEATURES = ("amount", "hour", "distance")
 _PENSTOCK = [sys.executable, "-c", "from penstock.cli import main; main()"]
@@ -146,33 +145,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(folder, columns, rows, boosters, forest, vectors)
 
 
-class Raw:
-    """A peer with nothing but a socket and msgpack."""
+class Caller(Raw):
+    """A raw peer that makes calls, one at a time."""
 
     def __init__(self, address: str) -> None:
-        where = parse_address(address)
-        if where.path is not None:
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(where.path)
-        else:
-            self.socket = socket.create_connection((where.host or "", where.port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.settimeout(30)
-        self._unpacker = msgpack.Unpacker(max_buffer_size=0)
+        super().__init__(address)
         self._msgid = 0
 
     def read(self) -> Any:
-        """The next message; None at the end of the stream."""
-        while True:
-            for message in self._unpacker:
-                return message
-            try:
-                data = self.socket.recv(1 << 16)
-            except ConnectionResetError:
-                return None
-            if not data:
-                return None
-            self._unpacker.feed(data)
+        """The next message; None at the end of the stream, however it came."""
+        try:
+            return super().read()
+        except ConnectionResetError:
+            return None
 
     def call(self, method: str, *params: Any) -> Any:
         """The result of a call, or its error map under "error"."""
@@ -186,9 +171,6 @@ class Raw:
         """Code and message of a call that must fail."""
         error = self.call(method, *params)["error"]
         return error["code"], error["message"]
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class Served:
@@ -212,11 +194,11 @@ class Served:
             raise RuntimeError(f"the server ended with {self.process.returncode}: {self.log.read_text()}")
         self.addresses: list[str] = json.loads(line)["addresses"]
         self.address = self.addresses[0]
-        self._peers: list[Raw] = []
+        self._peers: list[Caller] = []
 
-    def raw(self) -> Raw:
+    def raw(self) -> Caller:
         """A new connection, closed before the server is stopped."""
-        self._peers.append(Raw(self.address))
+        self._peers.append(Caller(self.address))
         return self._peers[-1]
 
     def client(self) -> Client:

@@ -174,7 +174,7 @@ def save_bundle(
                 label=label,
                 time_range_us=_time_range(table, timestamp),
                 created_us=created_us,
-                libraries=library.library_versions(model),
+                libraries=library.versions_of(model),
                 facts=dict(facts or {}),
             ),
             metrics={key: float(value) for key, value in (metrics or {}).items()},

@@ -134,7 +134,7 @@ def _margins(model: Any, rows: NDArray[np.float32]) -> Any:
     return shares[:, 1] if _has_two_shares(model) else shares
 
 
-def library_versions(model: Any) -> dict[str, str]:
+def versions_of(model: Any) -> dict[str, str]:
     """Versions of the libraries that made the bundle."""
     from importlib import metadata
 

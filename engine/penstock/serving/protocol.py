@@ -21,11 +21,11 @@ from penstock.errors import InternalError, InvalidArgumentError, NotFoundError, 
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 HOT_METHODS = frozenset({"predict", "predict_vectors"})
-ADMIN_METHODS = frozenset({"materialize", "erase", "apply", "promote", "rollback", "retrain"})
-DATA_METHODS = frozenset({"features", "push", "label", "models", "health", "stats", "drift"})
+ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback"})
+DATA_METHODS = frozenset({"features", "label", "models", "health", "stats", "drift"})
 METHODS = HOT_METHODS | DATA_METHODS | ADMIN_METHODS
 # The same call made twice leaves the same state, so a client may repeat it after a lost connection.
-IDEMPOTENT_METHODS = HOT_METHODS | DATA_METHODS - {"push"}
+IDEMPOTENT_METHODS = HOT_METHODS | DATA_METHODS
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7064"
 MAX_MESSAGE_BYTES = 64 << 20  # of one reply, as the clients accept it

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +15,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 import uvloop
+from raw_peer import Raw
 
-from penstock.serving.protocol import parse_address
 from penstock.serving.server import Server, ServerSettings
 
 _SCRIPT = Path(__file__).with_name("fake_engine.py")
@@ -71,38 +69,6 @@ class Running:
         answered = self.answered.result(30)
         self._thread.join(30)
         return answered
-
-
-class Raw:
-    """A peer that writes bytes and reads messages."""
-
-    def __init__(self, address: str) -> None:
-        where = parse_address(address)
-        if where.path is not None:
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(where.path)
-        else:
-            self.socket = socket.create_connection((where.host or "", where.port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.settimeout(30)
-        self._unpacker = msgpack.Unpacker(max_buffer_size=0)
-
-    def send(self, *messages: Any) -> None:
-        self.socket.sendall(b"".join(msgpack.packb(message) for message in messages))
-
-    def read(self) -> Any:
-        """The next message; None at the end of the stream."""
-        while True:
-            try:
-                return next(self._unpacker)
-            except StopIteration:
-                data = self.socket.recv(1 << 16)
-                if not data:
-                    return None
-                self._unpacker.feed(data)
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class Spawned:

@@ -2,7 +2,7 @@
 
 The wire is the real one (`_core.WireSession`); only what a prediction is, is made up. Models: "echo" answers
 each row with its `id` at once; "hold" answers when released; "busy" refuses as often as `busy` says, then
-echoes; "wide" answers with a megabyte; "boom" breaks the core. `push` steers: "release" answers those held,
+echoes; "wide" answers with a megabyte; "boom" breaks the core. `label` steers: "release" answers those held,
 last first; "open" lets `materialize`, which blocks, end. While draining, a refused prediction releases those
 held.
 """
@@ -193,12 +193,10 @@ class FakeEngine:
 
     def call(self, method: str, params: list[Any], *, admin: bool) -> Any:
         self.calls.append((method, params, admin))
-        if method == "push":
-            if params[0] == "release":
-                self.core.release()
-            elif params[0] == "open":
-                self.gate.set()
-            return {"accepted": 1}
+        if method == "label" and params[0] == "release":
+            self.core.release()
+        if method == "label" and params[0] == "open":
+            self.gate.set()
         if method == "materialize":
             self.started.release()
             self.gate.wait(60)

@@ -12,8 +12,6 @@ import msgpack
 import numpy as np
 import pytest
 import uvloop
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from penstock.errors import (
     CancelledError,
@@ -28,7 +26,6 @@ from penstock.errors import (
 )
 from penstock.serving.async_client import AsyncClient
 from penstock.serving.client import Client
-from penstock.serving.pool import Pool, Retry
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -297,12 +294,12 @@ def test_async_client_reconnects_after_the_server_was_killed(spawn, tmp_path, ru
     run(main())
 
 
-def test_lost_connection_repeats_a_prediction_but_never_a_push(run):
+def test_lost_connection_repeats_a_prediction_but_never_an_admin_call(run):
     ok = msgpack.packb([1, 0, None, {"scores": [1.0], "version": "1", "request_ids": [1]}])
     with _pretender(b"", b"", ok) as (address, got), Client(address) as client:
         assert client.predict("m", {"id": 1}).scores.tolist() == [1.0]
         assert len(got) == 3
-    for method in ("push", "materialize", "promote"):
+    for method in ("apply", "materialize", "promote"):
         with _pretender(b"", ok) as (address, got), Client(address) as client:
             with pytest.raises(UnavailableError, match="was lost"):
                 client.call(method, "x")
@@ -311,7 +308,7 @@ def test_lost_connection_repeats_a_prediction_but_never_a_push(run):
     async def main(address):
         async with AsyncClient(address) as client:
             with pytest.raises(UnavailableError, match="was lost"):
-                await client.call("push", "x")
+                await client.call("apply", "x")
 
     with _pretender(b"", ok) as (address, got):
         run(main(address))
@@ -562,58 +559,3 @@ def test_closed_client(serve, run):
 def test_client_that_cannot_be(addresses, size, match):
     with pytest.raises(InvalidArgumentError, match=match):
         Client(addresses, pool_size=size)
-
-
-class _Link:
-    def __init__(self, in_flight=0, usable=True):
-        self.in_flight, self.usable = in_flight, usable
-
-
-@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=4), min_size=1, max_size=4))
-@settings(max_examples=100)
-def test_choice_is_the_least_in_flight(loads):
-    pool = Pool([f"tcp://h:{i + 1}" for i in range(len(loads))], size=3)
-    for endpoint, links in zip(pool.endpoints, loads):
-        endpoint.links = [_Link(*link) for link in links]
-    usable = [[n for n, ok in links if ok] for links in loads]
-    endpoint = pool.endpoint(0.0)
-    assert sum(usable[pool.endpoints.index(endpoint)]) == min(map(sum, usable))
-    link = pool.link(endpoint)
-    left = [link.in_flight for link in endpoint.links]
-    if link is None:
-        assert len(left) < 3 and 0 not in left
-    else:
-        assert link.in_flight == min(left)
-
-
-def test_endpoints_that_are_down_come_last():
-    pool = Pool(["tcp://a:1", "tcp://b:1"], size=1)
-    first, second = pool.endpoints
-    pool.failed(first, 100.0)
-    assert all(pool.endpoint(100.0) is second for _ in range(5))
-    pool.failed(second, 100.0)
-    pool.failed(second, 100.0)
-    first.down_until, second.down_until = 101.0, 102.0
-    assert pool.endpoint(100.0) is first
-    link = _Link()
-    pool.opened(first, link)
-    assert first.down_until == 0.0
-    pool.leaving(link, 100.0)
-    assert first.down_until == 101.0
-
-
-def test_retry_rules():
-    def pause(error, *, sent=True, **given):
-        retry = Retry(**{"idempotent": True, "retries": 3, "deadline": None, **given})
-        return retry.pause(error, 10.0, sent=sent)
-
-    busy = ResourceExhaustedError("x", retry_after_ms=500)
-    assert 0.5 <= pause(busy) <= 0.51
-    assert 0 <= pause(UnavailableError("x")) <= 0.01
-    assert pause(busy, deadline=10.4) is None
-    assert pause(busy, retries=0) is None
-    assert pause(busy, idempotent=False) is None
-    assert pause(UnavailableError("x"), idempotent=False, sent=False) is not None
-    assert pause(InvalidArgumentError("x")) is None
-    assert pause(DeadlineExceededError("x")) is None
-    assert pause(DeadlineExceededError("x"), persists=True, retries=0) is not None

@@ -103,7 +103,7 @@ def test_plain_call_leaves_trailing_none_out():
     ]  # fmt: skip
     assert msgpack.unpackb(plain_call("materialize", 5, None).message(1, 9.0))[3] == [5]
     assert not plain_call("materialize").idempotent
-    assert not plain_call("push").idempotent
+    assert not plain_call("apply").idempotent
 
 
 def test_options_of_a_prediction():
@@ -290,8 +290,8 @@ def test_deadline_that_is_none(deadline):
         (lambda: predict_call("m", {"s": "\ud800"}), "entities cannot be sent"),
         (lambda: predict_vectors_call("m", [1.0]), r"rows has shape \(1,\)"),
         (lambda: predict_vectors_call("m", [["x"]]), "rows cannot be float32"),
-        (lambda: plain_call("push", *range(15)), "push has 15 params"),
-        (lambda: plain_call("push", object()), "no MessagePack form"),
+        (lambda: plain_call("apply", *range(15)), "apply has 15 params"),
+        (lambda: plain_call("apply", object()), "no MessagePack form"),
     ],
 )
 def test_call_that_cannot_be_sent(make, match):

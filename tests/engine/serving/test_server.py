@@ -133,7 +133,7 @@ def test_answers_come_in_any_order(serve, connect):
     peer = connect(running.address)
     peer.send(_predict(1, "hold", 1), _predict(2, "hold", 2), _predict(3, "echo", 3))
     assert peer.read()[1] == 3
-    peer.send([0, 4, "push", ["release", {}]])
+    peer.send([0, 4, "label", ["release", []]])
     replies = {}
     for _ in range(3):
         _, msgid, error, result = peer.read()
@@ -276,7 +276,7 @@ def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
         replies[msgid] = result
     assert replies[4]["server"]["admin_calls_outstanding"] == 2
     assert replies[5] == {"ready": True, "state": "serving", "models": {"echo": "1"}}
-    peer.send([0, 6, "push", ["open", {}]])
+    peer.send([0, 6, "label", ["open", []]])
     assert sorted(peer.read()[1] for _ in range(3)) == [1, 2, 6]
 
 
