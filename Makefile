@@ -20,7 +20,7 @@ define prepare
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" || { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "scikit-build-core>=1.0" "pybind11>=3.1" "cmake>=3.22" ninja
+	$(PIP) "scikit-build-core>=1.0" "pybind11>=3.1" "cmake>=3.22" ninja "setuptools>=70.1" wheel
 endef
 
 $(STAMP): $(NATIVE)
