@@ -18,9 +18,9 @@ class Peer(asyncio.BufferedProtocol):
     """One connection: its transport and its native side."""
 
     __slots__ = (
+        "_received",
         "_server",
         "blocked",
-        "_received",
         "connection",
         "direct",
         "eof",
