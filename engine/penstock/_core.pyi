@@ -415,11 +415,11 @@ class ServingCore(metaclass=_NativeType):
     Live models, connections and the loader's queue.
     """
     def __init__(self) -> None: ...
-    def call(self, vectors: bool, params: bytes) -> tuple:
+    def call(self, vectors: bool, params: bytes, timings: bool = True) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores
-        float64 [n, K], version, request_ids uint64 [n], status uint8 [n] | None, timings) or (code,
-        message, retry_after_ms | None).
+        float64 [n], [n, K] for K outputs, version, request_ids uint64 [n], status uint8 [n] | None,
+        timings | None) or (code, message, retry_after_ms | None).
         """
     def close(self) -> None: ...
     def connection(
