@@ -285,7 +285,7 @@ def predict_params(
 
 
 def pack_predict(params: tuple[Any, ...]) -> bytes:
-    """Return the bytes of what `predict_params` made, in one piece; InvalidArgumentError names the culprit."""
+    """Return the bytes of what `predict_params` made; InvalidArgumentError names what cannot be sent."""
     try:
         return _packers.packer.pack(params)
     except (OverflowError, ValueError, TypeError, UnicodeEncodeError):
