@@ -369,6 +369,21 @@ void bind_engine(py::module_& m) {
            "fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None.")
+      .def(
+          "put_on_trial",
+          [](ServingCore& self, const std::string& name, std::shared_ptr<ServedModel> model, bool shadow,
+             double share) {
+            if (!(share >= 0 && share <= 1))
+              throw py::value_error("share is " + std::to_string(share) + "; expected 0 to 1");
+            const auto whole = static_cast<double>(Trial::kWhole);
+            require(
+                self.put_on_trial(name, {std::move(model), shadow ? TrialMode::kShadow : TrialMode::kCanary,
+                                         static_cast<uint32_t>(share * whole + 0.5)}));
+          },
+          py::arg("name"), py::arg("model"), py::arg("shadow") = false, py::arg("share") = 0.0,
+          "Let a version (None: none) take part in that share of the sticky keys: it answers them, or "
+          "scores\n"
+          "them unseen as a shadow. In place of the trial before. ValueError if the name is not live.")
       .def("retire", &ServingCore::retire, py::arg("name"))
       .def("live", &ServingCore::models, "The live models.")
       .def(

@@ -474,6 +474,17 @@ class ServingCore(metaclass=_NativeType):
         """
         Make it the live version of its name; returns the one before it, still running, or None.
         """
+    def put_on_trial(
+        self,
+        name: str,
+        model: ServedModel | None,
+        shadow: bool = False,
+        share: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None:
+        """
+        Let a version (None: none) take part in that share of the sticky keys: it answers them, or scores
+        them unseen as a shadow. In place of the trial before. ValueError if the name is not live.
+        """
     def retire(self, name: str) -> ServedModel | None: ...
     def wait_misses(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> typing.Any:
         """
