@@ -90,7 +90,7 @@ Status TreeEnsemble::load(const uint8_t* data, size_t size, std::shared_ptr<cons
   }
   if (values != h.n_leaf_values) return bad("too many leaf values");
   for (double& d : made->divisor_) d = h.average != 0 && d > 0.0 ? d : 1.0;
-  made->build_bitvector();
+  made->build_plan();
   *out = std::move(made);
   return Status::ok();
 }
@@ -127,52 +127,11 @@ Status TreeEnsemble::check_tree(uint32_t tree) const {
   return Status::ok();
 }
 
-void TreeEnsemble::build_bitvector() {
-  plan_.narrow = true;
-  for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    const uint32_t leaves = leaf_begin_[t + 1] - leaf_begin_[t];
-    if (leaves > 64) return;
-    plan_.narrow = plan_.narrow && leaves <= 32;
-  }
-  for (const Split& s : splits_) {
-    if (s.flags & kCategorical) return;
-  }
-  struct Keyed {
-    uint32_t group;
-    BitvectorEntry entry;
-  };
-  std::vector<Keyed> keyed;
-  keyed.reserve(splits_.size());
-  for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    const Split* splits = splits_.data() + split_begin_[t];
-    for (uint32_t i = 0; i < split_begin_[t + 1] - split_begin_[t]; ++i) {
-      // Leaves of the left subtree: from its leftmost leaf up to the leftmost of the right one.
-      const auto leftmost = [&](int32_t node) {
-        while (node >= 0) node = splits[node].left;
-        return static_cast<uint32_t>(~node);
-      };
-      const uint32_t low = leftmost(splits[i].left), high = leftmost(splits[i].right);
-      const uint64_t cleared = ((1ull << (high - low)) - 1) << low;
-      const uint32_t group = 2 * splits[i].feature + ((splits[i].flags & kDefaultLeft) ? 0 : 1);
-      keyed.push_back({group, {splits[i].threshold, t, ~cleared}});
-    }
-  }
-  std::stable_sort(keyed.begin(), keyed.end(), [](const Keyed& a, const Keyed& b) {
-    return a.group != b.group ? a.group < b.group : a.entry.threshold < b.entry.threshold;
-  });
-  plan_.begin.assign(2 * size_t{header_.n_features} + 1, 0);
-  for (const Keyed& k : keyed) {
-    ++plan_.begin[k.group + 1];
-    plan_.entries.push_back(k.entry);
-    plan_.thresholds.push_back(k.entry.threshold);
-    if (plan_.narrow) {
-      plan_.narrow_keeps.push_back({k.entry.tree, static_cast<uint32_t>(k.entry.keep)});
-    } else {
-      plan_.wide_keeps.push_back({k.entry.tree, k.entry.keep});
-    }
-  }
-  for (size_t g = 1; g < plan_.begin.size(); ++g) plan_.begin[g] += plan_.begin[g - 1];
-  plan_.usable = true;
+void TreeEnsemble::build_plan() {
+  one_output_ = header_.n_outputs == 1 &&
+                std::all_of(tree_output_.begin(), tree_output_.end(), [](int32_t o) { return o == 0; });
+  plan_ = plan_trees({header_.n_trees, splits_.data(), split_begin_.data(),
+                      one_output_ ? leaf_values_.data() : nullptr, value_begin_.data()});
 }
 
 }  // namespace penstock
