@@ -12,25 +12,25 @@ namespace penstock {
 
 namespace {
 
+// Fewest rows for which the pieces are the fastest, where every tree has at most 32 leaves, and elsewhere:
+// the same on every instruction set within one row (bench/README.md).
+constexpr size_t kPiecesFromNarrow = 3, kPiecesFrom = 4;
+
 struct Kernels {
   RankKernel rank;
   PieceKernel pieces;  // null where there are none
   CheckpointKernel checkpoints;
-  // Fewest rows for which the pieces are the faster, by what else the run has (bench/README.md).
-  size_t pieces_from_narrow, pieces_from_wide, pieces_from_nodes;
 };
 
 Kernels kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
-  if (level == CpuLevel::kAvx512) {
-    return {rank_avx512, piece_leaves_avx512, checkpoint_leaves_avx512, 6, 6, 6};
-  }
-  if (level == CpuLevel::kAvx2) return {rank_avx2, piece_leaves_avx2, checkpoint_leaves_avx2, 6, 6, 6};
+  if (level == CpuLevel::kAvx512) return {rank_avx512, piece_leaves_avx512, checkpoint_leaves_avx512};
+  if (level == CpuLevel::kAvx2) return {rank_avx2, piece_leaves_avx2, checkpoint_leaves_avx2};
 #endif
 #if defined(__SSE4_1__)
-  return {rank_portable, piece_leaves_sse4, checkpoint_leaves_portable, 6, 6, 6};
+  return {rank_portable, piece_leaves_sse4, checkpoint_leaves_portable};
 #else
-  return {rank_portable, nullptr, checkpoint_leaves_portable, 0, 0, 0};
+  return {rank_portable, nullptr, checkpoint_leaves_portable};
 #endif
 }
 
@@ -101,10 +101,7 @@ void TreeEnsemble::find_leaves(const TreeRun& run, const float* rows, size_t n, 
   uint8_t* leaves = scratch.leaves_.data()->bytes;
   kernels.rank(plan_, run, rows, n, stride, ranks);
   complete_ranks(run, rows, n, stride, ranks);
-  const size_t pieces_from = run.groups.empty() ? kernels.pieces_from_nodes
-                             : run.narrow       ? kernels.pieces_from_narrow
-                                                : kernels.pieces_from_wide;
-  if (kernels.pieces != nullptr && n >= pieces_from) {
+  if (kernels.pieces != nullptr && n >= (run.narrow ? kPiecesFromNarrow : kPiecesFrom)) {
     kernels.pieces(run, ranks, n, leaves);
   } else if (run.groups.empty()) {
     walk_leaves(run, ranks, n, leaves);

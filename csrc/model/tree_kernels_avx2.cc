@@ -55,12 +55,13 @@ struct Avx2Half {
   static Register choose(Register a, Register b, Register second) { return _mm_blendv_epi8(a, b, second); }
 };
 
-// How many of 16 values are less than x.
-unsigned count_less(const float* values, __m256 x) {
-  const __m256 low = _mm256_cmp_ps(x, _mm256_load_ps(values), _CMP_GT_OQ);
-  const __m256 high = _mm256_cmp_ps(x, _mm256_load_ps(values + 8), _CMP_GT_OQ);
-  const int bits = _mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8;
-  return static_cast<unsigned>(__builtin_popcount(static_cast<unsigned>(bits)));
+// How many of 16 values are less than x; 0 for NaN.
+uint32_t count_less(__m256 first, __m256 second, __m256 x) {
+  const __m256i low = _mm256_castps_si256(_mm256_cmp_ps(x, first, _CMP_GT_OQ));
+  const __m256i high = _mm256_castps_si256(_mm256_cmp_ps(x, second, _CMP_GT_OQ));
+  // Two bits for each of the sixteen.
+  const int bits = _mm256_movemask_epi8(_mm256_packs_epi32(low, high));
+  return static_cast<uint32_t>(_mm_popcnt_u32(static_cast<uint32_t>(bits))) / 2;
 }
 
 }  // namespace
@@ -69,11 +70,15 @@ void rank_avx2(const TreePlan& plan, const TreeRun& run, const float* rows, size
                int8_t* ranks) {
   for (const RankColumn& column : run.columns) {
     if (!column.categorical && !column.twin) {
-      const float* lines = plan.search[column.search].values;
-      for (size_t r = 0; r < n; ++r) {
-        const __m256 x = _mm256_set1_ps(rows[r * stride + column.feature]);
-        const unsigned line = count_less(lines, x);  // 0 for NaN
-        const unsigned rank = 16 * line + count_less(lines + 16 + 16 * line, x);
+      const FloatLine* lines = plan.search.data() + column.search;
+      const __m256 first = _mm256_load_ps(lines->values), second = _mm256_load_ps(lines->values + 8);
+      ++lines;
+      const float* x_at = rows + column.feature;
+      for (size_t r = 0; r < n; ++r, x_at += stride) {
+        const __m256 x = _mm256_set1_ps(*x_at);
+        const uint32_t line = count_less(first, second, x);
+        const float* values = lines[line].values;
+        const uint32_t rank = 16 * line + count_less(_mm256_load_ps(values), _mm256_load_ps(values + 8), x);
         ranks[r] = static_cast<int8_t>(static_cast<int>(rank) + kRankBias);
       }
     }

@@ -85,9 +85,9 @@ void piece_leaves(const TreeRun& run, const int8_t* ranks, uint8_t* leaves) {
   }
 }
 
-// How many of 16 values are less than x.
-unsigned count_less(const float* values, __m512 x) {
-  return static_cast<unsigned>(__builtin_popcount(_mm512_cmp_ps_mask(x, _mm512_load_ps(values), _CMP_GT_OQ)));
+// How many of 16 values are less than x; 0 for NaN.
+uint32_t count_less(__m512 values, __m512 x) {
+  return static_cast<uint32_t>(_mm_popcnt_u32(_cvtmask16_u32(_mm512_cmp_ps_mask(x, values, _CMP_GT_OQ))));
 }
 
 // kGroups: of 16 rows.
@@ -131,11 +131,14 @@ void rank_avx512(const TreePlan& plan, const TreeRun& run, const float* rows, si
                  int8_t* ranks) {
   for (const RankColumn& column : run.columns) {
     if (!column.categorical && !column.twin) {
-      const float* lines = plan.search[column.search].values;
-      for (size_t r = 0; r < n; ++r) {
-        const __m512 x = _mm512_set1_ps(rows[r * stride + column.feature]);
-        const unsigned line = count_less(lines, x);  // 0 for NaN
-        const unsigned rank = 16 * line + count_less(lines + 16 + 16 * line, x);
+      const FloatLine* lines = plan.search.data() + column.search;
+      const __m512 last_of_line = _mm512_load_ps(lines->values);
+      ++lines;
+      const float* x_at = rows + column.feature;
+      for (size_t r = 0; r < n; ++r, x_at += stride) {
+        const __m512 x = _mm512_set1_ps(*x_at);
+        const uint32_t line = count_less(last_of_line, x);
+        const uint32_t rank = 16 * line + count_less(_mm512_load_ps(lines[line].values), x);
         ranks[r] = static_cast<int8_t>(static_cast<int>(rank) + kRankBias);
       }
     }

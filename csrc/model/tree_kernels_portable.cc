@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 
 #include "model/checkpoint_kernel.h"
 #include "model/piece_kernel.h"
@@ -13,17 +14,24 @@
 namespace penstock {
 namespace {
 
-// How many of n ascending values are less than x, without a branch on x: a search that branches guesses wrong
-// at every other step.
-size_t count_less(const float* values, size_t n, float x) {
-  const float* base = values;
-  while (n > 1) {
-    const size_t half = n / 2;
-    base += half & (size_t{0} - static_cast<size_t>(base[half - 1] < x));
-    n -= half;
-  }
-  return static_cast<size_t>(base - values) + (n == 1 && *base < x ? 1 : 0);
+#if defined(__SSE4_1__)
+// How many of 16 values are less than x; 0 for NaN.
+uint32_t count_less(const FloatLine& line, float x) {
+  const __m128 wide = _mm_set1_ps(x);
+  const auto less = [&](size_t i) {
+    return _mm_castps_si128(_mm_cmplt_ps(_mm_load_ps(line.values + i), wide));
+  };
+  const __m128i low = _mm_packs_epi32(less(0), less(4)), high = _mm_packs_epi32(less(8), less(12));
+  const int bits = _mm_movemask_epi8(_mm_packs_epi16(low, high));
+  return static_cast<uint32_t>(std::popcount(static_cast<uint32_t>(bits)));
 }
+#else
+uint32_t count_less(const FloatLine& line, float x) {
+  uint32_t count = 0;
+  for (const float value : line.values) count += value < x;
+  return count;
+}
+#endif
 
 }  // namespace
 
@@ -31,10 +39,11 @@ void rank_portable(const TreePlan& plan, const TreeRun& run, const float* rows, 
                    int8_t* ranks) {
   for (const RankColumn& column : run.columns) {
     if (!column.categorical && !column.twin) {
-      const float* thresholds = plan.search[column.search + 1].values;
-      for (size_t r = 0; r < n; ++r) {
-        const float x = rows[r * stride + column.feature];
-        const size_t rank = count_less(thresholds, column.size, x);  // 0 for NaN
+      const FloatLine* lines = plan.search.data() + column.search;
+      const float* x_at = rows + column.feature;
+      for (size_t r = 0; r < n; ++r, x_at += stride) {
+        const uint32_t line = count_less(*lines, *x_at);
+        const uint32_t rank = 16 * line + count_less(lines[1 + line], *x_at);
         ranks[r] = static_cast<int8_t>(static_cast<int>(rank) + kRankBias);
       }
     }

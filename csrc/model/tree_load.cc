@@ -1,5 +1,6 @@
 // Loading of trees.bin: every count and index is checked before anything is kept. Any thread.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -10,12 +11,35 @@
 namespace penstock {
 namespace {
 
-uint32_t crc32(const uint8_t* data, size_t size) {
-  uint32_t crc = ~0u;
-  for (size_t i = 0; i < size; ++i) {
-    crc ^= data[i];
+// Tables for eight bytes at a time: [k][b] is the crc of byte b followed by k zero bytes.
+using CrcTables = std::array<std::array<uint32_t, 256>, 8>;
+constexpr CrcTables crc_tables() {
+  CrcTables tables{};
+  for (uint32_t b = 0; b < 256; ++b) {
+    uint32_t crc = b;
     for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ (0xedb88320u & (0u - (crc & 1u)));
+    tables[0][b] = crc;
   }
+  for (size_t k = 1; k < 8; ++k) {
+    for (size_t b = 0; b < 256; ++b) {
+      const uint32_t before = tables[k - 1][b];
+      tables[k][b] = (before >> 8) ^ tables[0][before & 0xff];
+    }
+  }
+  return tables;
+}
+
+uint32_t crc32(const uint8_t* data, size_t size) {
+  static constexpr CrcTables kTables = crc_tables();
+  uint32_t crc = ~0u;
+  for (; size >= 8; data += 8, size -= 8) {
+    uint64_t word;
+    std::memcpy(&word, data, 8);
+    word ^= crc;
+    crc = 0;
+    for (size_t i = 0; i < 8; ++i) crc ^= kTables[7 - i][word >> (8 * i) & 0xff];
+  }
+  for (; size > 0; ++data, --size) crc = (crc >> 8) ^ kTables[0][(crc ^ *data) & 0xff];
   return ~crc;
 }
 

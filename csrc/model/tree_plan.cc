@@ -125,15 +125,15 @@ class RunBuilder {
       small = small && leaves(t) <= kSmallLeaves;
       run.narrow = run.narrow && leaves(t) <= kNarrowLeaves;
     }
-    for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_pieces(run, draft, t);
+    place_splits(run, draft);
+    for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_pieces(run, t);
     run.piece_begin.push_back(static_cast<uint32_t>(run.pieces.size()));
     if (small) {
       for (uint32_t first = 0; first < run.n_trees; first += kCheckpointTrees) {
-        add_group(run, draft, run.first_tree + first,
-                  std::min<uint32_t>(kCheckpointTrees, run.n_trees - first));
+        add_group(run, run.first_tree + first, std::min<uint32_t>(kCheckpointTrees, run.n_trees - first));
       }
     } else {
-      for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_nodes(run, draft, t);
+      for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_nodes(run, t);
       run.node_begin.push_back(static_cast<uint32_t>(run.nodes.size()));
     }
     if (run.narrow && trees_.values != nullptr) add_halves(run);
@@ -144,16 +144,26 @@ class RunBuilder {
     int8_t threshold;
   };
 
-  Place place(const Draft& draft, const Split& s) const {
-    const DraftColumn& column = draft.at(key_of(s));
-    const auto& known = column.thresholds;
-    const auto rank = std::lower_bound(known.begin(), known.end(), threshold_of(s)) - known.begin();
-    return {static_cast<uint16_t>(8 * column.index[nan_right(s)]), static_cast<int8_t>(rank + kRankBias)};
+  // Where each split of the run compares, by its number in the run.
+  void place_splits(const TreeRun& run, const Draft& draft) {
+    places_.clear();
+    first_split_ = trees_.split_begin[run.first_tree];
+    const uint32_t end = trees_.split_begin[run.first_tree + run.n_trees];
+    for (uint32_t i = first_split_; i < end; ++i) {
+      const Split& s = trees_.splits[i];
+      const DraftColumn& column = draft.at(key_of(s));
+      const auto& known = column.thresholds;
+      const auto rank = std::lower_bound(known.begin(), known.end(), threshold_of(s)) - known.begin();
+      places_.push_back(
+          {static_cast<uint16_t>(8 * column.index[nan_right(s)]), static_cast<int8_t>(rank + kRankBias)});
+    }
   }
+
+  const Place* places(uint32_t t) const { return places_.data() + (trees_.split_begin[t] - first_split_); }
 
   // The fewest connected pieces of at most kPieceSplits: from the leaves up, a split keeps the parts below it
   // and gives up the larger where they do not fit (Kundu and Misra 1977).
-  void add_pieces(TreeRun& run, const Draft& draft, uint32_t t) {
+  void add_pieces(TreeRun& run, uint32_t t) {
     run.piece_begin.push_back(static_cast<uint32_t>(run.pieces.size()));
     const uint32_t n = n_splits(t);
     const Split* of = splits(t);
@@ -177,16 +187,16 @@ class RunBuilder {
       // Members in preorder, so a member's bit is found by its index.
       uint32_t members[kPieceSplits];
       size_t count = 0;
-      std::vector<uint32_t> stack{i};
-      while (!stack.empty()) {
-        const uint32_t at = stack.back();
-        stack.pop_back();
-        const Place where = place(draft, of[at]);
+      uint32_t stack[kPieceSplits + 1] = {i};
+      size_t waiting = 1;
+      while (waiting > 0) {
+        const uint32_t at = stack[--waiting];
+        const Place where = places(t)[at];
         piece.column[count] = where.column;
         piece.threshold[count] = where.threshold;
         members[count++] = at;
         for (const int32_t child : {of[at].right, of[at].left}) {
-          if (child >= 0 && !root[child]) stack.push_back(static_cast<uint32_t>(child));
+          if (child >= 0 && !root[child]) stack[waiting++] = static_cast<uint32_t>(child);
         }
       }
       for (uint32_t code = 0; code < 16; ++code) {
@@ -202,19 +212,19 @@ class RunBuilder {
     }
   }
 
-  void add_nodes(TreeRun& run, const Draft& draft, uint32_t t) {
+  void add_nodes(TreeRun& run, uint32_t t) {
     run.node_begin.push_back(static_cast<uint32_t>(run.nodes.size()));
     const auto child = [](int32_t c) { return static_cast<uint16_t>(c < 0 ? kLeafNode + ~c : c); };
     for (uint32_t i = 0; i < n_splits(t); ++i) {
       const Split& s = splits(t)[i];
-      const Place where = place(draft, s);
+      const Place where = places(t)[i];
       run.nodes.push_back({where.column, where.threshold, 0, {child(s.left), child(s.right)}});
     }
     // A tree of one leaf still has a node to begin with.
     if (n_splits(t) == 0) run.nodes.push_back({0, 127, 0, {kLeafNode, kLeafNode}});
   }
 
-  void add_group(TreeRun& run, const Draft& draft, uint32_t first, uint32_t n) {
+  void add_group(TreeRun& run, uint32_t first, uint32_t n) {
     struct Entry {
       uint32_t column, rank, tree;
       uint64_t keep;
@@ -228,7 +238,7 @@ class RunBuilder {
         // Leaves of the left subtree: from its leftmost up to the leftmost of the right one.
         const uint32_t high = of[i].right < 0 ? static_cast<uint32_t>(~of[i].right) : leftmost[of[i].right];
         const uint64_t cleared = ((1ull << (high - leftmost[i])) - 1) << leftmost[i];
-        const Place where = place(draft, of[i]);
+        const Place where = places(t)[i];
         entries.push_back(
             {where.column / 8u, static_cast<uint32_t>(where.threshold - kRankBias), t - first, ~cleared});
       }
@@ -303,6 +313,8 @@ class RunBuilder {
 
   const TreeArrays& trees_;
   TreePlan* plan_;
+  std::vector<Place> places_;
+  uint32_t first_split_ = 0;
 };
 
 }  // namespace
