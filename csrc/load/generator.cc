@@ -513,17 +513,24 @@ void Generator::tell() {
 }
 
 void Generator::change_phase() {
-  Phase next = phase_;
-  if (phase_ == Phase::kConnect) next = Phase::kWarmup;
-  if (next == Phase::kWarmup && now_ >= window_begin_) next = Phase::kWindow;
-  if (phase_ == Phase::kWindow && now_ >= window_end_) next = Phase::kDrain;
-  const bool idle = total_in_flight_ == 0 && (!open_loop_ || start_ + schedule_.offset_ns() >= window_end_);
-  if (phase_ == Phase::kDrain && (idle || now_ >= drain_end_)) next = Phase::kDone;
-  if (next == phase_) return;
-  phase_ = next;
-  if (next == Phase::kWindow) cpu_begin_ = thread_cpu_s();
-  if (next == Phase::kDrain) report_.thread_cpu_s = thread_cpu_s() - cpu_begin_;
-  if (next != Phase::kDone) tell();
+  for (;;) {
+    Phase next = phase_;
+    if (phase_ == Phase::kConnect) {
+      next = Phase::kWarmup;
+    } else if (phase_ == Phase::kWarmup && now_ >= window_begin_) {
+      next = Phase::kWindow;
+      cpu_begin_ = thread_cpu_s();
+    } else if (phase_ == Phase::kWindow && now_ >= window_end_) {
+      next = Phase::kDrain;
+      report_.thread_cpu_s = thread_cpu_s() - cpu_begin_;
+    } else if (phase_ == Phase::kDrain) {
+      const bool all_sent = !open_loop_ || start_ + schedule_.offset_ns() >= window_end_;
+      if ((total_in_flight_ == 0 && all_sent) || now_ >= drain_end_) next = Phase::kDone;
+    }
+    if (next == phase_) return;
+    phase_ = next;
+    tell();
+  }
 }
 
 // What is still open at the end.

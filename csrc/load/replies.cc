@@ -70,7 +70,9 @@ bool take_json(std::string_view text, std::string_view key, Judge* judge) {
   const char* const end = p + text.size();
   while (p < end && !judge->complete()) {
     if (*p == '"') {
-      for (++p; p < end && *p != '"'; ++p) p += *p == '\\';
+      for (++p; p < end && *p != '"'; ++p) {
+        if (*p == '\\' && p + 1 < end) ++p;
+      }
       if (p < end) ++p;
     } else if (*p == '-' || (*p >= '0' && *p <= '9')) {
       double value;

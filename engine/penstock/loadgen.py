@@ -273,6 +273,11 @@ def run(load: Load, requests: Requests, watch: Watch | None = None) -> LoadResul
     )
 
 
+def environment() -> dict[str, str]:
+    """Variables under which a child process imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 def run_apart(load: Load, requests: Requests, watch: Watch | None = None) -> LoadResult:
     """As `run`, in a process of its own. `watch` runs here and is told the changes of phase and the progress.
 
@@ -280,8 +285,7 @@ def run_apart(load: Load, requests: Requests, watch: Watch | None = None) -> Loa
         InvalidArgumentError, UnavailableError: as `run`.
     """
     command = [sys.executable, "-m", "penstock.loadgen"]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=paths)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
     assert child.stdin is not None and child.stdout is not None
     try:
         with child.stdin:
