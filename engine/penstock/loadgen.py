@@ -327,6 +327,7 @@ def _child() -> None:
         stopping = True
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it here too; the parent decides
     load, requests = pickle.load(sys.stdin.buffer)
 
     def watch(phase: str, seconds: float, ok: int, failed: int) -> bool:

@@ -291,7 +291,7 @@ def test_a_stall_counts_against_every_request_that_fell_due_in_it(rate):
     assert latency.max >= 199_000_000
     if rate:  # those due in the first half of the stall waited for its second half
         assert late >= 98 and latency.count == 1000
-    else:  # one request waited; the others were never sent meanwhile, so nothing shows what they would have had
+    else:  # one request waited; the others were not sent meanwhile, so nothing shows what they would have had
         assert late >= 1
     assert made["unanswered"] == made["unsent"] == 0
     assert stalled
@@ -507,7 +507,8 @@ def test_ctrl_c_ends_the_run():
         "import sys, numpy as np; from penstock.loadgen import *\n"
         "def watch(phase, *_):\n"
         "    if phase == 'window': print('running', flush=True)\n"
-        "run(Load(sys.argv[1], duration=600, warmup=0), vector_requests('m', np.zeros((1, 4), np.float32)), watch)"
+        "requests = vector_requests('m', np.zeros((1, 4), np.float32))\n"
+        "run(Load(sys.argv[1], duration=600, warmup=0), requests, watch)"
     )
     with Server(cut_rpc, never) as server:
         child = subprocess.Popen(

@@ -69,7 +69,7 @@ class Server(threading.Thread):
         async def serve() -> None:
             if self.path is None:
                 self._server = await self.loop.create_server(Peer, "127.0.0.1", 0)
-                self.address = "tcp://127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+                self.address = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
             else:
                 self._server = await self.loop.create_unix_server(Peer, self.path)
                 self.address = f"unix://{self.path}"
