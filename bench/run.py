@@ -1,4 +1,7 @@
-"""Run every benchmark but the peers' (make bench-serving), a process each, then write README's tables. What fails is named; the rest goes on."""
+"""Run every benchmark but `make bench-serving`, a process each, then write README's tables.
+
+What fails is named; the rest goes on.
+"""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ OURS, OURS_UNIX = "Penstock", "Penstock, Unix socket"
 ECHO, ECHO_UNIX, ECHO_REPLY = "echo", "echo, Unix socket", "echo of replies"
 C64, C512, ONE = "64 in flight, answers/s", "512 in flight, answers/s", "one at a time"
 ROWS64 = "64 rows a request, rows/s"
+TABLE = (C64, C512, f"{ONE}, p50 us", f"{ONE}, p99 us", ROWS64)  # columns beside the peers
 
 
 @dataclass(frozen=True)
@@ -311,11 +312,16 @@ def main() -> None:
         "cores_used": run.cores,
         "failed_requests": book.failures,
         "peer_versions": run.versions,
+        "other_samples": {
+            f"{who}, {column}": values
+            for (who, column), values in book.samples.items()
+            if column not in TABLE
+        },
     }
     report(run)
     write(
         "serving-quick" if options.quick else "serving",
-        rows_of(book.samples),
+        rows_of({key: values for key, values in book.samples.items() if key[1] in TABLE}),
         facts=facts,
         settings=settings,
         packages=["numpy", "msgpack", "uvloop", "lightgbm", "onnxruntime", "penstock"],

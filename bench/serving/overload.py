@@ -26,7 +26,7 @@ LIMIT_MS = 50.0
 ZIPF_KEYS = 1_000_000
 PIPELINED: dict[str, Any] = {"connections": 8, "in_flight": 64}
 OPEN: dict[str, Any] = {"connections": 64, "in_flight": 1000}
-# A client that bounds what it has in flight, as real ones do, at twice the server's lane, so that this is full.
+# A client that bounds what it has in flight, as real ones do: at twice the server's lane, which it so fills.
 # Without the bound the backlog would stand in the sockets' buffers, where no server can see how old it is.
 OVERLOAD: dict[str, Any] = {"connections": 64, "in_flight": 128, "shed": True}
 REFUSALS = set(loadgen.REFUSALS)
