@@ -194,7 +194,7 @@ def _overload(run: Run, bottleneck: str, ours: Contender, target: float) -> None
         target,
         "/s",
         f"capacity {capacity:,.0f}/s; {refused / due:.0%} refused, {shed / due:.0%} found all "
-        f" {OVERLOAD['connections'] * OVERLOAD['in_flight']:,} places in flight taken",
+        f"{OVERLOAD['connections'] * OVERLOAD['in_flight']:,} places in flight taken",
     )
     text = f"5x overload, refusals of a light client beside it, p99 ({bottleneck})"
     refusals = [found for one in probes if (found := one.from_send.get("RESOURCE_EXHAUSTED")) is not None]
