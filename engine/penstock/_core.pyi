@@ -579,6 +579,7 @@ def run_load(
     in_flight: typing.SupportsInt | typing.SupportsIndex = 1,
     rate: typing.SupportsFloat | typing.SupportsIndex = 0.0,
     poisson: bool = False,
+    shed: bool = False,
     seed: typing.SupportsInt | typing.SupportsIndex = 0,
     warmup_s: typing.SupportsFloat | typing.SupportsIndex = 1.0,
     duration_s: typing.SupportsFloat | typing.SupportsIndex = 5.0,
