@@ -469,8 +469,10 @@ void ServedModel::wait(uint64_t tag, Waiter& waiter) {
   while (!waiter.done) {
     const Request* request = find(tag);
     if (request == nullptr) return;
-    const int64_t due_ns = std::min(request->deadline_ns, breaker_.due_ns());
-    const auto due = std::chrono::steady_clock::time_point(std::chrono::nanoseconds(due_ns));
+    // No run that has yet to begin can hang before that.
+    const int64_t look_ns = std::min(breaker_.due_ns(), mono_ns() + config_.breaker.timeout_ns);
+    const auto due = std::chrono::steady_clock::time_point(
+        std::chrono::nanoseconds(std::min(request->deadline_ns, look_ns)));
     if (waiter.ended.wait_until(lock, due) == std::cv_status::timeout) expire_locked(mono_ns());
   }
 }

@@ -110,7 +110,8 @@ class ServingConfig(Section):
     `inline_limit_us`: a shorter predicted run starts on the thread that read the request. `max_requests` and
     `max_queued_rows` bound each model's lane, for requests of high priority; those of low priority have half
     as much room of their own. A quarter of each is kept for connections that have nothing in it. Where both
-    classes wait, low priority gets `low_share` of the batches, at least. Requests are of high priority unless they say otherwise.
+    classes wait, low priority gets `low_share` of the batches, at least. Requests are of high
+    priority unless they say otherwise.
 
     A run that takes longer than `breaker_timeout_ms` (None: twice `max_latency_ms`) and than eight times its
     predicted time, or `breaker_failures` failed runs in a row, open the model's circuit breaker: its requests
