@@ -574,6 +574,7 @@ void one_beside_floods() {
   config.lane.max_requests = 512;
   config.inline_limit_ns = 1'000'000'000;
   config.lane.policy.max_batch_rows = 8;
+  config.breaker.timeout_ns = config.max_latency_ns;
   const auto model = std::make_shared<ServedModel>(config, std::make_unique<SumModel>(), nullptr, &core);
   CHECK(model->warm_up().is_ok());
   model->start();
