@@ -464,6 +464,10 @@ class ServingCore(metaclass=_NativeType):
         max_queued_rows: typing.SupportsInt | typing.SupportsIndex = 16384,
         allow_replay: bool = False,
         served_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+        low_share: typing.SupportsFloat | typing.SupportsIndex = 0.125,
+        breaker_timeout_ms: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
+        breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
     ) -> ServedModel:
         """
         Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.
