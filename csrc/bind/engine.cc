@@ -331,7 +331,18 @@ void bind_engine(py::module_& m) {
       .def("drain", &drain, py::arg("n") = size_t{65536},
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
-           "One thread at a time.")
+           "One thread at a time. Drift has counted them.")
+      .def(
+          "count_drift",
+          [](ServedModel& self, std::shared_ptr<DriftPanes> panes) {
+            if (panes->inputs().n_columns() != self.n_features()) {
+              throw py::value_error("panes have " + std::to_string(panes->inputs().n_columns()) +
+                                    " inputs; expected " + std::to_string(self.n_features()));
+            }
+            self.served().count_drift(std::move(panes));
+          },
+          py::arg("panes"),
+          "Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),

@@ -64,15 +64,16 @@ bool HistogramSpec::same_as(const HistogramSpec& other) const {
 HistogramCounts::HistogramCounts(std::shared_ptr<const HistogramSpec> spec)
     : spec_(std::move(spec)), counts_(spec_->n_slots(), 0) {}
 
-void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
+template <class Count>
+void count_rows(const HistogramSpec& spec, const float* rows, size_t n, size_t stride, Count* counts) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   // Column by column: one column's edges and slots stay in the first-level cache for the whole batch.
-  for (size_t j = 0; j < spec_->n_columns(); ++j) {
-    uint64_t* const bins = counts_.data() + spec_->offset(j);
-    const size_t n_bins = spec_->n_bins(j);
-    uint64_t* const extra = bins + n_bins;
+  for (size_t j = 0; j < spec.n_columns(); ++j) {
+    Count* const bins = counts + spec.offset(j);
+    const size_t n_bins = spec.n_bins(j);
+    Count* const extra = bins + n_bins;
     const float* value = rows + j;
-    if (spec_->is_categorical(j)) {
+    if (spec.is_categorical(j)) {
       for (size_t i = 0; i < n; ++i) {
         const float v = value[i * stride];
         if (v != v) {
@@ -85,7 +86,7 @@ void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
       }
       continue;
     }
-    const float* const edges = spec_->edges(j);
+    const float* const edges = spec.edges(j);
     float values[kTogether];
     uint32_t below[kTogether];
     for (size_t i = 0; i < n; i += kTogether) {
@@ -102,6 +103,14 @@ void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
       }
     }
   }
+}
+
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint16_t*);
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint32_t*);
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint64_t*);
+
+void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
+  count_rows(*spec_, rows, n, stride, counts_.data());
 }
 
 Status HistogramCounts::merge(const HistogramCounts& other) {

@@ -53,6 +53,12 @@ class HistogramSpec {
   size_t n_slots_ = 0;
 };
 
+// Adds n rows of spec.n_columns() floats, row i at rows + i * stride, to spec.n_slots() counts of uint16_t,
+// uint32_t or uint64_t. A row adds at most 1 to a slot; the caller sees to it that none overflows. Allocates
+// nothing.
+template <class Count>
+void count_rows(const HistogramSpec& spec, const float* rows, size_t n, size_t stride, Count* counts);
+
 class HistogramCounts {
  public:
   explicit HistogramCounts(std::shared_ptr<const HistogramSpec> spec);

@@ -375,7 +375,7 @@ bool ServedModel::idle() {
 }
 
 bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
   const auto index = static_cast<uint32_t>(tag);
@@ -416,6 +416,8 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
   total_.add(out->total_ns);
   count_end(*request, out->status.code);
   free_request(index);
+  lock.unlock();
+  if (out->status.is_ok()) served_.help(out->rows);
   return true;
 }
 
