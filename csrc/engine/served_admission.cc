@@ -40,6 +40,7 @@ Status ServedModel::check_options(const wire::Options& options, uint32_t rows, i
   admission->deadline_ns = received_ns + limit_ns;
   admission->now_us = options.has_now ? options.now_us : wall_us;
   admission->with_timings = options.timings;
+  admission->trace = options.trace;
   return {};
 }
 
@@ -59,6 +60,7 @@ Status ServedModel::refuse(const Status& status, uint32_t rows) {
   const std::lock_guard lock(mutex_);
   ++request_counts_.submitted;
   ++request_counts_.rejected;
+  meter_.ended(status.code, rows);
   row_counts_.submitted += rows;
   row_counts_.rejected += rows;
   return status;
@@ -75,6 +77,7 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
   }
   const bool use_cache = !call.options.no_cache;
   if (status.is_ok()) {
+    admission.decoded_ns = mono_ns();
     status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
                            &scratch.gathered, &scratch.misses);
   }
@@ -113,9 +116,11 @@ Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target&
 Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
   ++request_counts_.submitted;
   row_counts_.submitted += admission.rows;
+  meter_.saw(admission.received_ns);
   if (stopping_ || free_requests_.empty()) {
     ++request_counts_.rejected;
     row_counts_.rejected += admission.rows;
+    meter_.ended(stopping_ ? Code::kUnavailable : Code::kResourceExhausted, admission.rows);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
     return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()));
   }
@@ -131,7 +136,9 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
   request.lane_slot = Lane::kNoSlot;
   request.received_ns = admission.received_ns;
   request.deadline_ns = admission.deadline_ns;
-  request.formed_ns = request.run_ns = 0;
+  request.run_ns = request.admitted_ns = request.finished_ns = 0;
+  request.decoded_ns = admission.decoded_ns;
+  request.trace = admission.trace;
   request.now_us = admission.now_us;
   request.as_bin = admission.as_bin;
   request.with_timings = admission.with_timings;
@@ -179,6 +186,8 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
     return exhausted("too many rows are unanswered; at most " + std::to_string(config_.max_resident_rows));
   }
   const int64_t now = mono_ns();
+  request.admitted_ns = now;
+  meter_.saw(now);
   if (now >= request.deadline_ns)
     return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
   const Lane::Submitted submitted =

@@ -26,6 +26,8 @@
 #include "engine/latency.h"
 #include "engine/served_ring.h"
 #include "engine/service_plan.h"
+#include "engine/serving_meter.h"
+#include "engine/trace_queue.h"
 #include "wire/reply.h"
 
 namespace penstock {
@@ -82,7 +84,7 @@ struct Result {
   bool as_bin = false;
   bool with_timings = false;
   bool with_status = false;
-  int64_t queue_ns = 0, run_ns = 0, total_ns = 0;
+  StageTimes times;
   std::vector<double> scores;
   std::vector<uint64_t> request_ids;
   std::vector<uint8_t> row_status;
@@ -91,8 +93,10 @@ struct Result {
 struct ServedModelStats {
   EndCounters requests, rows;
   uint64_t batches[kMaxBatchRows + 1];
-  LatencyHistogram total, queue, run;
-  uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped;
+  StageHistograms stages;
+  LatencyHistogram run;  // by batch
+  MeterReading meter;
+  uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped, traces_dropped;
 };
 
 class ServedModel;
@@ -169,6 +173,10 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   size_t n_features() const { return n_features_; }
   size_t n_outputs() const { return n_outputs_; }
   void stats(ServedModelStats* out);
+  // Keeps up to `capacity` sampled requests that ended, until take_traces() moves them to `out`, which is
+  // reused from call to call.
+  void trace(size_t capacity);
+  void take_traces(std::vector<TraceRecord>& out);
   // For tests of hangs: while held, batches go to the executor and block there.
   void hold_for_test(bool held);
 
@@ -195,7 +203,9 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     uint32_t lane_slot = Lane::kNoSlot;
     uint32_t seek_index = 0;  // the row of the chain last found, so that pieces in order need no walk
     uint32_t seek_row = kNone;
-    int64_t received_ns = 0, deadline_ns = 0, formed_ns = 0, run_ns = 0;
+    int64_t received_ns = 0, deadline_ns = 0, run_ns = 0;
+    int64_t decoded_ns = 0, admitted_ns = 0, finished_ns = 0;  // 0: not come so far
+    wire::TraceParent trace;
     int64_t now_us = 0;
     bool as_bin = false, with_timings = false;
     Status status;
@@ -208,6 +218,8 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     Target target;
     uint32_t rows = 0;
     int64_t received_ns = 0, deadline_ns = 0, now_us = 0;
+    int64_t decoded_ns = 0;  // 0: nothing is gathered
+    wire::TraceParent trace;
     bool as_bin = false, with_timings = false;
   };
 
@@ -229,6 +241,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void unlink(uint32_t index);
   void end(uint32_t index, Status status);
   void count_end(const Request& request, Code code);
+  StageTimes times_of(const Request& request, int64_t now_ns) const;
   void free_request(uint32_t index);
   uint32_t row_at(Request& request, uint32_t index);
   void learn_from_refusal(uint32_t rows);
@@ -268,7 +281,9 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
 
   EndCounters request_counts_, row_counts_;
   uint64_t batches_[kMaxBatchRows + 1] = {};
-  LatencyHistogram total_, queue_, run_;
+  LatencyHistogram run_;
+  ServingMeter meter_;
+  TraceQueue traces_;
   uint64_t inline_runs_ = 0, executor_runs_ = 0, parked_ = 0, missed_rows_ = 0;
   size_t parked_bytes_ = 0;
   bool stopping_ = false;

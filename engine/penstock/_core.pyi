@@ -350,6 +350,11 @@ class ServedModel(metaclass=_NativeType):
         """
         Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
         """
+    def drain_traces(self) -> list:
+        """
+        Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, then
+        ns of receive, gather, queue, run, encode, total, then rows, code)].
+        """
     def stats(self) -> dict:
         """
         Counters, batch sizes (rows: runs) and latency quantiles, by name.
@@ -357,6 +362,10 @@ class ServedModel(metaclass=_NativeType):
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.
+        """
+    def trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and counted.
         """
     @property
     def n_features(self) -> int: ...

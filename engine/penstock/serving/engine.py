@@ -212,6 +212,7 @@ class Engine:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score the rows of `entities` (columns of scalars or lists) and request `inputs`.
 
@@ -229,16 +230,32 @@ class Engine:
                 priority=priority,
                 timings=timings,
                 no_cache=no_cache,
+                traceparent=traceparent,
             ),
             timings,
         )
 
     def predict_vectors(
-        self, model: str, rows: Any, *, deadline_ms: float | None = None, request_id: Any = None
+        self,
+        model: str,
+        rows: Any,
+        *,
+        deadline_ms: float | None = None,
+        request_id: Any = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score final model inputs, float32 [n, F] in the order of the bundle's inputs."""
         return self._call(
-            protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id), False
+            protocol.predict_vectors_call(
+                model,
+                rows,
+                deadline_ms=deadline_ms,
+                request_id=request_id,
+                timings=timings,
+                traceparent=traceparent,
+            ),
+            timings,
         )
 
     def predict_many(

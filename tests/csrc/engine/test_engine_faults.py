@@ -126,7 +126,9 @@ def test_what_a_peer_left_before_its_reply_was_written_is_cancelled(core: Any, i
     served = core.load("m", "1", image, inline_limit_us=0, max_latency_ms=60_000)
     core.publish(served)
     connection = connect(core)
+    served._hold(True)  # else it may be answered in the very read that brings it
     send(connection, request(1, 3))
+    served._hold(False)
     while not served.stats()["run"]["count"]:
         pass
     connection.drop()
