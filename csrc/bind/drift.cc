@@ -88,9 +88,8 @@ void bind_drift(py::module_& m) {
       m, "HistogramCounts",
       "Counts per column: fine bins (e[k-1], e[k]] or codes, then missing, unseen, -inf, +inf. "
       "One writer at a time.")
-      .def(py::init([](const py::list& columns) {
-             return std::make_unique<HistogramCounts>(make_spec(columns));
-           }),
+      .def(py::init(
+               [](const py::list& columns) { return std::make_unique<HistogramCounts>(make_spec(columns)); }),
            py::arg("columns"),
            "columns: per column a float32 array of strictly increasing finite edges, or the int number of "
            "codes of a categorical column. Raises ValueError.")
@@ -124,21 +123,23 @@ void bind_drift(py::module_& m) {
   py::class_<DriftPanes, std::shared_ptr<DriftPanes>>(
       m, "DriftPanes",
       "Drift counts of served rows by pane of request time. Any thread; the GIL is not held while it counts.")
-      .def(py::init([](const py::list& columns, const py::list& score, int64_t pane_us, int64_t window_us) {
-             std::shared_ptr<DriftPanes> made;
-             raise_if_bad(
-                 DriftPanes::create(make_spec(columns), make_spec(score), pane_us, window_us, &made));
-             return made;
-           }),
-           py::arg("columns"), py::arg("score"), py::kw_only(), py::arg("pane_us"), py::arg("window_us"),
-           "columns, score: as of HistogramCounts; one column of score. Raises ValueError.")
+      .def(
+          py::init([](const py::list& columns, const py::list& score, int64_t pane_us, int64_t window_us) {
+            std::shared_ptr<DriftPanes> made;
+            raise_if_bad(DriftPanes::create(make_spec(columns), make_spec(score), pane_us, window_us, &made));
+            return made;
+          }),
+          py::arg("columns"), py::arg("score"), py::kw_only(), py::arg("pane_us"), py::arg("window_us"),
+          "columns, score: as of HistogramCounts; one column of score. Raises ValueError.")
       .def("add", &add_rows, py::arg("now_us").noconvert(), py::arg("rows").noconvert(),
            py::arg("scores").noconvert(),
-           "Count rows float32 [n, columns] with request times int64 [n] >= 0 and float64 scores [n]; returns\n"
+           "Count rows float32 [n, columns] with request times int64 [n] >= 0 and float64 scores [n]; "
+           "returns\n"
            "how many came too late. Raises ValueError.")
       .def("window", &window, py::arg("last"), py::arg("panes"),
            "(last, n, rows, late, expired, inputs uint64 [slots], score uint64 [slots]) of the panes up to\n"
-           "`last` (None: the newest held; -1 when there is none). rows, late and expired are since the start.")
+           "`last` (None: the newest held; -1 when there is none). rows, late and expired are since the "
+           "start.")
       .def(
           "merge", [](DriftPanes& self, DriftPanes& other) { raise_if_bad(self.merge(other)); },
           py::arg("other"), "Add what other holds. Raises ValueError, unchanged, where they do not fit.");

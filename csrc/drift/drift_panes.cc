@@ -27,19 +27,19 @@ Status DriftPanes::create(std::shared_ptr<const HistogramSpec> inputs,
                           std::shared_ptr<DriftPanes>* out) {
   if (pane_us < 1) return Status::invalid("pane_us is " + std::to_string(pane_us) + "; expected at least 1");
   if (window_us < pane_us || window_us % pane_us != 0) {
-    return Status::invalid("window_us is " + std::to_string(window_us) + "; expected a multiple of pane_us (" +
-                           std::to_string(pane_us) + ")");
+    return Status::invalid("window_us is " + std::to_string(window_us) +
+                           "; expected a multiple of pane_us (" + std::to_string(pane_us) + ")");
   }
   if (score->n_columns() != 1) {
     return Status::invalid("score has " + std::to_string(score->n_columns()) + " columns; expected 1");
   }
-  out->reset(new DriftPanes(std::move(inputs), std::move(score), pane_us,
-                            static_cast<size_t>(window_us / pane_us)));
+  out->reset(
+      new DriftPanes(std::move(inputs), std::move(score), pane_us, static_cast<size_t>(window_us / pane_us)));
   return Status::ok();
 }
 
-DriftPanes::DriftPanes(std::shared_ptr<const HistogramSpec> inputs, std::shared_ptr<const HistogramSpec> score,
-                       int64_t pane_us, size_t panes)
+DriftPanes::DriftPanes(std::shared_ptr<const HistogramSpec> inputs,
+                       std::shared_ptr<const HistogramSpec> score, int64_t pane_us, size_t panes)
     : inputs_(std::move(inputs)),
       score_(std::move(score)),
       pane_us_(pane_us),

@@ -40,8 +40,8 @@ class DriftPanes {
   Status merge(DriftPanes& other);
 
   struct Window {
-    int64_t last = -1;  // its last pane; -1 where none was given and none is held
-    uint64_t n = 0;     // rows in the window
+    int64_t last = -1;                         // its last pane; -1 where none was given and none is held
+    uint64_t n = 0;                            // rows in the window
     uint64_t rows = 0, late = 0, expired = 0;  // since the start
   };
   // Adds the counts of the `panes` panes up to `last` (none: the newest held) to inputs and score, which have

@@ -143,8 +143,8 @@ class ServedRing {
   // Moves rows to places from..to of `out`.
   size_t drain_some(size_t from, size_t to, const Out& out) {
     const std::lock_guard lock(mutex_);
-    const uint64_t ready = drift_ == nullptr ? end_.load(std::memory_order_relaxed)
-                                             : counted_.load(std::memory_order_acquire);
+    const uint64_t ready =
+        drift_ == nullptr ? end_.load(std::memory_order_relaxed) : counted_.load(std::memory_order_acquire);
     const size_t n = std::min<uint64_t>(to - from, ready - begin_);
     for (size_t i = from; i < from + n;) {  // in one or two pieces: the ring may wrap
       const size_t at = begin_ % capacity_;

@@ -42,6 +42,7 @@ from penstock.serving import protocol
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
+from penstock.serving.telemetry import Telemetry
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
@@ -80,6 +81,7 @@ class Engine:
         self._filling = threading.Lock()
         self._closing = threading.Event()
         self.monitor_errors = 0
+        self.telemetry = Telemetry(config, self.stats)
         self._threads: list[threading.Thread] = []
         _open_engines.add(self)
         try:
@@ -115,6 +117,7 @@ class Engine:
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
+        self.telemetry.start()
         self.ready = True
 
     def _configured(self) -> dict[str, ModelConfig]:
@@ -197,6 +200,7 @@ class Engine:
         """Take every row served so far into the monitors and the log."""
         for model in self.live.all():
             model.drain()
+        self.telemetry.take(self.live.all())
 
     # Prediction
 
@@ -450,6 +454,7 @@ class Engine:
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
             "monitor_errors": self.monitor_errors,
+            **self.telemetry.stats(),
         }
 
     def drift(
@@ -496,11 +501,14 @@ class Engine:
         self.drain()
         self._closing.set()
         _open_engines.discard(self)
+        self.telemetry.stop_scrapes()
         self.core.close()
         for thread in self._threads:
             thread.join()
         if self._opened("live"):
             self.live.stop()
+            self.telemetry.take(self.live.all())
+        self.telemetry.close()
         for part in ("served_log", "label_log", "store"):
             if self._opened(part):
                 getattr(self, part).close()

@@ -163,6 +163,8 @@ class LiveModels:
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
         drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
         served.count_drift(drift.panes)
+        if monitoring.tracing is not None:
+            served.trace(monitoring.tracing.capacity)
         return LiveModel(
             bundle,
             plan,

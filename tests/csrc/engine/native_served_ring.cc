@@ -1,8 +1,6 @@
 // The ring of served rows under contention: several threads push, one drains now and then, others look.
 // Every row pushed is counted for drift exactly once, whatever the ring drops; what is drained comes in the
 // order of the pushes, and drained + dropped + held is what was pushed.
-#include "engine/served_ring.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <memory>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "engine/served_ring.h"
 
 using namespace penstock;
 
