@@ -139,7 +139,7 @@ class PerformanceTracker:
         self._label_time = np.zeros(capacity, np.int64)
         self._recorded = 0  # rows ever; row k is in slot k % capacity
         self._indexed = 0  # of them, those that the index knows
-        self._index_id = np.zeros(capacity, np.uint64)  # the id that the index has for a slot, where it has one
+        self._index_id = np.zeros(capacity, np.uint64)  # what the index has for a slot, if in_index
         self._in_index = np.zeros(capacity, np.bool_)
         self._next_serial = 0
         self._serial_of: dict[str, int] = {}
