@@ -124,9 +124,35 @@ py::dict counters(const EndCounters& c) {
 }
 
 py::dict latency(const LatencyHistogram& h) {
+  py::list at_most;  // 1, 2, 5, 10, ... 1e6 us
+  for (uint64_t decade = 1; decade <= 1'000'000; decade *= 10) {
+    for (const uint64_t edge_us : {decade, 2 * decade, 5 * decade}) {
+      if (edge_us <= 1'000'000) at_most.append(py::make_tuple(edge_us, h.count_at_most(1000 * edge_us)));
+    }
+  }
   return py::dict("count"_a = h.count(), "sum_ns"_a = h.sum(), "p50_ns"_a = h.quantile(0.5),
                   "p90_ns"_a = h.quantile(0.9), "p99_ns"_a = h.quantile(0.99),
-                  "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max());
+                  "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max(), "le_us"_a = at_most);
+}
+
+py::object ratio(uint64_t part, uint64_t whole) {
+  if (whole == 0) return py::none();
+  return py::float_(static_cast<double>(part) / static_cast<double>(whole));
+}
+
+py::dict objectives(const MeterReading& m) {
+  const MeterWindow &s = m.short_window, &l = m.long_window;
+  return py::dict("met"_a = m.met, "due"_a = m.due, "attainment"_a = ratio(m.met, m.due),
+                  "attainment_10s"_a = ratio(s.met, s.due), "attainment_60s"_a = ratio(l.met, l.due));
+}
+
+py::dict goodput(const MeterReading& m) {
+  const auto rate = [](uint64_t count, const MeterWindow& window) {
+    return window.seconds > 0 ? static_cast<double>(count) / window.seconds : 0.0;
+  };
+  const MeterWindow &s = m.short_window, &l = m.long_window;
+  return py::dict("requests_per_s_10s"_a = rate(s.met, s), "requests_per_s_60s"_a = rate(l.met, l),
+                  "rows_per_s_10s"_a = rate(s.met_rows, s), "rows_per_s_60s"_a = rate(l.met_rows, l));
 }
 
 py::dict class_stats(const ClassStats& c) {
@@ -147,13 +173,33 @@ py::dict stats(ServedModel& self) {
   for (size_t n = 1; n <= kMaxBatchRows; ++n) {
     if (s->batches[n] != 0) batches[py::int_(n)] = s->batches[n];
   }
+  const StageHistograms& h = s->stages;
+  const py::dict stages("receive"_a = latency(h.receive), "gather"_a = latency(h.gather),
+                        "queue"_a = latency(h.queue), "run"_a = latency(h.run),
+                        "encode"_a = latency(h.encode), "total"_a = latency(h.total));
+  const double limit_ns = static_cast<double>(self.config().max_latency_ns);
   return py::dict("requests"_a = counters(s->requests), "rows"_a = counters(s->rows), "batches"_a = batches,
-                  "latency"_a = latency(s->total), "queue"_a = latency(s->queue), "run"_a = latency(s->run),
+                  "latency"_a = stages["total"], "stages"_a = stages, "run"_a = latency(s->run),
+                  "slo"_a = objectives(s->meter), "goodput"_a = goodput(s->meter),
+                  "busy_ratio"_a = s->meter.busy_ratio,
+                  "queue_delay_ratio"_a = static_cast<double>(s->meter.queue_delay_p95_ns) / limit_ns,
                   "inline_runs"_a = s->inline_runs, "executor_runs"_a = s->executor_runs,
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
-                  "served_dropped"_a = s->served_dropped,
+                  "served_dropped"_a = s->served_dropped, "traces_dropped"_a = s->traces_dropped,
                   "classes"_a = py::dict("high"_a = class_stats(s->high), "low"_a = class_stats(s->low)),
                   "breaker"_a = breaker_stats(s->breaker));
+}
+
+py::list drain_traces(ServedModel& self) {
+  std::vector<TraceRecord> records;
+  self.take_traces(records);
+  py::list found;
+  for (const TraceRecord& r : records) {
+    found.append(py::make_tuple(r.parent.trace_high, r.parent.trace_low, r.parent.span, r.received_ns,
+                                r.times.receive_ns, r.times.gather_ns, r.times.queue_ns, r.times.run_ns,
+                                r.times.encode_ns, r.times.total_ns, r.rows, code_name(r.code)));
+  }
+  return found;
 }
 
 py::tuple drain(ServedModel& self, size_t n) {
@@ -214,7 +260,9 @@ py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params, b
   if (result.with_status) row_status = array_of(result.row_status, result.rows);
   py::object stages = py::none();
   if (timings)
-    stages = py::dict("queue"_a = result.queue_ns, "run"_a = result.run_ns, "total"_a = result.total_ns);
+    stages = py::dict("receive"_a = result.times.receive_ns, "gather"_a = result.times.gather_ns,
+                      "queue"_a = result.times.queue_ns, "run"_a = result.times.run_ns,
+                      "total"_a = result.times.total_ns);
   return py::make_tuple(std::move(scores), call.model->config().version,
                         array_of(result.request_ids, result.rows), std::move(row_status), std::move(stages));
 }
@@ -371,7 +419,25 @@ void bind_engine(py::module_& m) {
       .def("drain", &drain, py::arg("n") = size_t{65536},
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
-           "One thread at a time.")
+           "One thread at a time. Drift has counted them.")
+      .def(
+          "count_drift",
+          [](ServedModel& self, std::shared_ptr<DriftPanes> panes) {
+            if (panes->inputs().n_columns() != self.n_features()) {
+              throw py::value_error("panes have " + std::to_string(panes->inputs().n_columns()) +
+                                    " inputs; expected " + std::to_string(self.n_features()));
+            }
+            self.served().count_drift(std::move(panes));
+          },
+          py::arg("panes"),
+          "Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.")
+      .def("trace", &ServedModel::trace, py::arg("capacity"),
+           "Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and "
+           "counted.")
+      .def("drain_traces", &drain_traces,
+           "Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, "
+           "then\n"
+           "ns of receive, gather, queue, run, encode, total, then rows, code)].")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),

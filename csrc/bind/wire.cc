@@ -145,6 +145,9 @@ py::dict options_of(const Options& options) {
                                               : py::object(py::none());
   result["timings"] = options.timings;
   result["no_cache"] = options.no_cache;
+  result["traceparent"] = py::none();
+  if (const TraceParent& trace = options.trace; trace.span != 0)
+    result["traceparent"] = py::make_tuple(trace.trace_high, trace.trace_low, trace.span, trace.sampled);
   return result;
 }
 

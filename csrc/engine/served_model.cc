@@ -83,6 +83,7 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       event_time_(config.max_resident_rows * n_views_),
       batch_rows_(kMaxBatchRows * n_features_),
       batch_scores_(kMaxBatchRows * n_outputs_),
+      meter_(mono_ns()),
       served_(config.served_capacity, n_features_, n_outputs_, n_views_) {
   free_requests_.reserve(requests_.size());
   for (uint32_t i = static_cast<uint32_t>(requests_.size()); i-- > 0;) free_requests_.push_back(i);
@@ -202,6 +203,7 @@ void ServedModel::count_end(const Request& request, Code code) {
         return counters.failed;
     }
   };
+  meter_.ended(code, request.rows);
   --request_counts_[request.low].in_flight;
   ++pick(request_counts_[request.low]);
   row_counts_[request.low].in_flight -= request.rows;
@@ -306,6 +308,7 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
     }
   }
   breaker_.started(formed, lane_.run_time().predict(n));
+  meter_.run_began(formed);
   const bool waits = on_executor && held_;
   if (waits) work_.wait(lock, [this] { return !held_ || stopping_; });
   const int64_t started = mono_ns();
@@ -313,6 +316,7 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   // answer too late, or have it.
   if (started >= latest || (waits && !anybody_waits())) {
     const bool opened = breaker_.finished(started, true).opened;
+    meter_.ran(started, started);
     lane_.finish(batch_, started, started, true, false);
     report_ended();
     if (opened) trip(started);
@@ -325,12 +329,14 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   const int64_t finished = mono_ns();
   lock.lock();
   run_.add(finished - started);
+  meter_.ran(started, finished);
   size_t from = 0;
   for (size_t p = 0; p < batch_.size(); ++p) {
     const Piece& piece = batch_[p];
     Request* request = find(batch_tags_[p]);
     if (request != nullptr && request->state == State::kQueued) {
       request->run_ns += finished - started;
+      request->finished_ns = finished;
       uint32_t row = row_at(*request, piece.first_row);
       for (uint32_t r = 0; r < piece.rows; ++r) {
         std::copy_n(&batch_scores_[(from + r) * n_outputs_], n_outputs_, &scores_[row * n_outputs_]);
@@ -490,8 +496,21 @@ bool ServedModel::idle() {
   return lane_.requests().in_flight == 0 && parked_queue_.empty() && !breaker_.running();
 }
 
+StageTimes ServedModel::times_of(const Request& request, int64_t now_ns) const {
+  StageTimes times;
+  times.total_ns = now_ns - request.received_ns;
+  if (!request.status.is_ok()) return times;
+  const int64_t decoded = request.decoded_ns == 0 ? request.admitted_ns : request.decoded_ns;
+  times.receive_ns = decoded - request.received_ns;
+  times.gather_ns = request.admitted_ns - decoded;
+  times.queue_ns = std::max<int64_t>(0, request.finished_ns - request.admitted_ns - request.run_ns);
+  times.run_ns = request.run_ns;
+  times.encode_ns = now_ns - request.finished_ns;
+  return times;
+}
+
 bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
   const auto index = static_cast<uint32_t>(tag);
@@ -503,15 +522,14 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       request->rows * reply_bytes_per_row(n_outputs_) + kReplyBytes + config_.version.size() > max_bytes) {
     request->status = {Code::kResourceExhausted, "the connection's output buffer is full"};
   }
+  meter_.saw(now);
+  out->times = times_of(*request, now);
   out->status = std::move(request->status);
   out->retry_after_ms = request->retry_after_ms;
   out->target = request->target;
   out->rows = request->rows;
   out->as_bin = request->as_bin;
   out->with_timings = request->with_timings;
-  out->queue_ns = request->formed_ns == 0 ? 0 : request->formed_ns - request->received_ns;
-  out->run_ns = request->run_ns;
-  out->total_ns = now - request->received_ns;
   out->with_status = false;
   if (out->status.is_ok()) {
     out->scores.resize(request->rows * n_outputs_);
@@ -527,11 +545,16 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       served_.push(request_ids_[row], request->now_us, row_status_[row], &scores_[row * n_outputs_],
                    &rows_[row * n_features_], n_views_ == 0 ? nullptr : &event_time_[row * n_views_]);
     }
-    queue_.add(out->queue_ns);
+    meter_.answered(out->times);
   }
-  total_.add(out->total_ns);
+  meter_.took(out->times.total_ns);
+  if (request->trace.sampled && traces_.enabled()) {
+    traces_.push({request->trace, request->received_ns, out->times, request->rows, out->status.code});
+  }
   count_end(*request, out->status.code);
   free_request(index);
+  lock.unlock();
+  if (out->status.is_ok()) served_.help(out->rows);
   return true;
 }
 
@@ -546,9 +569,9 @@ void ServedModel::stats(ServedModelStats* out) {
   out->rows = row_counts_[0];
   out->rows += row_counts_[1];
   out->breaker = {breaker_.state(), breaker_.running(), breaker_.opens(), breaker_.probes()};
+  out->meter = meter_.read(mono_ns());
   std::copy(std::begin(batches_), std::end(batches_), out->batches);
-  out->total = total_;
-  out->queue = queue_;
+  out->stages = meter_.stages();
   out->run = run_;
   out->inline_runs = inline_runs_;
   out->executor_runs = executor_runs_;
@@ -556,6 +579,17 @@ void ServedModel::stats(ServedModelStats* out) {
   out->missed_rows = missed_rows_;
   out->queued_rows = lane_.queued_rows();
   out->served_dropped = served_.dropped();
+  out->traces_dropped = traces_.dropped();
+}
+
+void ServedModel::trace(size_t capacity) {
+  const std::lock_guard lock(mutex_);
+  traces_.set_capacity(capacity);
+}
+
+void ServedModel::take_traces(std::vector<TraceRecord>& out) {
+  const std::lock_guard lock(mutex_);
+  traces_.take(out);
 }
 
 void ServedModel::hold_for_test(bool held) {

@@ -317,8 +317,12 @@ void ServingCore::deliver_ended() {
       const uint32_t msgid = result_.target.msgid;
       connection.session_.finish(msgid);
       if (result_.status.is_ok()) {
-        const wire::Timing timings[] = {
-            {"queue", result_.queue_ns}, {"run", result_.run_ns}, {"total", result_.total_ns}};
+        const StageTimes& times = result_.times;
+        const wire::Timing timings[] = {{"receive", times.receive_ns},
+                                        {"gather", times.gather_ns},
+                                        {"queue", times.queue_ns},
+                                        {"run", times.run_ns},
+                                        {"total", times.total_ns}};
         wire::ScoresReply reply;
         reply.scores = result_.scores.data();
         reply.n_rows = result_.rows;

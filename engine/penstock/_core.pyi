@@ -242,6 +242,45 @@ class HistogramCounts(metaclass=_NativeType):
         A copy of all counts, uint64 [slots].
         """
 
+class DriftPanes(metaclass=_NativeType):
+    """
+    Drift counts of served rows by pane of request time. Any thread; the GIL is not held while it counts.
+    """
+    def __init__(
+        self,
+        columns: list,
+        score: list,
+        *,
+        pane_us: typing.SupportsInt | typing.SupportsIndex,
+        window_us: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        columns, score: as of HistogramCounts; one column of score. Raises ValueError.
+        """
+    def add(
+        self,
+        now_us: numpy.typing.NDArray[numpy.int64],
+        rows: numpy.typing.NDArray[numpy.float32],
+        scores: numpy.typing.NDArray[numpy.float64],
+    ) -> int:
+        """
+        Count rows float32 [n, columns] with request times int64 [n] >= 0 and float64 scores [n]; returns
+        how many came too late. Raises ValueError.
+        """
+    def merge(self, other: DriftPanes) -> None:
+        """
+        Add what other holds. Raises ValueError, unchanged, where they do not fit.
+        """
+    def window(
+        self,
+        last: typing.SupportsInt | typing.SupportsIndex | None,
+        panes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        (last, n, rows, late, expired, inputs uint64 [slots], score uint64 [slots]) of the panes up to
+        `last` (None: the newest held; -1 when there is none). rows, late and expired are since the start.
+        """
+
 class FeatureProgram(metaclass=_NativeType):
     """
     A compiled feature program; immutable.
@@ -313,7 +352,16 @@ class ServedModel(metaclass=_NativeType):
         """
         Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
-        One thread at a time.
+        One thread at a time. Drift has counted them.
+        """
+    def count_drift(self, panes: DriftPanes) -> None:
+        """
+        Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
+        """
+    def drain_traces(self) -> list:
+        """
+        Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, then
+        ns of receive, gather, queue, run, encode, total, then rows, code)].
         """
     def stats(self) -> dict:
         """
@@ -322,6 +370,10 @@ class ServedModel(metaclass=_NativeType):
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.
+        """
+    def trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and counted.
         """
     @property
     def n_features(self) -> int: ...

@@ -117,6 +117,13 @@ def collect(client: Client, model: str | None = None, window_s: float | None = N
         if entry is not None and entry["version"] == found["version"]:  # else promoted between the two calls
             data["performance"] = entry.get("performance")
             data["latency"] = entry["latency"] | {"limit_ms": entry["limit_ms"]}
+            data["stages"] = entry["stages"]
+            data["service"] = {
+                "slo": entry["slo"],
+                "goodput": entry["goodput"],
+                "busy_ratio": entry["busy_ratio"],
+                "queue_delay_ratio": entry["queue_delay_ratio"],
+            }
         reports.append(data)
     return reports
 

@@ -215,10 +215,46 @@ class ModelConfig(Section):
     on_missing: Literal["nan", "error"] = "nan"
 
 
+class PrometheusConfig(Section):
+    """Where metrics are served for Prometheus: "host:port", at /metrics. Needs the extra `prometheus`."""
+
+    listen: str = "127.0.0.1:9464"
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, listen: str) -> str:
+        if not _is_address(f"tcp://{listen}"):
+            raise ValueError('expected "host:port"')
+        return listen
+
+
+class TracingConfig(Section):
+    """OpenTelemetry spans of requests that carry a sampled `traceparent`. Needs the extra `otel`.
+
+    `exporter`: "otlp" (HTTP, to the URL `endpoint`; None: OTEL_EXPORTER_OTLP_ENDPOINT) or "console". `sample`
+    is the share of the sampled traces to keep, `capacity` the number of requests that may wait for their
+    spans; more are dropped and counted.
+    """
+
+    exporter: Literal["otlp", "console"] = "otlp"
+    endpoint: str | None = None
+    sample: float = Field(default=1.0, ge=0, le=1)
+    capacity: int = Field(default=4096, ge=1, le=1 << 20)
+    service: str = Field(default="penstock", min_length=1)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError("expected an http:// or https:// URL")
+        return endpoint
+
+
 class MonitoringConfig(Section):
     """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels.
 
-    `ring_rows`: served rows of a model that may wait for the monitor; more are dropped and counted.
+    `ring_rows`: served rows of a model that may wait for the monitor; beyond that the oldest are dropped from
+    the log, the label join and freshness, and counted. Drift counts every row whatever happens.
     `log_flush`: served rows are on disk after this, seconds; `log_bytes`: disk for their log.
     """
 
@@ -229,6 +265,8 @@ class MonitoringConfig(Section):
     ring_rows: int = Field(default=1 << 16, ge=1)
     log_flush: Seconds = Field(default=1.0, gt=0)
     log_bytes: Size = Field(default=1 << 30, ge=1 << 20)
+    prometheus: PrometheusConfig | None = None
+    tracing: TracingConfig | None = None
 
     @model_validator(mode="after")
     def _whole_panes(self) -> MonitoringConfig:

@@ -191,6 +191,7 @@ class AsyncClient:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """As `Client.predict`."""
         call = predict_call(
@@ -203,6 +204,7 @@ class AsyncClient:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         return await self._run(call)
 
@@ -213,10 +215,19 @@ class AsyncClient:
         *,
         deadline_ms: float | None = None,
         request_id: ArrayLike | None = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """As `Client.predict_vectors`."""
         return await self._run(
-            predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
+            predict_vectors_call(
+                model,
+                rows,
+                deadline_ms=deadline_ms,
+                request_id=request_id,
+                timings=timings,
+                traceparent=traceparent,
+            )
         )
 
     async def predict_many(

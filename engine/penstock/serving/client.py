@@ -84,11 +84,13 @@ class Client:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Return scores for the rows of `entities` and `inputs`: columns of equal lengths, or scalars.
 
         `deadline_ms` bounds the whole call; `now` (datetime or microseconds UTC) replays a past moment where
         the server allows it; `request_id` (uint64, one per row) is assigned by the server if not given.
+        `traceparent` (W3C Trace Context) makes a server that traces add its spans to the caller's trace.
         """
         call = predict_call(
             model,
@@ -100,6 +102,7 @@ class Client:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         return self._run(call, self._deadline(call, None))
 
@@ -110,9 +113,18 @@ class Client:
         *,
         deadline_ms: float | None = None,
         request_id: ArrayLike | None = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Return scores for final model inputs, float32 [n, F] in the order of the model's inputs."""
-        call = predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
+        call = predict_vectors_call(
+            model,
+            rows,
+            deadline_ms=deadline_ms,
+            request_id=request_id,
+            timings=timings,
+            traceparent=traceparent,
+        )
         return self._run(call, self._deadline(call, None))
 
     def predict_many(

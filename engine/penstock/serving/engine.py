@@ -42,6 +42,7 @@ from penstock.serving import protocol
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
+from penstock.serving.telemetry import Telemetry
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
@@ -80,6 +81,7 @@ class Engine:
         self._filling = threading.Lock()
         self._closing = threading.Event()
         self.monitor_errors = 0
+        self.telemetry = Telemetry(config, self.stats)
         self._threads: list[threading.Thread] = []
         _open_engines.add(self)
         try:
@@ -115,6 +117,7 @@ class Engine:
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
+        self.telemetry.start()
         self.ready = True
 
     def _configured(self) -> dict[str, ModelConfig]:
@@ -197,6 +200,7 @@ class Engine:
         """Take every row served so far into the monitors and the log."""
         for model in self.live.all():
             model.drain()
+        self.telemetry.take(self.live.all())
 
     # Prediction
 
@@ -212,6 +216,7 @@ class Engine:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score the rows of `entities` (columns of scalars or lists) and request `inputs`.
 
@@ -227,17 +232,32 @@ class Engine:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         if deadline_ms is not None:
             params[3]["deadline_ms"] = protocol.check_deadline(deadline_ms)
         return self._call(False, protocol.pack_predict(params), timings)
 
     def predict_vectors(
-        self, model: str, rows: Any, *, deadline_ms: float | None = None, request_id: Any = None
+        self,
+        model: str,
+        rows: Any,
+        *,
+        deadline_ms: float | None = None,
+        request_id: Any = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score final model inputs, float32 [n, F] in the order of the bundle's inputs."""
-        call = protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
-        return self._call(True, call.packed_params(), False)
+        call = protocol.predict_vectors_call(
+            model,
+            rows,
+            deadline_ms=deadline_ms,
+            request_id=request_id,
+            timings=timings,
+            traceparent=traceparent,
+        )
+        return self._call(True, call.packed_params(), timings)
 
     def predict_many(
         self, model: str, table: Any, *, deadline_ms: float | None = None, now: Time | None = None
@@ -424,6 +444,7 @@ class Engine:
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
             "monitor_errors": self.monitor_errors,
+            **self.telemetry.stats(),
         }
 
     def drift(
@@ -470,11 +491,14 @@ class Engine:
         self.drain()
         self._closing.set()
         _open_engines.discard(self)
+        self.telemetry.stop_scrapes()
         self.core.close()
         for thread in self._threads:
             thread.join()
         if self._opened("live"):
             self.live.stop()
+            self.telemetry.take(self.live.all())
+        self.telemetry.close()
         for part in ("served_log", "label_log", "store"):
             if self._opened(part):
                 getattr(self, part).close()

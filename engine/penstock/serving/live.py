@@ -43,7 +43,10 @@ class LiveModel:
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def drain(self) -> None:
-        """Take every row served so far into the monitors and the log. Any thread."""
+        """Take every row served so far into the monitors and the log. Any thread.
+
+        Drift is native and has counted them then.
+        """
         with self._draining:
             while True:
                 ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
@@ -52,7 +55,6 @@ class LiveModel:
                 newest = int(now_us.max())
                 self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
                 first = np.ascontiguousarray(scores[:, 0])
-                self.drift.add(now_us, rows, first)
                 if event_time.shape[1]:
                     self.freshness.add(now_us, event_time, status)
                 if self.performance is not None:
@@ -163,11 +165,15 @@ class LiveModels:
                 ),
             )
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
+        served.count_drift(drift.panes)
+        if monitoring.tracing is not None:
+            served.trace(monitoring.tracing.capacity)
         return LiveModel(
             bundle,
             plan,
             served,
-            DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us),
+            drift,
             FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
             performance,
             self._log,

@@ -190,7 +190,7 @@ class Prediction:
         version: version of the model that ran.
         request_ids: uint64 [n]; `label` takes them.
         status: uint8 [n] or [n, views] (0 present, 1 null, 2 not found, 3 expired), where the server told it.
-        timings: nanoseconds by stage (queue, run, total), where asked for.
+        timings: nanoseconds by stage (receive, gather, queue, run, total), where asked for.
     """
 
     scores: NDArray[np.float64]
@@ -265,6 +265,7 @@ def predict_params(
     priority: str | None = None,
     timings: bool = False,
     no_cache: bool = False,
+    traceparent: str | None = None,
 ) -> tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
     """Return the params of `predict` as plain values; InvalidArgumentError for what the wire cannot carry."""
     _text("model", model)
@@ -281,6 +282,8 @@ def predict_params(
         options["timings"] = True
     if no_cache:
         options["no_cache"] = True
+    if traceparent is not None:
+        options["traceparent"] = traceparent
     return model, columns, features, options
 
 
@@ -316,7 +319,13 @@ def predict_call(
 
 
 def predict_vectors_call(
-    model: str, rows: ArrayLike, *, deadline_ms: float | None = None, request_id: ArrayLike | None = None
+    model: str,
+    rows: ArrayLike,
+    *,
+    deadline_ms: float | None = None,
+    request_id: ArrayLike | None = None,
+    timings: bool = False,
+    traceparent: str | None = None,
 ) -> Call[Prediction]:
     """Return the call of `predict_vectors`; `rows` are float32 [n, F] in the order of the model's inputs."""
     _text("model", model)
@@ -326,7 +335,13 @@ def predict_vectors_call(
         raise InvalidArgumentError(f"rows cannot be float32: {error}") from error
     if array.ndim != 2:
         raise InvalidArgumentError(f"rows has shape {array.shape}; expected [rows, features]")
-    options = {} if request_id is None else {"request_id": to_column("request_id", request_id)}
+    options: dict[str, Any] = {}
+    if request_id is not None:
+        options["request_id"] = to_column("request_id", request_id)
+    if timings:
+        options["timings"] = True
+    if traceparent is not None:
+        options["traceparent"] = traceparent
     data = np.ascontiguousarray(array, dtype="<f4").tobytes()
     params = _pack("rows", model) + _pack("rows", data) + _pack("rows", len(array))
     return Call("predict_vectors", params, 3, decode_prediction, options, check_deadline(deadline_ms))

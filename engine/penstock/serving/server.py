@@ -55,6 +55,7 @@ class ServedEngine(Protocol):
     """What the server needs of `penstock.Engine`."""
 
     core: Any  # _core.ServingCore
+    telemetry: Any  # penstock.serving.telemetry.Telemetry: it shows the server's counters too
 
     @property
     def ready(self) -> bool: ...
@@ -397,6 +398,7 @@ def run(engine: ServedEngine, settings: ServerSettings, on_listening: Callable[[
 
     async def main() -> bool:
         server = Server(engine, settings)
+        engine.telemetry.server_stats = server.stats
 
         def on_signal() -> None:
             if server.draining:

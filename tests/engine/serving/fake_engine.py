@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from penstock import _core
@@ -198,6 +199,7 @@ class FakeCore:
 class FakeEngine:
     def __init__(self) -> None:
         self.core = FakeCore()
+        self.telemetry = SimpleNamespace(server_stats=None)
         self.ready = True
         self.gate = threading.Event()
         self.started = threading.Semaphore(0)  # one permit for each materialize that runs
