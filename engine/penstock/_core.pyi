@@ -96,6 +96,8 @@ class WireSession(metaclass=_NativeType):
     @property
     def input_capacity(self) -> int: ...
     @property
+    def unfinished_bytes(self) -> int: ...
+    @property
     def pending_output_bytes(self) -> int: ...
 
 class TreeEnsemble(metaclass=_NativeType):
@@ -332,6 +334,11 @@ class Connection(metaclass=_NativeType):
         """
         TypeError: only the core makes them.
         """
+    def authorize(self, until_us: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they are,
+        received stops after each `auth` request: decide on it, then call received(0).
+        """
     def drop(self) -> None:
         """
         The peer is gone: its requests are cancelled.
@@ -370,6 +377,10 @@ class Connection(metaclass=_NativeType):
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def touch(self) -> None:
+        """
+        The peer was kept waiting by us: its silence counts from now on.
         """
     @property
     def closed(self) -> bool: ...
@@ -457,6 +468,15 @@ class ServingCore(metaclass=_NativeType):
         fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
         """
     def next_deadline_ns(self) -> int: ...
+    def overdue(
+        self,
+        idle_s: typing.SupportsFloat | typing.SupportsIndex,
+        read_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> tuple[list[int], list[int]]:
+        """
+        Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose unfinished
+        message made no progress for read_s.
+        """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
         Make it the live version of its name; returns the one before it, still running, or None.

@@ -45,12 +45,15 @@ def serve(
             typer.echo(json.dumps(ready))
 
     try:
-        settings = ServerSettings.from_config(load_config(config))
-        if listen:
-            settings = dataclasses.replace(settings, listen=tuple(listen))
+
+        def read_settings() -> ServerSettings:
+            settings = ServerSettings.from_config(load_config(config))
+            return dataclasses.replace(settings, listen=tuple(listen)) if listen else settings
+
+        settings = read_settings()
         engine = Engine.from_config(config)
         try:
-            status = run(engine, settings, on_listening)
+            status = run(engine, settings, on_listening, read_settings)
         finally:
             engine.close()
     except PenstockError as error:

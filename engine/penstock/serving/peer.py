@@ -6,10 +6,15 @@ Only the loop thread runs this. `Server` decides; a Peer moves bytes and keeps t
 from __future__ import annotations
 
 import asyncio
+import socket
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from penstock.credentials import Grant
     from penstock.serving.server import Server
+
+_BYTES_ACKED = slice(120, 128)  # of the kernel's struct tcp_info
 
 
 class Peer(asyncio.BufferedProtocol):
@@ -17,14 +22,20 @@ class Peer(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_server",
+        "address",
+        "auth_failures",
         "blocked",
         "connection",
         "eof",
         "get_buffer",
+        "grant",
         "lost",
+        "made",
+        "over",
         "paused",
         "stalled_bytes",
         "stalled_since",
+        "tls",
         "transport",
     )
 
@@ -44,12 +55,23 @@ class Peer(asyncio.BufferedProtocol):
         self.paused = False  # reading stopped until the peer takes its replies
         self.eof = False  # the peer has sent its last request
         self.lost = False
+        self.over = False  # no more requests are taken from it, though it might send some
+        self.made = False
+        self.tls = False
+        self.address: str | None = None  # of its host
+        self.grant: Grant | None = None
+        self.auth_failures = 0
         self.stalled_since = 0.0
         self.stalled_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
-        transport.set_write_buffer_limits(high=0)  # pause_writing tells whenever a write is not all sent
+        self.made = True
+        self.tls = transport.get_extra_info("sslcontext") is not None
+        where = transport.get_extra_info("peername")
+        self.address = where[0] if isinstance(where, tuple) else None
+        # pause_writing tells whenever a write is not all sent. TLS pauses at its limit, others above it.
+        transport.set_write_buffer_limits(high=1 if self.tls else 0, low=0)
         self._server.add(self)
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -87,15 +109,26 @@ class Peer(asyncio.BufferedProtocol):
         if self.paused and not self.blocked:
             self.paused = False
             if not self.connection.closed and not self.eof:
+                self.connection.touch()
                 self.transport.resume_reading()
 
     def eof_received(self) -> bool:
         self.eof = True
-        return not self.idle  # the replies that are due still go out
+        # The replies that are due still go out; over TLS only those that are there already.
+        return not self.tls and not self.idle
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self._server.remove(self)
+
+    def untaken_bytes(self) -> int:
+        """Return a count that falls by the bytes that the peer takes while it is blocked."""
+        if not self.tls:
+            return self.transport.get_write_buffer_size()
+        # What TLS has passed on is out of its sight: the kernel knows what arrived.
+        sock = self.transport.get_extra_info("socket")
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
+        return -int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
 
     @property
     def idle(self) -> bool:
@@ -125,6 +158,8 @@ class Farewell(asyncio.BufferedProtocol):
             transport.write(self._last_words)
         if transport.can_write_eof():
             transport.write_eof()
+        else:  # TLS: sends what waits and its own goodbye
+            transport.close()
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self._discarded
