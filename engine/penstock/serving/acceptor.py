@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from functools import partial
 from typing import TYPE_CHECKING
 
 from penstock.serving.listeners import Listener
@@ -70,9 +69,10 @@ class TlsAcceptor:
             task.add_done_callback(self._tasks.discard)
 
     async def _shake(self, sock: socket.socket) -> None:
+        peer = Peer(self._server)
         try:
-            _, peer = await self._loop.connect_accepted_socket(
-                partial(Peer, self._server),
+            await self._loop.connect_accepted_socket(
+                lambda: peer,
                 sock,
                 ssl=self._server.tls,
                 ssl_handshake_timeout=self._server.settings.handshake_timeout,

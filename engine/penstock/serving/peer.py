@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from penstock.credentials import Grant
     from penstock.serving.server import Server
 
+_TLS_PIECE = 1 << 16
 _BYTES_ACKED = slice(120, 128)  # of the kernel's struct tcp_info
 
 
@@ -65,9 +66,9 @@ class Peer(asyncio.BufferedProtocol):
         self.stalled_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.transport = transport
         self.made = True
         self.tls = transport.get_extra_info("sslcontext") is not None
+        self.transport = cast(asyncio.Transport, _TlsTransport(transport)) if self.tls else transport
         where = transport.get_extra_info("peername")
         self.address = where[0] if isinstance(where, tuple) else None
         # pause_writing tells whenever a write is not all sent. TLS pauses at its limit, others above it.
@@ -134,6 +135,27 @@ class Peer(asyncio.BufferedProtocol):
     def idle(self) -> bool:
         """Everything that was asked is answered and sent."""
         return not self.blocked and not self.connection.in_flight and not self.connection.pending_output_bytes
+
+
+class _TlsTransport:
+    """Writes in pieces: TLS tells that a peer takes nothing only by what is written after that.
+
+    It hands all it has to the socket's transport, however much that holds already, and counts the rest.
+    """
+
+    __slots__ = ("_inner", "write_one")
+
+    def __init__(self, inner: asyncio.Transport) -> None:
+        self._inner = inner
+        self.write_one = inner.write
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), _TLS_PIECE):
+            self.write_one(view[start : start + _TLS_PIECE])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 class Farewell(asyncio.BufferedProtocol):
