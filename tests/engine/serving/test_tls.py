@@ -93,6 +93,8 @@ def test_what_a_reader_takes_is_counted_though_tls_has_handed_all_to_the_socket(
     running = serve(listen=TLS, tls=certs.tls(), pause_output_bytes=1 << 16)
     peer = connect(running.address, certs.context())
     peer.send(*(_predict(i, 1, model="wide") for i in range(20)))
+    while not running.server.peers():
+        pass
     [there] = running.server.peers()
     while not there.blocked:
         pass
