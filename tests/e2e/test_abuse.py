@@ -277,10 +277,11 @@ def test_sigterm_at_peak_loses_and_doubles_no_reply(shop, serve, tmp_path, times
             assert load.ok >= 128
 
 
-@quick_and_long("snapshots", [50, long(5000)])
+@quick_and_long("snapshots", [60, long(10_000)])
 def test_every_snapshot_of_the_counters_adds_up(shop, serve, tmp_path, snapshots):
     """Under load, deadlines, cancels, peers that vanish, and at the end a shutdown."""
-    served = serve(shop.config(tmp_path, serving={"max_latency_ms": 50, "max_queued_rows": 512}))
+    lane = {"max_latency_ms": 50, "max_queued_rows": 512}
+    served = serve(shop.config(tmp_path, serving=lane, monitoring={"ring_rows": 1024}))
     watcher = served.raw()
     stop = threading.Event()
     faults: list[BaseException] = []
@@ -291,19 +292,18 @@ def test_every_snapshot_of_the_counters_adds_up(shop, serve, tmp_path, snapshots
             while not stop.is_set():
                 peer = Raw(served.address)
                 sent = b""
-                for i in range(rng.randint(1, 200)):
+                count = rng.randint(1, 200)
+                for i in range(count):
                     n = rng.choice((1, 2, 64, 130))
                     options = rng.choice(({}, {"deadline_ms": rng.choice((0.01, 1, 5))}, {"priority": "low"}))
                     sent += predict(shop, i, slice(0, n), **options)
                     if rng.random() < 0.2:
                         sent += msgpack.packb([2, "cancel", [rng.randint(0, i)]])
                 peer.socket.sendall(sent)
-                for _ in range(rng.randint(0, 50)):
+                for _ in range(rng.randint(0, count)):
                     if peer.read() is None:
                         break
                 peer.close()
-        except OSError:
-            return  # the server went away
         except BaseException as error:
             faults.append(error)
 
@@ -474,5 +474,5 @@ def test_files_that_are_missing_are_told_with_their_line(shop, penstock, certs, 
         done = penstock(verb, config)
         assert done.returncode != 0
         said = done.stdout + done.stderr
-        assert f":{at + 3}: server.tls.cert" in said and "gone.pem cannot be read" in said, said
-        assert f":{at + 6}: server.auth.token_file" in said and "gone.txt" in said
+        assert f"{at + 3}: server.tls.cert" in said and "gone.pem cannot be read" in said, said
+        assert f"{at + 6}: server.auth.token_file" in said and "gone.txt" in said

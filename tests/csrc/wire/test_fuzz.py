@@ -44,9 +44,7 @@ def test_libfuzzer_finds_nothing_in_60_seconds(tmp_path: Path) -> None:
     if clang is None:
         pytest.skip("there is no clang++")
     probe = tmp_path / "probe.cc"
-    probe.write_text(
-        'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n'
-    )
+    probe.write_text('extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }\n')
     command = [clang, "-fsanitize=fuzzer,address,undefined", str(probe), "-o", str(tmp_path / "probe")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
