@@ -373,6 +373,7 @@ void bind_engine(py::module_& m) {
       .def("wake", &ServingCore::wake, "Encode replies of ended requests; ids of connections with output.")
       .def("expire", &ServingCore::expire, "Answer what is due; ids of connections with output.")
       .def("next_deadline_ns", &ServingCore::next_deadline)
+      .def_property_readonly("unauthenticated", &ServingCore::unauthenticated)
       .def(
           "overdue",
           [](const ServingCore& core, double idle_s, double read_s) {

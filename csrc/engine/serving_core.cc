@@ -112,6 +112,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     const bool vectors = message.kind == wire::MessageKind::kPredictVectors;
     if (!vectors && message.kind != wire::MessageKind::kPredict) continue;
     if (!authorized) {
+      core.unauthenticated_.fetch_add(1, std::memory_order_relaxed);
       refuse(msgid, kUnauthenticated, -1);
       continue;
     }

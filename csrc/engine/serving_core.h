@@ -129,6 +129,8 @@ class ServingCore : public ModelEvents {
   };
   static constexpr size_t kProgressBytes = size_t{64} << 10;
   Overdue overdue(int64_t now_ns, int64_t idle_ns, int64_t read_ns) const;
+  // Predict calls refused for want of a token. Any thread.
+  uint64_t unauthenticated() const { return unauthenticated_.load(std::memory_order_relaxed); }
   // New predict calls are UNAVAILABLE from now on.
   void drain() { draining_.store(true, std::memory_order_relaxed); }
 
@@ -194,8 +196,9 @@ class ServingCore : public ModelEvents {
   Tags missed_;
   bool closed_ = false;
 
-  std::atomic<bool> draining_{false};  // no partner: a late view of it only serves one call more
-  std::atomic<uint64_t> next_id_;      // no partner: only distinctness matters
+  std::atomic<bool> draining_{false};         // no partner: a late view of it only serves one call more
+  std::atomic<uint64_t> next_id_;             // no partner: only distinctness matters
+  std::atomic<uint64_t> unauthenticated_{0};  // no partner: a count
   // Of the loop thread.
   wire::PredictCall predict_call_;
   wire::VectorsCall vectors_call_;

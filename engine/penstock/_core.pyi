@@ -491,6 +491,8 @@ class ServingCore(metaclass=_NativeType):
         Encode replies of ended requests; ids of connections with output.
         """
     @property
+    def unauthenticated(self) -> int: ...
+    @property
     def event_fd(self) -> int: ...
 
 def cpu_level() -> int:

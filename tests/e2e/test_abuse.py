@@ -367,6 +367,7 @@ def test_predictions_need_a_token_and_admin_methods_an_admin_one(shop, serve, ce
         client.materialize()
         stats = client.stats()
         assert stats["models"]["buy"]["requests"]["submitted"] == 4  # what was refused got nowhere
+        assert stats["server"]["unauthenticated"] == 8 and stats["server"]["denied"] == 2
         assert DATA not in str(stats) and ADMIN not in str(stats)
     assert served.stop() == 0
     log = served.log.read_text()
@@ -387,9 +388,11 @@ def test_a_token_expires_on_a_connection_that_is_in_use(shop, serve, certs, tmp_
         assert made["error"]["code"] == "UNAUTHENTICATED"
         assert datetime.datetime.now(datetime.UTC) >= expires
         assert peer.fault("stats")[0] == "UNAUTHENTICATED"
+    else:
+        assert peer.fault("models")[0] == peer.fault("stats")[0] == "UNAUTHENTICATED"
     assert peer.fault("auth", LATE)[0] == "UNAUTHENTICATED"
     assert peer.call("auth", DATA) == "data"
-    assert peer.call("stats")["server"]["unauthenticated"] >= 0
+    assert peer.call("stats")["server"]["unauthenticated"] >= 2  # a prediction and stats
 
 
 def test_sighup_takes_new_certificates_and_tokens(shop, serve, certs, tmp_path):

@@ -68,7 +68,7 @@ class Gate:
         return {
             "auth_failures": self.auth_failures,
             "auth_timeouts": self.auth_timeouts,
-            "unauthenticated": self.unauthenticated,
+            "unauthenticated": self.unauthenticated + self._server.core.unauthenticated,
             "denied": self.denied,
             "idle_closed": self.idle_closed,
             "stuck_closed": self.stuck_closed,
@@ -85,11 +85,13 @@ class Gate:
         """`peer` is connected."""
         settings = self._settings
         if peer.address is not None:
-            if self.full(peer.address):
+            full = self.full(peer.address)
+            self._by_address[peer.address] += 1
+            if full:
                 self.address_refused += 1
                 message = f"the address has {settings.max_connections_per_address} connections, the limit"
                 self._end(peer, ResourceExhaustedError(message))
-            self._by_address[peer.address] += 1
+                return
         if self._authenticator is not None:
             peer.connection.authorize(0)
             self._waiting[peer] = self._loop.time() + settings.auth_timeout

@@ -80,6 +80,7 @@ class FakeConnection:
             kind, msgid, method, params, status = message
             complete = True
             if kind in ("predict", "predict_vectors") and not authorized:
+                self.core.unauthenticated += 1
                 self.reply_error(msgid, "UNAUTHENTICATED", "no valid token was given", False)
             elif kind in ("predict", "predict_vectors"):
                 self.predict(kind, msgid, params)
@@ -166,7 +167,7 @@ class FakeCore:
         self.calls: list[dict[str, Any]] = []
         self.arrived = threading.Semaphore(0)  # one permit for each request that is held
         self.dropped = threading.Semaphore(0)  # one permit for each connection that ended
-        self.cancelled = self.predictions = self.busy = 0
+        self.cancelled = self.predictions = self.busy = self.unauthenticated = 0
         self.draining = False
         self._count: int | None = None  # how many the next wake answers; None: all
         self._connections = 0

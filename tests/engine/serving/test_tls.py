@@ -309,9 +309,11 @@ def test_tls_files_that_cannot_be_used_are_told_with_their_line(certs, tls, line
     assert words in faults[0].message
 
 
-def test_a_tls_address_needs_files(certs):
+def test_a_tls_address_needs_files(serve, certs):
     config, faults = check_text("server:\n  listen: ['tls://h:1']\n")
     assert config is None and faults[0].line == 1 and "expected a tls section" in faults[0].message
+    with pytest.raises(InvalidArgumentError, match=r"server\.tls is not set"):  # as by --listen
+        serve(listen=TLS)
     with pytest.raises(InvalidArgumentError, match="expected both"):
         client_context(certs.ca, key=certs.key)
     with pytest.raises(InvalidArgumentError, match=r"none\.pem cannot be read"):
