@@ -130,7 +130,8 @@ class LimitsConfig(Section):
 
     A connection is not read while more than `pause_output_bytes` of its replies wait, holds at most
     `max_output_bytes` of them, and is dropped if it takes next to nothing for `slow_reader_timeout` seconds.
-    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait.
+    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait, of all connections;
+    `max_calls_per_connection` those of one, so that it cannot keep the others out.
 
     Times, seconds; None: no limit. A peer has `handshake_timeout` for TLS and `auth_timeout` to show a token
     where tokens are set. One whose unfinished message grows by less than 64 KiB in `read_timeout` is dropped,
@@ -155,6 +156,7 @@ class LimitsConfig(Section):
     max_connections_per_address: Annotated[int, Field(ge=1)] | None = None
     max_calls: int = Field(default=256, ge=1)
     max_admin_calls: int = Field(default=16, ge=1)
+    max_calls_per_connection: int = Field(default=64, ge=1)
 
 
 class TlsConfig(Section):
@@ -208,8 +210,8 @@ class TokenConfig(Section):
 class AuthConfig(Section):
     """Tokens, in the file or in files of their own (`TOKEN [EXPIRES]` a line); without any, all may do all.
 
-    Admin tokens allow everything, the others no admin methods. A connection ends after `max_failures` wrong
-    tokens.
+    With any, every request (health too) needs `auth` first on its connection. Admin tokens allow everything,
+    the others no admin methods. A connection ends after `max_failures` wrong tokens.
     """
 
     tokens: Annotated[list[TokenConfig], Field(min_length=1)] | None = None

@@ -26,6 +26,7 @@ class Peer(asyncio.BufferedProtocol):
         "address",
         "auth_failures",
         "blocked",
+        "calls",
         "connection",
         "eof",
         "get_buffer",
@@ -62,6 +63,7 @@ class Peer(asyncio.BufferedProtocol):
         self.address: str | None = None  # of its host
         self.grant: Grant | None = None
         self.auth_failures = 0
+        self.calls = 0  # of other methods than predictions, that wait or run
         self.stalled_since = 0.0
         self.stalled_bytes = 0
 

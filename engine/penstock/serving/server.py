@@ -101,6 +101,7 @@ class ServerSettings:
     data_threads: int = 4
     data_queue: int = 256
     admin_queue: int = 16
+    calls_per_connection: int = 64
     read_timeout: float = 30.0
     handshake_timeout: float = 10.0
     auth_timeout: float = 10.0
@@ -129,6 +130,7 @@ class ServerSettings:
             data_threads=config.server.call_threads,
             data_queue=limits.max_calls,
             admin_queue=limits.max_admin_calls,
+            calls_per_connection=limits.max_calls_per_connection,
             read_timeout=limits.read_timeout,
             handshake_timeout=limits.handshake_timeout,
             auth_timeout=limits.auth_timeout,
@@ -425,10 +427,15 @@ class Server:
                 self._fail(peer, msgid, NotFoundError(f'method is "{method}"; expected one of: {known}'))
             elif self.draining:
                 self._fail(peer, msgid, UnavailableError("the server is shutting down"))
+            elif peer.calls >= self.settings.calls_per_connection:
+                message = f"{peer.calls} calls of the connection are waiting, the limit"
+                self._fail(peer, msgid, ResourceExhaustedError(message, retry_after_ms=_REFUSED_RETRY_MS))
             else:
                 workers = self._admin if method in ADMIN_METHODS else self._data
                 work = partial(self._call, method, params)
-                if not workers.submit(work, partial(self._answer, peer, msgid, method)):
+                if workers.submit(work, partial(self._answer, peer, msgid, method)):
+                    peer.calls += 1
+                else:
                     message = f"{workers.outstanding} calls are waiting, the limit"
                     self._fail(peer, msgid, ResourceExhaustedError(message, retry_after_ms=_REFUSED_RETRY_MS))
 
@@ -439,6 +446,7 @@ class Server:
         return pack_result(result)
 
     def _answer(self, peer: Peer, msgid: int, method: str, outcome: bytes | BaseException) -> None:
+        peer.calls -= 1
         if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
             _log.error("%s failed", method, exc_info=outcome)
         if not peer.lost and peer.connection.id in self._peers:
