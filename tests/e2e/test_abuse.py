@@ -99,7 +99,7 @@ def test_half_closing_peers_get_every_reply(shop, serve, tmp_path):
     assert stats["models"]["buy"]["requests"]["ok"] == 800
 
 
-@quick_and_long("rounds", [300, long(20_000)])
+@quick_and_long("rounds", [300, long(10_000)])
 def test_garbage_costs_only_whoever_sends_it(shop, serve, tmp_path, rounds):
     served = serve(shop.config(tmp_path))
     good = served.raw()
@@ -184,11 +184,10 @@ while peer.recv(1): pass
 def test_a_client_that_is_killed_takes_its_requests_with_it(shop, serve, tmp_path, times):
     served = serve(shop.config(tmp_path, serving=ROOM))
     good = served.raw()
-    data = b"".join(predict(shop, i, slice(0, 200)) for i in range(200))
+    data = b"".join(predict(shop, i, slice(0, 200)) for i in range(60))
     file = tmp_path / "requests"
     file.write_bytes(data)
     rng = random.Random(9)
-    submitted = 0
     for i in range(times):
         command = [sys.executable, "-I", "-S", "-c", _VICTIM, *map(str, where(served.address)), str(file)]
         victim = subprocess.Popen([*command, str(rng.randrange(len(data)))], stdout=subprocess.PIPE)
@@ -203,8 +202,7 @@ def test_a_client_that_is_killed_takes_its_requests_with_it(shop, serve, tmp_pat
             assert good.call("predict", "buy", shop.entities(slice(0, 1)), shop.inputs(slice(0, 1)))["scores"]
     stats = settle(good)
     requests = stats["models"]["buy"]["requests"]
-    submitted = requests["submitted"]
-    assert submitted > times  # requests were on their way
+    assert requests["submitted"] > times  # requests were on their way
     assert requests["cancelled"] > 0 and requests["failed"] == 0
     assert good.call("health")["ready"]
 
@@ -277,7 +275,7 @@ def test_sigterm_at_peak_loses_and_doubles_no_reply(shop, serve, tmp_path, times
             assert load.ok >= 128
 
 
-@quick_and_long("snapshots", [60, long(10_000)])
+@quick_and_long("snapshots", [60, long(1500)])
 def test_every_snapshot_of_the_counters_adds_up(shop, serve, tmp_path, snapshots):
     """Under load, deadlines, cancels, peers that vanish, and at the end a shutdown."""
     lane = {"max_latency_ms": 50, "max_queued_rows": 512}
