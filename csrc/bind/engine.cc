@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -403,7 +404,12 @@ void bind_connection(py::module_& m) {
       .def_property_readonly("closed", &Connection::closed)
       .def_property_readonly("dropped_notifications",
                              [](Connection& self) { return self.session().dropped(); })
-      .def("drop", &Connection::drop, "The peer is gone: its requests are cancelled.");
+      .def("drop", &Connection::drop, "The peer is gone: its requests are cancelled.")
+      .def("authorize", &Connection::authorize, py::arg("until_us"),
+           "Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they "
+           "are,\n"
+           "received stops after each `auth` request: decide on it, then call received(0).")
+      .def("touch", &Connection::touch, "The peer was kept waiting by us: its silence counts from now on.");
 }
 
 }  // namespace
@@ -493,6 +499,19 @@ void bind_engine(py::module_& m) {
            "of\n"
            "connections whose output somebody else must look after.")
       .def("expire", &ServingCore::expire, "timer_fd is readable: answer what is due, then as wake.")
+      .def_property_readonly("unauthenticated", &ServingCore::unauthenticated)
+      .def(
+          "overdue",
+          [](const ServingCore& core, double idle_s, double read_s) {
+            constexpr double kMost = 1e9;  // seconds; also what infinity becomes
+            const auto found = core.overdue(mono_ns(), static_cast<int64_t>(std::min(idle_s, kMost) * 1e9),
+                                            static_cast<int64_t>(std::min(read_s, kMost) * 1e9));
+            return py::make_tuple(found.idle, found.stuck);
+          },
+          py::arg("idle_s"), py::arg("read_s"),
+          "Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose "
+          "unfinished\n"
+          "message made no progress for read_s.")
       .def("drain", &ServingCore::drain, "Refuse new predict calls from now on.")
       .def("call", &call_local, py::arg("vectors"), py::arg("params"), py::arg("timings") = true,
            "predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores\n"

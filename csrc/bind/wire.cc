@@ -309,6 +309,7 @@ void bind_wire(py::module_& m) {
           "Bytes to send, or None when there are none or earlier ones are not sent yet.")
       .def("output_sent", &Session::output_sent, "The bytes of take_output are sent.")
       .def_property_readonly("pending_output_bytes", &Session::pending_output_bytes)
+      .def_property_readonly("unfinished_bytes", &Session::unfinished_bytes)
       .def_property_readonly("in_flight", &Session::in_flight)
       .def_property_readonly("closed", &Session::closed)
       .def_property_readonly("dropped", &Session::dropped)

@@ -33,8 +33,33 @@ std::string_view bytes_of(const wire::Cursor& cursor) {
 }
 
 const Status kDraining{Code::kUnavailable, "the server is shutting down"};
+const Status kUnauthenticated{Code::kUnauthenticated,
+                              "no valid token was given; expected auth first on the connection"};
 
 }  // namespace
+
+Connection::Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
+    : core_(core),
+      id_(id),
+      max_output_bytes_(limits.max_output_bytes),
+      session_(limits),
+      last_read_ns_(mono_ns()) {}
+
+void Connection::touch() {
+  last_read_ns_ = mono_ns();
+  if (stuck_since_ns_ != 0) stuck_since_ns_ = last_read_ns_;
+}
+
+void Connection::note_progress(int64_t now_ns, bool finished_one) {
+  const size_t unfinished = session_.unfinished_bytes();
+  if (unfinished == 0) {
+    stuck_since_ns_ = 0;
+  } else if (finished_one || stuck_since_ns_ == 0 ||
+             unfinished - stuck_bytes_ >= ServingCore::kProgressBytes) {
+    stuck_since_ns_ = now_ns;
+    stuck_bytes_ = unfinished;
+  }
+}
 
 void Connection::refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms) {
   session_.finish(msgid);
@@ -53,6 +78,9 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   ServingCore& core = *core_;
   const int64_t received_ns = mono_ns();
   const int64_t now_us = wall_us();
+  const bool authorized = now_us < authorized_until_us_;
+  bool finished_one = false;
+  last_read_ns_ = received_ns;
   session_.advance(n);
   core.begin_read();
   core.reading_ = this;
@@ -68,8 +96,10 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
+    finished_one = true;
     if (message.kind == wire::MessageKind::kOther) {
       others->push_back({msgid, std::string(message.method), std::string(bytes_of(message.params))});
+      if (!authorized && message.method == "auth") break;
       continue;
     }
     if (message.kind == wire::MessageKind::kBad) {
@@ -86,6 +116,11 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     const bool vectors = message.kind == wire::MessageKind::kPredictVectors;
     if (!vectors && message.kind != wire::MessageKind::kPredict) continue;
+    if (!authorized) {
+      core.unauthenticated_.fetch_add(1, std::memory_order_relaxed);
+      refuse(msgid, kUnauthenticated, -1);
+      continue;
+    }
     Status status = vectors ? wire::decode_predict_vectors(message.params, &core.vectors_call_)
                             : wire::decode_predict(message.params, &core.predict_call_);
     const std::string_view name = vectors ? core.vectors_call_.model : core.predict_call_.model;
@@ -107,6 +142,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
+  note_progress(received_ns, finished_one);
   if (!deferred) {
     core.pump_touched();
     core.deliver_ended();
@@ -433,6 +469,19 @@ int64_t ServingCore::next_deadline() {
   }
   for (const auto& model : replaced_) next = std::min(next, model->next_deadline());
   return next;
+}
+
+ServingCore::Overdue ServingCore::overdue(int64_t now_ns, int64_t idle_ns, int64_t read_ns) const {
+  Overdue found;
+  for (const auto& [id, connection] : connections_) {
+    const Connection& c = *connection;
+    if (c.stuck_since_ns_ != 0) {
+      if (now_ns - c.stuck_since_ns_ >= read_ns) found.stuck.push_back(id);
+    } else if (c.session_.in_flight() == 0 && now_ns - c.last_read_ns_ >= idle_ns) {
+      found.idle.push_back(id);
+    }
+  }
+  return found;
 }
 
 Status ServingCore::begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch,

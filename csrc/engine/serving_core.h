@@ -34,8 +34,7 @@ class ServingCore;
 // One peer's session. Loop thread only.
 class Connection {
  public:
-  Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
-      : core_(core), id_(id), max_output_bytes_(limits.max_output_bytes), session_(limits) {}
+  Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits);
   ~Connection() { drop(); }
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
@@ -73,8 +72,17 @@ class Connection {
   // Flush, then hang up: the framing is broken, or a request could not even be refused for want of room.
   bool closed() const { return session_.closed() || overflowed_; }
 
+  // Predict calls are UNAUTHENTICATED from `until_us` on (wall clock; 0: at once; kForever: never, as at
+  // first). While they are, received() stops after each `auth` request, which it returns as any other: the
+  // caller decides on it and calls received(0) for what came behind it.
+  static constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
+  void authorize(int64_t until_us) { authorized_until_us_ = until_us; }
+  // The peer was kept waiting by us: its silence counts from now on.
+  void touch();
+
  private:
   friend class ServingCore;
+  void note_progress(int64_t now_ns, bool finished_one);
   void refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms);
   bool encode_error(std::optional<uint32_t> msgid, const Status& status, bool retryable,
                     int64_t retry_after_ms);
@@ -89,6 +97,11 @@ class Connection {
   int fd_ = -1;
   const wire::Writer* unsent_ = nullptr;  // taken from the session, sent up to sent_
   size_t sent_ = 0;
+  int64_t authorized_until_us_ = kForever;
+  int64_t last_read_ns_;
+  // Since when the unfinished message at the end of the input makes no progress; 0 where there is none.
+  int64_t stuck_since_ns_ = 0;
+  size_t stuck_bytes_ = 0;  // that it had then
 };
 
 // Rows that parked requests lack: per view, distinct (key, request time).
@@ -150,6 +163,15 @@ class ServingCore : public ModelEvents {
   const std::vector<uint64_t>& wake();
   // Answers what is due, then as wake().
   const std::vector<uint64_t>& expire();
+  // Connections that sent nothing for `idle_ns` and wait for nothing, and those whose unfinished message grew
+  // by less than kProgressBytes in `read_ns`.
+  struct Overdue {
+    std::vector<uint64_t> idle, stuck;
+  };
+  static constexpr size_t kProgressBytes = size_t{64} << 10;
+  Overdue overdue(int64_t now_ns, int64_t idle_ns, int64_t read_ns) const;
+  // Predict calls refused for want of a token. Any thread.
+  uint64_t unauthenticated() const { return unauthenticated_.load(std::memory_order_relaxed); }
   // New predict calls are UNAVAILABLE from now on.
   void drain() { draining_.store(true, std::memory_order_relaxed); }
 
@@ -233,8 +255,9 @@ class ServingCore : public ModelEvents {
   Tags missed_;
   bool closed_ = false;
 
-  std::atomic<bool> draining_{false};  // no partner: a late view of it only serves one call more
-  std::atomic<uint64_t> next_id_;      // no partner: only distinctness matters
+  std::atomic<bool> draining_{false};         // no partner: a late view of it only serves one call more
+  std::atomic<uint64_t> next_id_;             // no partner: only distinctness matters
+  std::atomic<uint64_t> unauthenticated_{0};  // no partner: a count
   // Of the loop thread.
   wire::PredictCall predict_call_;
   wire::VectorsCall vectors_call_;

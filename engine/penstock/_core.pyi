@@ -104,6 +104,8 @@ class WireSession(metaclass=_NativeType):
     @property
     def input_capacity(self) -> int: ...
     @property
+    def unfinished_bytes(self) -> int: ...
+    @property
     def pending_output_bytes(self) -> int: ...
 
 class TreeEnsemble(metaclass=_NativeType):
@@ -397,6 +399,11 @@ class Connection(metaclass=_NativeType):
         Replies go straight to this connected socket from now on; its descriptor is duplicated. False:
         no descriptor is free.
         """
+    def authorize(self, until_us: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they are,
+        received stops after each `auth` request: decide on it, then call received(0).
+        """
     def drop(self) -> None:
         """
         The peer is gone: its requests are cancelled.
@@ -436,6 +443,10 @@ class Connection(metaclass=_NativeType):
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def touch(self) -> None:
+        """
+        The peer was kept waiting by us: its silence counts from now on.
         """
     @property
     def closed(self) -> bool: ...
@@ -526,6 +537,15 @@ class ServingCore(metaclass=_NativeType):
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
         """
+    def overdue(
+        self,
+        idle_s: typing.SupportsFloat | typing.SupportsIndex,
+        read_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> tuple[list[int], list[int]]:
+        """
+        Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose unfinished
+        message made no progress for read_s.
+        """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
         Make it the live version of its name; returns the one before it, still running, or None.
@@ -551,6 +571,8 @@ class ServingCore(metaclass=_NativeType):
         event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids of
         connections whose output somebody else must look after.
         """
+    @property
+    def unauthenticated(self) -> int: ...
     @property
     def event_fd(self) -> int: ...
     @property

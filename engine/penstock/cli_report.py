@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.cli_holder import holder, holder_client
+from penstock.cli_holder import connect, holder, holder_client
 from penstock.errors import FailedPreconditionError, PenstockError, to_wire
 
 if TYPE_CHECKING:
@@ -129,12 +129,10 @@ def collect(client: Client, model: str | None = None, window_s: float | None = N
 
 
 def _client(config: Path | None, to: str | None) -> Client:
-    from penstock.serving.client import Client
-
     if to is not None:
         if config is not None:
             raise typer.BadParameter("give --to or --config, not both")
-        return Client(to)
+        return connect(to)
     file = Path(_CONFIG_NAME) if config is None else config
     if config is None and not file.exists():
         raise typer.BadParameter(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.cli_holder import connect
 from penstock.errors import InvalidArgumentError, PenstockError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -45,12 +46,15 @@ def serve(
             typer.echo(json.dumps(ready))
 
     try:
-        settings = ServerSettings.from_config(load_config(config))
-        if listen:
-            settings = dataclasses.replace(settings, listen=tuple(listen))
+
+        def read_settings() -> ServerSettings:
+            settings = ServerSettings.from_config(load_config(config))
+            return dataclasses.replace(settings, listen=tuple(listen)) if listen else settings
+
+        settings = read_settings()
         engine = Engine.from_config(config)
         try:
-            status = run(engine, settings, on_listening)
+            status = run(engine, settings, on_listening, read_settings)
         finally:
             engine.close()
     except PenstockError as error:
@@ -67,13 +71,12 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a server for predictions."""
-    from penstock.serving.client import Client
     from penstock.serving.protocol import DEFAULT_ADDRESS
 
     try:
         columns = _columns("ENTITIES", entities)
         features = None if inputs is None else _columns("--inputs", inputs)
-        with Client(to or [DEFAULT_ADDRESS]) as client:
+        with connect(to or [DEFAULT_ADDRESS]) as client:
             made = client.predict(model, columns, features, deadline_ms=deadline_ms)
     except PenstockError as error:
         raise _failed(error) from None

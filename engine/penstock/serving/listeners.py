@@ -10,7 +10,7 @@ import contextlib
 import errno
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.errors import FailedPreconditionError, InvalidArgumentError
@@ -50,7 +50,7 @@ def bind_all(addresses: list[str]) -> list[Listener]:
             if address.path is not None:
                 made.append(_bind_unix(address.path))
             else:
-                made.extend(_bind_tcp(address.host or "", address.port))
+                made.extend(_bind_tcp(address))
     except BaseException:
         for listener in made:
             listener.close()
@@ -58,18 +58,19 @@ def bind_all(addresses: list[str]) -> list[Listener]:
     return made
 
 
-def _bind_tcp(host: str, port: int) -> list[Listener]:
+def _bind_tcp(address: Address) -> list[Listener]:
+    host, port = address.host or "", address.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot listen on tcp://{host}:{port}: {error.strerror}") from error
+        raise InvalidArgumentError(f"cannot listen on {address}: {error.strerror}") from error
     made: list[Listener] = []
     try:
         for family, kind, proto, _, where in dict.fromkeys(found):
             if family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             sock = socket.socket(family, kind, proto)
-            made.append(Listener(Address(host, port), sock))
+            made.append(Listener(address, sock))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -79,12 +80,12 @@ def _bind_tcp(host: str, port: int) -> list[Listener]:
             sock.bind((where[0], port, *where[2:]))
             sock.listen(_BACKLOG)  # here, as two sockets that do not listen could bind one port
             port = sock.getsockname()[1]  # port 0: the same one for every family
-            made[-1].address = Address(host, port)
+            made[-1].address = replace(address, port=port)
     except OSError as error:
         for listener in made:
             listener.close()
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror
-        raise FailedPreconditionError(f"cannot listen on tcp://{host}:{port}: {reason}") from error
+        raise FailedPreconditionError(f"cannot listen on {replace(address, port=port)}: {reason}") from error
     return made
 
 

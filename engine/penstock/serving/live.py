@@ -39,16 +39,18 @@ class LiveModel:
     freshness: FreshnessMonitor
     performance: PerformanceTracker | None
     log: ServedLog
+    ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def drain(self) -> None:
         """Take every row served so far into the monitors and the log. Any thread.
 
-        Drift is native and has counted them then.
+        Drift is native and has counted them then. At most as many as can have waited: those that come
+        meanwhile, perhaps faster than they are taken, must not keep it from ending.
         """
         with self._draining:
-            while True:
+            for _ in range(-(-self.ring_rows // _DRAIN_ROWS)):
                 ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
                 if not len(ids):
                     return
@@ -177,6 +179,7 @@ class LiveModels:
             FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
             performance,
             self._log,
+            monitoring.ring_rows,
         )
 
     def publish(self, model: LiveModel) -> None:

@@ -23,6 +23,7 @@ from penstock.errors import InternalError, InvalidArgumentError, NotFoundError, 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 HOT_METHODS = frozenset({"predict", "predict_vectors"})
 ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback"})
+AUTH_METHOD = "auth"
 DATA_METHODS = frozenset({"features", "label", "models", "health", "stats", "drift"})
 METHODS = HOT_METHODS | DATA_METHODS | ADMIN_METHODS
 # The same call made twice leaves the same state, so a client may repeat it after a lost connection.
@@ -41,36 +42,41 @@ T = TypeVar("T")
 Values = Any  # a scalar, or a list, numpy array, pandas, polars or pyarrow column of them
 Columns = Mapping[str, Values]
 Time = int | datetime | np.datetime64
+Token = str | Callable[[], str]
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens: TCP (`host`, `port`) or a Unix socket (`path`)."""
+    """Where a server listens: TCP (`host`, `port`), with `tls` or without, or a Unix socket (`path`)."""
 
     host: str | None = None
     port: int = 0
     path: str | None = None
+    tls: bool = False
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in (self.host or "") else self.host
-        return f"tcp://{host}:{self.port}"
+        return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
-    """Return the address of "tcp://host:port" or "unix:///path"; InvalidArgumentError otherwise."""
+    """Return the address of "tcp://host:port", "tls://host:port" or "unix:///path"; InvalidArgumentError
+    otherwise."""
     try:
         url = urlsplit(text)
         port = url.port
     except (ValueError, AttributeError, TypeError):
         url, port = urlsplit(""), None
     if not (url.query or url.fragment or url.username is not None):
-        if url.scheme == "tcp" and url.hostname and port is not None and not url.path:
-            return Address(host=url.hostname, port=port)
+        if url.scheme in ("tcp", "tls") and url.hostname and port is not None and not url.path:
+            return Address(host=url.hostname, port=port, tls=url.scheme == "tls")
         if url.scheme == "unix" and not url.netloc and len(url.path) > 1:
             return Address(path=url.path)
-    raise InvalidArgumentError(f'address is {text!r}; expected "tcp://host:port" or "unix:///path"')
+    raise InvalidArgumentError(
+        f'address is {text!r}; expected "tcp://host:port", "tls://host:port" or "unix:///path"'
+    )
 
 
 def to_micros(value: Time, field: str = "now") -> int:
@@ -357,6 +363,14 @@ def plain_call(method: str, *params: Any) -> Call[Any]:
     return Call(
         method, b"".join(_pack("params", param) for param in given), len(given), lambda result: result
     )
+
+
+def auth_call(token: Token) -> Call[Any]:
+    """Return the call of `auth`; a token that is a function is asked for the one that holds now."""
+    text = token() if callable(token) else token
+    if not isinstance(text, str) or not text:
+        raise InvalidArgumentError(f"token is a {type(text).__name__}; expected a non-empty string")
+    return plain_call(AUTH_METHOD, text)
 
 
 def label_call(request_ids: ArrayLike, labels: Any, times: Any = None) -> Call[dict[str, Any]]:
