@@ -27,6 +27,11 @@ _log = logging.getLogger("penstock.models")
 _LINE_BYTES = 4096  # a longer line of the child's output is cut into several
 _EXIT_WAIT_S = 1.0
 _PACKET_BYTES = 1 << 16
+# Modules are found where this process finds them.
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; "
+    "from penstock.models.child_main import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,13 @@ class _Child:
                 "text": text,
                 "bytes": size,
                 "parent": os.getpid(),
+                "path": [entry for entry in sys.path if entry],
             }
             passed = [theirs.fileno()] + ([] if channel is None else [channel.memory_fd])
             try:
                 # -P: the working folder is no place to import from; -B: a bundle's folder never changes.
                 self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-B", "-m", "penstock.models.child_main", json.dumps(arguments)],
+                    [sys.executable, "-P", "-B", "-c", _PROGRAM, json.dumps(arguments)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""The process that runs one Python entry point: `python -m penstock.models.child_main ARGS`.
+"""The process that runs one Python entry point; `models/child.py` starts it.
 
 It shares a block of memory with its parent (rows in, scores out) and has one socket: it says that it is ready,
 then answers one packet per run (csrc/engine/child_channel.h has the layout of both). It ends when the socket
@@ -79,6 +79,3 @@ def _die_with_parent(parent: int) -> None:
     if os.getppid() != parent:  # it was gone before
         raise SystemExit(1)
 
-
-if __name__ == "__main__":
-    main()

@@ -71,14 +71,14 @@ def scores_of(model: Model, rows: NDArray[np.float32], width: int | None) -> NDA
     Raises TypeError or ValueError where it returned something else.
     """
     out = np.asarray(model(rows))
-    n = len(rows)
+    n, given = len(rows), list(out.shape)
     if out.dtype.kind not in "fiub":
         raise TypeError(f"the model returned scores of dtype {out.dtype}; expected numbers")
     if out.ndim == 1:
         out = out.reshape(-1, 1)
     if out.ndim != 2 or len(out) != n or out.shape[1] < 1 or (width is not None and out.shape[1] != width):
         expected = f"[{n}, outputs]" if width is None else f"[{n}, {width}]" if width > 1 else f"[{n}]"
-        raise ValueError(f"the model returned scores {list(out.shape)} for {n} rows; expected {expected}")
+        raise ValueError(f"the model returned scores {given} for {n} rows; expected {expected}")
     return out
 
 
