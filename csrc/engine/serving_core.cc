@@ -1,9 +1,13 @@
 #include "engine/serving_core.h"
 
+#include <fcntl.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <limits>
 #include <map>
@@ -59,7 +63,8 @@ void Connection::received(size_t n, std::vector<Call>* others) {
       core.end_read();
     }
   } end_of_read{core};
-  std::shared_ptr<ServedModel> model;  // of the last call; most reads ask one model
+  const bool deferred = core.defers(*this, received_ns);
+  ServingCore::Route route;  // of the last call; most reads ask one model
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
@@ -86,12 +91,12 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     const std::string_view name = vectors ? core.vectors_call_.model : core.predict_call_.model;
     int64_t retry_after_ms = -1;
     if (status.is_ok() && core.draining_.load(std::memory_order_relaxed)) status = kDraining;
-    if (status.is_ok() && (model == nullptr || model->config().name != name)) {
-      if (model != nullptr) model->pump();
-      model = core.find(name);
-      if (model == nullptr) status = core.unknown_model(name);
+    if (status.is_ok() && (route.champion == nullptr || route.champion->config().name != name)) {
+      if (!core.find(name, &route)) status = core.unknown_model(name);
     }
     if (status.is_ok()) {
+      const auto& model = vectors ? route.choose(core.vectors_call_) : route.choose(core.predict_call_);
+      core.touch(model);
       uint64_t tag;
       const Target target{id_, msgid, nullptr};
       const uint64_t first_id = core.next_ids(vectors ? core.vectors_call_.rows : core.predict_call_.rows);
@@ -102,8 +107,47 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
-  if (model != nullptr) model->pump();
-  core.deliver_ended();
+  if (!deferred) {
+    core.pump_touched();
+    core.deliver_ended();
+  }
+  if (fd_ >= 0 ? send_output() : watched_) core.mark_dirty(*this);
+}
+
+bool Connection::attach(int fd) {
+  fd_ = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  return fd_ >= 0;
+}
+
+bool Connection::send_output() {
+  while (fd_ >= 0 && !session_.sending()) {
+    const wire::Writer* out = session_.take_output();
+    if (out == nullptr) return closed() || watched_;
+    ssize_t sent;
+    do {
+      sent = ::send(fd_, out->data(), out->size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    // An error is left to the transport, which meets it again and ends the connection.
+    if (sent < 0 || static_cast<size_t>(sent) < out->size()) {
+      unsent_ = out;
+      sent_ = sent < 0 ? 0 : static_cast<size_t>(sent);
+      return true;
+    }
+    session_.output_sent();
+  }
+  return true;
+}
+
+std::string_view Connection::take_output() {
+  const wire::Writer* out = std::exchange(unsent_, nullptr);
+  const size_t from = std::exchange(sent_, 0);
+  if (out == nullptr) out = session_.take_output();
+  if (out == nullptr) return {};
+  return {reinterpret_cast<const char*>(out->data()) + from, out->size() - from};
+}
+
+void Connection::output_sent() {
+  session_.output_sent();
 }
 
 bool Connection::reply(uint32_t msgid, std::string_view result) {
@@ -121,6 +165,7 @@ bool Connection::reply_error(uint32_t msgid, const Status& status, bool retryabl
 }
 
 void Connection::drop() {
+  if (fd_ >= 0) ::close(std::exchange(fd_, -1));
   if (core_ == nullptr) return;
   ServingCore* core = std::exchange(core_, nullptr);
   core->connections_.erase(id_);
@@ -130,18 +175,22 @@ void Connection::drop() {
 
 ServingCore::ServingCore()
     : event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
       // Ids keep rising over restarts: nanoseconds pass faster than requests come.
-      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {}
+      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {
+  touched_.reserve(64);
+}
 
 ServingCore::~ServingCore() {
   close();
   for (const auto& [id, connection] : connections_) connection->core_ = nullptr;
   if (event_fd_ >= 0) ::close(event_fd_);
+  if (timer_fd_ >= 0) ::close(timer_fd_);
 }
 
 std::shared_ptr<ServedModel> ServingCore::publish(std::shared_ptr<ServedModel> model) {
   const std::lock_guard lock(models_mutex_);
-  std::swap(models_[model->config().name], model);
+  std::swap(models_[model->config().name].champion, model);
   if (model != nullptr) replaced_.push_back(model);
   return model;
 }
@@ -150,7 +199,8 @@ std::shared_ptr<ServedModel> ServingCore::retire(const std::string& name) {
   const std::lock_guard lock(models_mutex_);
   const auto at = models_.find(name);
   if (at == models_.end()) return nullptr;
-  auto model = std::move(at->second);
+  auto model = std::move(at->second.champion);
+  if (at->second.trial.model != nullptr) replaced_.push_back(std::move(at->second.trial.model));
   models_.erase(at);
   replaced_.push_back(model);
   return model;
@@ -159,7 +209,10 @@ std::shared_ptr<ServedModel> ServingCore::retire(const std::string& name) {
 std::vector<std::shared_ptr<ServedModel>> ServingCore::all_models() {
   const std::lock_guard lock(models_mutex_);
   std::vector<std::shared_ptr<ServedModel>> all;
-  for (const auto& [name, model] : models_) all.push_back(model);
+  for (const auto& [name, route] : models_) {
+    all.push_back(route.champion);
+    if (route.trial.model != nullptr) all.push_back(route.trial.model);
+  }
   std::erase_if(replaced_, [&](const auto& model) {
     if (std::find(all.begin(), all.end(), model) != all.end()) return true;  // live again, or listed twice
     all.push_back(model);
@@ -172,13 +225,33 @@ std::vector<std::shared_ptr<ServedModel>> ServingCore::all_models() {
 std::shared_ptr<ServedModel> ServingCore::find(std::string_view name) {
   const std::lock_guard lock(models_mutex_);
   const auto at = models_.find(name);
-  return at == models_.end() ? nullptr : at->second;
+  return at == models_.end() ? nullptr : at->second.champion;
+}
+
+bool ServingCore::find(std::string_view name, Route* route) {
+  const std::lock_guard lock(models_mutex_);
+  const auto at = models_.find(name);
+  *route = at == models_.end() ? Route{} : at->second;
+  return at != models_.end();
+}
+
+Status ServingCore::put_on_trial(const std::string& name, Trial trial) {
+  {
+    const std::lock_guard lock(models_mutex_);
+    const auto at = models_.find(name);
+    if (at != models_.end()) {
+      std::swap(at->second.trial, trial);
+      if (trial.model != nullptr) replaced_.push_back(std::move(trial.model));
+      return {};
+    }
+  }
+  return unknown_model(name);
 }
 
 std::vector<std::shared_ptr<ServedModel>> ServingCore::models() {
   const std::lock_guard lock(models_mutex_);
   std::vector<std::shared_ptr<ServedModel>> all;
-  for (const auto& [name, model] : models_) all.push_back(model);
+  for (const auto& [name, route] : models_) all.push_back(route.champion);
   return all;
 }
 
@@ -203,7 +276,10 @@ void ServingCore::ended(const std::shared_ptr<ServedModel>& model, uint64_t tag,
   signal();
 }
 
+// Under ended_mutex_.
 void ServingCore::signal() {
+  if (written_) return;
+  written_ = true;
   const uint64_t one = 1;
   (void)!::write(event_fd_, &one, sizeof one);
 }
@@ -215,7 +291,7 @@ void ServingCore::begin_read() {
 
 void ServingCore::end_read() {
   const std::lock_guard lock(ended_mutex_);
-  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty();
+  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty() || !touched_.empty();
   if (signalled_) signal();
 }
 
@@ -240,7 +316,6 @@ void ServingCore::deliver_ended() {
       if (!model->take(tag, &result_, connection.max_output_bytes_ - out.size())) continue;
       const uint32_t msgid = result_.target.msgid;
       connection.session_.finish(msgid);
-      const bool had_output = out.size() > 0;
       if (result_.status.is_ok()) {
         const wire::Timing timings[] = {
             {"queue", result_.queue_ns}, {"run", result_.run_ns}, {"total", result_.total_ns}};
@@ -261,35 +336,97 @@ void ServingCore::deliver_ended() {
         (void)connection.encode_error(msgid, result_.status, is_retryable(result_.status.code),
                                       result_.retry_after_ms);
       }
-      if (!had_output && &connection != reading_) dirty_.push_back(connection.id());
+      if (&connection != reading_) mark_dirty(connection);
     }
     delivering_.clear();
   }
 }
 
-std::vector<uint64_t> ServingCore::take_dirty() {
-  return std::exchange(dirty_, {});
+// Whether this read's requests wait for the end of the loop's turn.
+bool ServingCore::defers(const Connection& connection, int64_t now_ns) {
+  const bool close = now_ns - last_read_ns_ < kBurstGapNs && last_reader_ != connection.id();
+  last_read_ns_ = now_ns;
+  last_reader_ = connection.id();
+  ++reads_since_wake_;
+  return connection.fd_ >= 0 && (bursting_ || close);
 }
 
-std::vector<uint64_t> ServingCore::wake() {
-  uint64_t count;
-  (void)!::read(event_fd_, &count, sizeof count);
+void ServingCore::touch(const std::shared_ptr<ServedModel>& model) {
+  if (std::find(touched_.begin(), touched_.end(), model) == touched_.end()) touched_.push_back(model);
+}
+
+void ServingCore::pump_touched() {
+  for (const auto& model : touched_) {
+    model->pump();
+    arm(model->next_deadline());
+  }
+  touched_.clear();
+}
+
+void ServingCore::mark_dirty(Connection& connection) {
+  if (connection.dirty_) return;
+  connection.dirty_ = true;
+  dirty_.push_back(connection.id());
+}
+
+// Sends what the dirty connections have; the ids of those that somebody else must look after.
+const std::vector<uint64_t>& ServingCore::send_dirty() {
+  to_look_.clear();
+  for (const uint64_t id : dirty_) {
+    const auto at = connections_.find(id);
+    if (at == connections_.end()) continue;
+    at->second->dirty_ = false;
+    if (at->second->send_output()) to_look_.push_back(id);
+  }
+  dirty_.clear();
+  return to_look_;
+}
+
+const std::vector<uint64_t>& ServingCore::wake() {
+  {
+    const std::lock_guard lock(ended_mutex_);
+    uint64_t count;
+    if (std::exchange(written_, false)) (void)!::read(event_fd_, &count, sizeof count);
+    signalled_ = true;  // what ends from here on is delivered here
+  }
+  if (!touched_.empty()) {
+    bursting_ = reads_since_wake_ > 1;
+    pump_touched();
+  }
+  reads_since_wake_ = 0;
   deliver_ended();
-  return take_dirty();
+  return send_dirty();
 }
 
-std::vector<uint64_t> ServingCore::expire() {
+const std::vector<uint64_t>& ServingCore::expire() {
+  uint64_t count;
+  (void)!::read(timer_fd_, &count, sizeof count);
   begin_read();
   const int64_t now = mono_ns();
   for (const auto& model : all_models()) model->expire(now);
   deliver_ended();
-  return take_dirty();
+  armed_ns_ = std::numeric_limits<int64_t>::max();
+  arm(next_deadline());
+  return send_dirty();
+}
+
+// Sets the one timer, unless it fires by then anyway. An early call of expire() finds nothing due and arms it
+// for what is next.
+void ServingCore::arm(int64_t deadline_ns) {
+  if (deadline_ns >= armed_ns_) return;
+  armed_ns_ = deadline_ns;
+  const int64_t at = std::max<int64_t>(deadline_ns, 1);  // 0 would disarm it
+  const itimerspec when{{0, 0}, {at / 1'000'000'000, at % 1'000'000'000}};
+  (void)timerfd_settime(timer_fd_, TFD_TIMER_ABSTIME, &when, nullptr);
 }
 
 int64_t ServingCore::next_deadline() {
   int64_t next = std::numeric_limits<int64_t>::max();
   const std::lock_guard lock(models_mutex_);
-  for (const auto& [name, model] : models_) next = std::min(next, model->next_deadline());
+  for (const auto& [name, route] : models_) {
+    next = std::min(next, route.champion->next_deadline());
+    if (route.trial.model != nullptr) next = std::min(next, route.trial.model->next_deadline());
+  }
   for (const auto& model : replaced_) next = std::min(next, model->next_deadline());
   return next;
 }
@@ -305,8 +442,9 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
   if (!status.is_ok()) return status;
   if (draining_.load(std::memory_order_relaxed)) return kDraining;
   const std::string_view name = vectors ? vectors_call.model : predict_call.model;
-  call->model = find(name);
-  if (call->model == nullptr) return unknown_model(name);
+  Route route;
+  if (!find(name, &route)) return unknown_model(name);
+  call->model = vectors ? route.choose(vectors_call) : route.choose(predict_call);
   const Target target{0, 0, &call->waiter};
   const uint64_t first_id = next_ids(vectors ? vectors_call.rows : predict_call.rows);
   status = vectors ? call->model->predict_vectors(vectors_call, target, received_ns, now_us, first_id,
