@@ -387,6 +387,10 @@ class ServedModel(metaclass=_NativeType):
         """
         Counters, batch sizes (rows: runs) and latency quantiles, by name.
         """
+    def idle(self) -> bool:
+        """
+        Every request has its answer, and nothing runs.
+        """
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.

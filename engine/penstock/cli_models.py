@@ -151,4 +151,11 @@ def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
     if info["fault"]:
         return (*head, f"unreadable: {info['fault']}", "", "", "", "")
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in info["metrics"].items())
-    return (*head, info["format"], info["output_kind"], str(info["n_inputs"]), info["service"] or "-", metrics or "-")
+    return (
+        *head,
+        info["format"],
+        info["output_kind"],
+        str(info["n_inputs"]),
+        info["service"] or "-",
+        metrics or "-",
+    )

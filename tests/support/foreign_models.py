@@ -62,14 +62,18 @@ def code_folder(folder: Path, source: str = SCORER, scale: float = 1.0) -> Path:
     """A folder with the module `scorer`, one that it imports, and a file that it reads."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scorer.py").write_text(textwrap.dedent(source))
-    (folder / "weights.py").write_text(f"import numpy as np\nWEIGHTS = np.array({WEIGHTS.tolist()}, np.float32)\n")
+    (folder / "weights.py").write_text(
+        f"import numpy as np\nWEIGHTS = np.array({WEIGHTS.tolist()}, np.float32)\n"
+    )
     (folder / "scale.txt").write_text(str(scale))
     return folder
 
 
 def save_python(folder: Path, *, name: str = "py", scale: float = 1.0, **options: Any) -> ModelBundle:
     code = code_folder(folder / f"code-{name}-{scale:g}", scale=scale)
-    return save_bundle(EntryPoint("scorer:make", code), frame(), name=name, directory=folder / "bundles", **options)
+    return save_bundle(
+        EntryPoint("scorer:make", code), frame(), name=name, directory=folder / "bundles", **options
+    )
 
 
 def onnx_graph(

@@ -161,7 +161,8 @@ def _in_thread(bundle: ModelBundle) -> _core.PythonModel:
     assert bundle.python is not None
     entry, name = bundle.python, f"model '{bundle.name}' version {bundle.version}"
     _log.warning(
-        "%s runs in this process (isolation: thread): while it runs, no other request is answered in time", name
+        "%s runs in this process (isolation: thread): while it runs, no other request is answered in time",
+        name,
     )
     try:
         model = make_model(entry.entry_point, bundle.path.absolute(), shared=True)
@@ -191,7 +192,9 @@ def _files(given: EntryPoint) -> dict[str, bytes]:
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts) or path.is_dir():
             continue
         if name.as_posix() in (MANIFEST, REFERENCE):
-            raise InvalidArgumentError(f"folder {str(folder)!r} has a file {name}, which the bundle makes itself")
+            raise InvalidArgumentError(
+                f"folder {str(folder)!r} has a file {name}, which the bundle makes itself"
+            )
         if len(files) == MAX_FILES:
             raise InvalidArgumentError(f"folder {str(folder)!r} has more than {MAX_FILES} files")
         check_files([name.as_posix()])

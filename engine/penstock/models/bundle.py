@@ -99,7 +99,9 @@ class ModelBundle:
     def ensemble(self) -> _core.TreeEnsemble:
         """The forest; its `predict` gives scores of `output_kind`, float64 [n, outputs]."""
         if self.format != "trees":
-            raise FailedPreconditionError(f"model '{self.name}' is of format '{self.format}'; it has no forest")
+            raise FailedPreconditionError(
+                f"model '{self.name}' is of format '{self.format}'; it has no forest"
+            )
         return self._ensemble
 
     @property

@@ -302,4 +302,3 @@ class ChildProcess:
         poll = select.poll()
         poll.register(self._stop_read, select.POLLIN)
         poll.poll(seconds * 1000)
-

@@ -91,7 +91,7 @@ def warm_up(model: Model, n_features: int, width: int | None) -> int:
 
 
 def text_of(error: BaseException) -> str:
-    """"Type: message" of an exception."""
+    """ "Type: message" of an exception."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:

@@ -183,7 +183,7 @@ def code_files(manifest: Manifest) -> list[str]:
 def entry_file(entry_point: str, files: Iterable[str]) -> str:
     """The file of the module of `entry_point` among `files`. Raises InvalidArgumentError."""
     if re.fullmatch(_ENTRY_POINT, entry_point) is None or entry_point.endswith("\n"):
-        raise InvalidArgumentError(f"entry_point is {entry_point!r}; expected \"module:factory\"")
+        raise InvalidArgumentError(f'entry_point is {entry_point!r}; expected "module:factory"')
     path = entry_point.partition(":")[0].replace(".", "/")
     known = set(files)
     for found in (f"{path}.py", f"{path}/__init__.py"):
@@ -207,7 +207,9 @@ def _check_format(manifest: Manifest) -> None:
     for section in ("onnx", "python"):
         if (getattr(manifest, section) is not None) != (manifest.format == section):
             state = "lacks" if manifest.format == section else "has"
-            raise InvalidArgumentError(f"format is {manifest.format!r}, but the file {state} section {section}")
+            raise InvalidArgumentError(
+                f"format is {manifest.format!r}, but the file {state} section {section}"
+            )
     if MANIFEST in manifest.files:
         raise InvalidArgumentError(f"files has {MANIFEST}")
     required = {REFERENCE} | {"trees": {TREES}, "onnx": {ONNX}, "python": set()}[manifest.format]

@@ -155,9 +155,7 @@ class BoundSession:
 
     def _bind(self, opened: onnxruntime.InferenceSession, entry: OnnxEntry, n: int) -> Any:
         binding = opened.io_binding()
-        binding.bind_input(
-            entry.input, *_CPU, np.float32, (n, self.rows.shape[1]), self.rows.ctypes.data
-        )
+        binding.bind_input(entry.input, *_CPU, np.float32, (n, self.rows.shape[1]), self.rows.ctypes.data)
         shape = (n,) if entry.rank == 1 else (n, entry.width)
         binding.bind_output(entry.output, *_CPU, self.scores.dtype.type, shape, self.scores.ctypes.data)
         return binding

@@ -25,8 +25,8 @@ from penstock.models.manifest import (
     Component,
     Manifest,
     check_component,
-    read_manifest,
     plain_parts,
+    read_manifest,
 )
 
 _PREFIX = ".adding-"

@@ -8,6 +8,7 @@ together stay within `caches.models.memory`: previous versions are dropped to ma
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
+_IDLE_POLL_S = 0.001
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
@@ -51,6 +53,13 @@ class LiveModel:
     def memory_bytes(self) -> int:
         """What it takes of memory: the model (see `backends.Backend`) and the buffers of its lane."""
         return self.backend.bytes_now() + self.lane_bytes
+
+    def finish(self, seconds: float) -> None:
+        """Stop a version that gets no new requests, once those it has are answered, `seconds` from now at most."""
+        until = time.monotonic() + seconds
+        while not self.served.idle() and time.monotonic() < until:
+            time.sleep(_IDLE_POLL_S)
+        self.stop()
 
     def stop(self) -> None:
         """End what is unanswered, stop the lane and the model, and take in the last rows. Idempotent."""
@@ -220,7 +229,7 @@ class LiveModels:
         stale = self.previous.pop(name, None)
         self.previous[name] = before
         if stale is not None and stale is not model:
-            stale.stop()
+            self._finish(stale)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
@@ -242,7 +251,7 @@ class LiveModels:
                         self._core.retire(name)
                         found.append(name)
                     del versions[name]
-                    model.stop()
+                    self._finish(model)
         return found
 
     def clear_caches(self) -> None:
@@ -286,7 +295,11 @@ class LiveModels:
                 return
             used -= model.memory_bytes()
             del self.previous[name]
-            model.stop()
+            self._finish(model)
+
+    def _finish(self, model: LiveModel) -> None:
+        """Every request it still has was to be answered within the limit."""
+        model.finish(self._config.serving.max_latency_ms / 1000)
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:

@@ -67,7 +67,11 @@ def test_onnx_bundle_says_what_it_was_made_of(onnx_bundle):
         "model.yaml",
         "reference.arrow",
     ]
-    assert (onnx_bundle.format, onnx_bundle.output_kind, onnx_bundle.classes) == ("onnx", "probability", (0, 1))
+    assert (onnx_bundle.format, onnx_bundle.output_kind, onnx_bundle.classes) == (
+        "onnx",
+        "probability",
+        (0, 1),
+    )
     assert [name for name, _ in onnx_bundle.inputs] == FEATURES
     assert onnx_bundle.onnx.model_dump() == {
         "width": 1, "column": None, "input": "x", "output": "p", "rank": 2, "dtype": "float32",
@@ -197,7 +201,13 @@ def test_trees_and_python_do_not_import_onnxruntime(python_bundle):
 
 def test_python_bundle_holds_the_files_of_the_entry_point(python_bundle):
     found = sorted(p.name for p in python_bundle.path.iterdir())
-    assert found == ["model.yaml", "reference.arrow", "scale.txt", "scorer.py", "weights.py"]  # no __pycache__
+    assert found == [
+        "model.yaml",
+        "reference.arrow",
+        "scale.txt",
+        "scorer.py",
+        "weights.py",
+    ]  # no __pycache__
     assert python_bundle.python.model_dump() == {"width": 1, "column": None, "entry_point": "scorer:make"}
 
 
@@ -223,7 +233,9 @@ def test_probabilities_of_two_classes_are_served_as_the_second(tmp_path):
     made = save_bundle(EntryPoint("scorer:make", code), frame(), name="two", directory=tmp_path)
     assert (made.python.width, made.python.column, made.classes) == (2, 1, (0, 1))
     assert score(made, rows_of(3)).tolist() == [0.75] * 3
-    both = save_bundle(EntryPoint("scorer:make", code), frame(), name="both", directory=tmp_path, kind="value")
+    both = save_bundle(
+        EntryPoint("scorer:make", code), frame(), name="both", directory=tmp_path, kind="value"
+    )
     assert score(both, rows_of(2)).tolist() == [[0.25, 0.75]] * 2
 
 
@@ -234,12 +246,16 @@ def test_probabilities_of_two_classes_are_served_as_the_second(tmp_path):
         ("def make(folder): raise OSError('no licence')", "scorer:make", "OSError: no licence"),
         ("def make(folder): return 3", "scorer:make", "returned a int; expected a callable"),
         ("x = 1", "scorer:make", "AttributeError: module 'scorer' has no attribute 'make'"),
-        ("def make(folder): return lambda rows: [0.5]", "scorer:make", r"scores \[1\] for 2 rows; expected \[2\]"),
+        (
+            "def make(folder): return lambda rows: [0.5]",
+            "scorer:make",
+            r"scores \[1\] for 2 rows; expected \[2\]",
+        ),
         ("def make(folder): return lambda rows: ['x'] * len(rows)", "scorer:make", "expected numbers"),
         ("import os\nos._exit(3)", "scorer:make", r"died before it was ready \(exit status 3\)"),
         (SCORER, "other:make", "no file other.py"),
-        (SCORER, "scorer", "expected \"module:factory\""),
-        (SCORER, "../scorer:make", "expected \"module:factory\""),
+        (SCORER, "scorer", 'expected "module:factory"'),
+        (SCORER, "../scorer:make", 'expected "module:factory"'),
         ("def make(folder): return lambda rows: rows[:, 0] + 7", "scorer:make", "no finite score of kind"),
     ],
 )
@@ -264,7 +280,9 @@ def test_folder_of_the_entry_point_is_checked(tmp_path):
         with pytest.raises(InvalidArgumentError, match=message):
             save_bundle(EntryPoint("scorer:make", code), frame(), name="bad", directory=tmp_path / "out")
     with pytest.raises(InvalidArgumentError, match="is no folder"):
-        save_bundle(EntryPoint("scorer:make", tmp_path / "no"), frame(), name="bad", directory=tmp_path / "out")
+        save_bundle(
+            EntryPoint("scorer:make", tmp_path / "no"), frame(), name="bad", directory=tmp_path / "out"
+        )
 
 
 def test_packages_and_folders_of_files_go_in(tmp_path):

@@ -68,7 +68,13 @@ def opened(bundles: Path, tmp_path: Path) -> Iterator[Open]:
     def start(models: dict[str, str], *, latency_ms: float = SLOW_MS, caches: str = "") -> Engine:
         lines = [f"  {name}: {{path: {bundles}/{name}/1, {options}}}" for name, options in models.items()]
         text = "\n".join(
-            [f"serving: {{max_latency_ms: {latency_ms}}}", "models:", *lines, caches, f"data_dir: {tmp_path}/data"]
+            [
+                f"serving: {{max_latency_ms: {latency_ms}}}",
+                "models:",
+                *lines,
+                caches,
+                f"data_dir: {tmp_path}/data",
+            ]
         )
         config, faults = check_text(text)
         assert config is not None, faults
@@ -174,7 +180,9 @@ def test_concurrent_callers_get_their_own_rows_and_no_run_sees_more_than_64(open
 
 def test_threads_of_onnxruntime_are_a_setting(opened):
     engine = opened({"net": "threads: 2"})
-    np.testing.assert_allclose(engine.predict_vectors("net", rows_of(64)).scores, expected(rows_of(64)), rtol=1e-5)
+    np.testing.assert_allclose(
+        engine.predict_vectors("net", rows_of(64)).scores, expected(rows_of(64)), rtol=1e-5
+    )
 
 
 def test_batch_limit_holds_in_the_model_itself(bundles, tmp_path):
@@ -190,7 +198,9 @@ def test_batch_limit_holds_in_the_model_itself(bundles, tmp_path):
             return model
     """
     code = code_folder(tmp_path / "code", source)
-    made = save_bundle(EntryPoint("scorer:make", code), frame(), name="most", directory=tmp_path, kind="value")
+    made = save_bundle(
+        EntryPoint("scorer:make", code), frame(), name="most", directory=tmp_path, kind="value"
+    )
     config, _ = check_text(
         f"serving: {{max_latency_ms: {SLOW_MS}}}\nmodels: {{most: {{path: {made.path}}}}}\ndata_dir: {tmp_path}/d"
     )
@@ -208,7 +218,9 @@ def test_model_that_raises_fails_the_request_alone(opened, isolation):
     bad[1, 0] = RAISE
     with pytest.raises(InternalError, match="the model raised ValueError: this row cannot be scored"):
         engine.predict_vectors("py", bad)
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6
+    )
     bad[1, 0] = WIDE
     with pytest.raises(InternalError, match=r"scores \[3, 2\] for 3 rows; expected \[3\]"):
         engine.predict_vectors("py", bad)
@@ -433,18 +445,26 @@ def test_version_that_does_not_start_is_not_promoted(opened, bundles, tmp_path):
     assert engine.health()["models"] == {"py": "1"}
     (folder / "scorer.py").write_text(source)
     engine.promote("py", "2")
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3), 0.5), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3), 0.5), rtol=1e-6
+    )
     engine.rollback("py")
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6
+    )
 
 
 def test_two_versions_in_threads_use_their_own_modules(opened, bundles):
     engine = opened({"py": "isolation: thread"})
     engine.registry.add(bundles / "py" / "2")
     engine.promote("py", "2")
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3), 0.5), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3), 0.5), rtol=1e-6
+    )
     engine.rollback("py")
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6
+    )
 
 
 # Memory
@@ -501,7 +521,9 @@ def test_rollback_to_a_version_that_was_dropped_loads_it_again(opened, bundles):
     live = engine.live
     live.previous.pop("py").stop()
     engine.rollback("py")
-    np.testing.assert_allclose(engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        engine.predict_vectors("py", rows_of(3)).scores, expected(rows_of(3)), rtol=1e-6
+    )
 
 
 def test_process_counts_with_its_resident_memory(opened):
