@@ -181,8 +181,8 @@ class FeatureCacheConfig(Section):
 class ModelCacheConfig(Section):
     """`memory`: bytes for loaded model versions and the buffers of their lanes.
 
-    Previous versions are dropped to make room, the one least recently live first; a version for which there is
-    none even so is not loaded.
+    Previous versions are dropped to make room, the one least recently live first; a version for which there
+    is none even so is not loaded.
     """
 
     memory: Size = Field(default=1 << 30, ge=1)

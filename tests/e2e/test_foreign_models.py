@@ -1,4 +1,4 @@
-"""`penstock serve` with an ONNX model and a Python entry point: scores, kill -9 of the child, swaps, the end."""
+"""`penstock serve` with an ONNX model and a Python entry point: scores, kill -9 of the child, swaps."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def open_backend(
 ) -> Backend:
     """Bring the bundle's model up, ready to run.
 
-    Raises BundleError for a bundle whose files do not fit each other, FailedPreconditionError where the backend
-    is not there or its process does not become ready.
+    Raises BundleError for a bundle whose files do not fit each other, FailedPreconditionError where the
+    backend is not there or its process does not become ready.
     """
     if bundle.format == "trees":
         return Backend(bundle.trees, lambda: expected_bytes(bundle))
@@ -110,7 +110,7 @@ def predict_offline(bundle: ModelBundle, rows: NDArray[np.float32]) -> NDArray[n
 def run_entry_point(
     given: EntryPoint, n_features: int, kind: OutputKind, rows: NDArray[np.float32]
 ) -> tuple[dict[str, bytes], PythonEntry, NDArray[np.float64]]:
-    """The files of an entry point, how it is served, and its scores of the training rows, from a child process.
+    """The files of an entry point, how it is served, and its scores of the training rows, from a child.
 
     Raises InvalidArgumentError for files that no bundle can hold and for a model that fails.
     """
@@ -192,9 +192,7 @@ def _files(given: EntryPoint) -> dict[str, bytes]:
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts) or path.is_dir():
             continue
         if name.as_posix() in (MANIFEST, REFERENCE):
-            raise InvalidArgumentError(
-                f"folder {str(folder)!r} has a file {name}, which the bundle makes itself"
-            )
+            raise InvalidArgumentError(f"folder {str(folder)!r} has a file {name}, the bundle makes its own")
         if len(files) == MAX_FILES:
             raise InvalidArgumentError(f"folder {str(folder)!r} has more than {MAX_FILES} files")
         check_files([name.as_posix()])

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from penstock import _core, diskio
 from penstock.errors import BundleError, FailedPreconditionError, InvalidArgumentError
 from penstock.models import library
+from penstock.models.entry_point import EntryPoint
 from penstock.models.manifest import (
     DTYPES,
     MANIFEST,
@@ -139,8 +140,8 @@ def save_bundle(
     """Publish a fitted model as `directory`/NAME/VERSION, whole or absent, and return it as loaded back.
 
     Args:
-        model: a fitted model of lightgbm, xgboost or sklearn.ensemble; an ONNX model (a ModelProto, its bytes,
-            or the path of its file) with one float32 [n, inputs] input; or an `EntryPoint`.
+        model: a fitted model of lightgbm, xgboost or sklearn.ensemble; an ONNX model (a ModelProto, its
+            bytes, or the path of its file) with one float32 [n, inputs] input; or an `EntryPoint`.
         training_df: pandas, Arrow or polars table of the training rows.
         version: default: one more than the greatest integer version in `directory`/NAME.
         inputs: columns in model order. Default: the plan's outputs, else all columns but the label.
@@ -150,8 +151,8 @@ def save_bundle(
         timestamp: column that gives the time range; default "event_timestamp" if there is one.
         created_us: creation time, microseconds UTC.
         output: name of the ONNX output that holds the scores; may be left out if just one can.
-        classes: labels of an ONNX model or an entry point; default 0, 1, ... . Of probabilities of two classes,
-            [n, 2], the second is served.
+        classes: labels of an ONNX model or an entry point; default 0, 1, ... . Of probabilities of two
+            classes, [n, 2], the second is served.
 
     Raises:
         InvalidArgumentError: an argument is wrong, the model is not supported, or our scores of the training
@@ -235,7 +236,7 @@ def load_bundle(path: str | Path) -> ModelBundle:
     data: dict[str, bytes] = {}
     for file, entry in manifest.files.items():
         size, digest = 0, hashlib.sha256()
-        kept = [] if file in (TREES, REFERENCE) else None
+        kept: list[bytes] | None = [] if file in (TREES, REFERENCE) else None
         for part in plain_parts(folder, file):
             size += len(part)
             digest.update(part)
@@ -298,9 +299,9 @@ def score(bundle: ModelBundle, table: Any) -> NDArray[np.float64]:
     """Scores of `table`: float64 [n], or [n, outputs] of a model with several outputs.
 
     `table` is pandas, Arrow or polars with the bundle's inputs among its columns, or float32 rows [n, F].
-    An entry point runs in a process of its own for the call. A row without a finite score of the output's kind
-    gets NaN. Raises InvalidArgumentError naming a column that is missing or no number, FailedPreconditionError
-    where the backend is not there, InternalError where the model itself fails.
+    An entry point runs in a process of its own for the call. A row without a finite score of the output's
+    kind gets NaN. Raises InvalidArgumentError naming a column that is missing or no number,
+    FailedPreconditionError where the backend is not there, InternalError where the model itself fails.
     """
     if isinstance(table, np.ndarray):
         rows = table
@@ -352,7 +353,7 @@ def _made_of(
         scores = onnx_backend.predict(data, onnx, len(names), kind == "probability", rows)
         labels = _labels(classes, kind, scores.shape[1])
         return _Made("onnx", {ONNX: data}, scores, labels, onnx_backend.versions(), onnx=onnx)
-    if isinstance(model, backends.EntryPoint):
+    if isinstance(model, EntryPoint):
         files, python, scores = backends.run_entry_point(model, len(names), kind, rows)
         labels = _labels(classes, kind, scores.shape[1])
         return _Made("python", files, scores, labels, library.own_versions(), python=python)

@@ -1,8 +1,8 @@
 """The parent's side of an entry point that runs in a child process: start, watch, restart, stop.
 
-One supervisor thread per model starts every child (the kernel ends a child with the thread that started it, so
-that thread lives as long as the model), writes what the child prints to the log, and replaces it when it dies,
-hangs or breaks the protocol. Runs go through `channel`, in C++, without this thread.
+One supervisor thread per model starts every child (the kernel ends a child with the thread that started it,
+so that thread lives as long as the model), writes what the child prints to the log, and replaces it when it
+dies, hangs or breaks the protocol. Runs go through `channel`, in C++, without this thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PROGRAM = (
 
 @dataclass(frozen=True)
 class ChildSettings:
-    """Seconds: for a child to become ready, for one run, and the first and the longest pause before a restart.
+    """Seconds: for a child to become ready, for one run, the first and the longest pause before a restart.
 
     A child that was ready for `steady` seconds starts the pauses anew.
     """
@@ -50,7 +50,7 @@ class ChildSettings:
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What a child runs. `width`: columns of its scores; `column`, `probability`: as in `_core.ChildChannel`."""
+    """What a child runs. `width`: columns of its scores; `column`, `probability`: of `_core.ChildChannel`."""
 
     name: str
     entry_point: str
@@ -106,7 +106,7 @@ class _Child:
             self.pidfd = os.pidfd_open(self.process.pid)
 
     def wait(self, others: list[int], seconds: float | None) -> list[int]:
-        """Wait until one of `others` is readable, the process is dead (its pidfd) or time is up; logs output."""
+        """Wait until one of `others` is readable, the process is dead (its pidfd) or time is up."""
         poll = select.poll()
         for fd in (*others, self.pidfd):
             if fd >= 0:
@@ -241,7 +241,7 @@ class ChildProcess:
             self.restarts += 1
 
     def _live_once(self, pause: float) -> tuple[str, float]:
-        """Start a child and watch it until it must be replaced; returns why, and the seconds that it started in."""
+        """Start a child and watch it until it must be replaced; returns why, and how long its start took."""
         started = time.monotonic()
         try:
             child = _Child(self._spec, None if self._probe else self.channel)

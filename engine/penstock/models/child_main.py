@@ -1,8 +1,8 @@
 """The process that runs one Python entry point; `models/child.py` starts it.
 
-It shares a block of memory with its parent (rows in, scores out) and has one socket: it says that it is ready,
-then answers one packet per run (csrc/engine/child_channel.h has the layout of both). It ends when the socket
-does, and the kernel ends it with the thread that started it.
+It shares a block of memory with its parent (rows in, scores out) and has one socket: it says that it is
+ready, then answers one packet per run (csrc/engine/child_channel.h has the layout of both). It ends when the
+socket does, and the kernel ends it with the thread that started it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A Python entry point: what a user gives, and how its factory is found, called and checked.
 
-An entry point is "module:factory". `factory(folder)` gets the folder of the bundle, which holds the module and
-every file beside it, and returns a callable: `model(rows)` gets float32 [n, inputs], n in 1..64, valid during
-the call alone, and returns the scores, [n] or [n, outputs]. This module is imported by the child processes:
-it needs numpy and nothing else of Penstock.
+An entry point is "module:factory". `factory(folder)` gets the folder of the bundle, which holds the module
+and every file beside it, and returns a callable: `model(rows)` gets float32 [n, inputs], n in 1..64, valid
+during the call alone, and returns the scores, [n] or [n, outputs]. This module is imported by the child
+processes: it needs numpy and nothing else of Penstock.
 """
 
 from __future__ import annotations

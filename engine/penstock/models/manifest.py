@@ -93,7 +93,7 @@ class TrainingEntry(_Part):
 
 
 class BackendEntry(_Part):
-    """What a model that is no trees gives: scores of `width` columns, of which `column` is served; None: all."""
+    """What a model that is no trees gives: scores of `width` columns; `column` is served; None: all."""
 
     width: int = Field(ge=1, le=MAX_WIDTH)
     column: int | None = Field(ge=0)
@@ -197,7 +197,7 @@ def check_files(names: Iterable[str]) -> None:
     for name in names:
         if re.fullmatch(_FILE, name) is None or name.endswith("\n"):
             raise InvalidArgumentError(
-                f"file {name!r} cannot be in a bundle; expected parts of 1 to 128 letters, digits, '.', '_', '-'"
+                f"file {name!r} cannot be in a bundle; expected parts of letters, digits, '.', '_', '-'"
             )
 
 

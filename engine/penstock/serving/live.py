@@ -55,7 +55,7 @@ class LiveModel:
         return self.backend.bytes_now() + self.lane_bytes
 
     def finish(self, seconds: float) -> None:
-        """Stop a version that gets no new requests, once those it has are answered, `seconds` from now at most."""
+        """Stop a version that gets no new requests, once it has answered all, `seconds` from now at most."""
         until = time.monotonic() + seconds
         while not self.served.idle() and time.monotonic() < until:
             time.sleep(_IDLE_POLL_S)
@@ -271,7 +271,7 @@ class LiveModels:
         }
 
     def _lane_bytes(self, bundle: ModelBundle, views: int) -> int:
-        """Buffers of a version's lane and of its served rows: features, scores, event times, id, status, time."""
+        """Buffers of its lane and of its served rows: features, scores, event times, id, status, time."""
         serving = self._config.serving
         row = 4 * len(bundle.inputs) + 8 * bundle.n_outputs + 8 * views + 24
         return (2 * serving.max_queued_rows + self._config.monitoring.ring_rows) * row

@@ -1,4 +1,4 @@
-"""ONNX models and entry points behind the engine: scores, limits, children that die, hang and fail, memory."""
+"""ONNX models and entry points behind the engine: scores, limits, memory, children that die and hang."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ def test_batch_limit_holds_in_the_model_itself(bundles, tmp_path):
         EntryPoint("scorer:make", code), frame(), name="most", directory=tmp_path, kind="value"
     )
     config, _ = check_text(
-        f"serving: {{max_latency_ms: {SLOW_MS}}}\nmodels: {{most: {{path: {made.path}}}}}\ndata_dir: {tmp_path}/d"
+        f"serving: {{max_latency_ms: {SLOW_MS}}}\nmodels: {{most: {{path: {made.path}}}}}\n"
+        f"data_dir: {tmp_path}/d"
     )
     with Engine(config) as engine:
         assert engine.predict_vectors("most", rows_of(1000)).scores.max() == 64
@@ -478,7 +479,7 @@ def test_version_that_does_not_fit_is_refused_and_nothing_changes(opened, bundle
     assert 0 < memory["versions"]["net/1"] < 20_000_000
     with pytest.raises(
         FailedPreconditionError,
-        match=r"model 'py' version 1 needs \d+ bytes of memory; of caches.models.memory \(20000000\) the live",
+        match=r"'py' version 1 needs \d+ bytes of memory; of caches.models.memory \(20000000\) the live",
     ):
         engine.live.load(save_free(engine, bundles))
     assert engine.stats()["models_memory"] == memory

@@ -1,4 +1,4 @@
-"""Versions that take each other's place under load: no request fails, each is answered by one version whole."""
+"""Versions that take each other's place under load: no request fails, each is answered by one version."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ def test_stopped_version_answers_what_it_has_first(tmp_path):
     for _ in VERSIONS:
         save_bundle(EntryPoint("scorer:make", code), frame(), name="m", directory=tmp_path / "bundles")
     config, _ = check_text(
-        f"serving: {{max_latency_ms: 60000}}\nmodels: {{m: {{path: {tmp_path}/bundles/m/1}}}}\ndata_dir: {tmp_path}/d"
+        f"serving: {{max_latency_ms: 60000}}\nmodels: {{m: {{path: {tmp_path}/bundles/m/1}}}}\n"
+        f"data_dir: {tmp_path}/d"
     )
     with Engine(config) as engine:
         loaded = []
