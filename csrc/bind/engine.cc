@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bind/backends.h"
 #include "bind/bind.h"
 #include "engine/serving_core.h"
 
@@ -60,7 +61,7 @@ std::shared_ptr<const ServicePlan> make_plan(const py::dict& given) {
 }
 
 std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, const std::string& version,
-                                  const py::bytes& trees, const py::object& plan, size_t max_batch_rows,
+                                  const py::object& given, const py::object& plan, size_t max_batch_rows,
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
@@ -100,9 +101,13 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.breaker.timeout_ns = static_cast<int64_t>(timeout_ms * 1e6);
   config.breaker.probe_ns = static_cast<int64_t>(breaker_probe_ms * 1e6);
   config.breaker.failures = breaker_failures;
-  const auto data = static_cast<std::string_view>(trees);
   std::unique_ptr<Model> model;
-  require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
+  if (py::isinstance<py::bytes>(given)) {
+    const auto data = static_cast<std::string_view>(py::reinterpret_borrow<py::bytes>(given));
+    require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
+  } else {
+    model = make_backend_model(given);
+  }
   std::shared_ptr<const ServicePlan> compiled;
   if (!plan.is_none()) {
     compiled = make_plan(py::cast<py::dict>(plan));
@@ -111,7 +116,18 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
                             " features; the model takes " + std::to_string(model->n_features()));
     }
   }
-  auto served = std::make_shared<ServedModel>(config, std::move(model), std::move(compiled), &core);
+  // The last owner may hold the GIL, for which a run in progress may wait: it lets go of it to stop the
+  // model.
+  const auto destroy = [](ServedModel* model) {
+    if (PyGILState_Check() == 0) {
+      delete model;
+      return;
+    }
+    const py::gil_scoped_release release;
+    delete model;
+  };
+  std::shared_ptr<ServedModel> served(new ServedModel(config, std::move(model), std::move(compiled), &core),
+                                      destroy);
   const py::gil_scoped_release release;
   require(served->warm_up());
   served->start();
@@ -444,6 +460,7 @@ void bind_engine(py::module_& m) {
            "Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, "
            "then\n"
            "ns of receive, gather, queue, run, encode, total, then rows, code)].")
+      .def("idle", &ServedModel::idle, "Every request has its answer, and nothing runs.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),
@@ -454,7 +471,7 @@ void bind_engine(py::module_& m) {
                              "[(view, keys uint64 [n, 2], now_us int64 [n])], pairs distinct in a view.");
   py::class_<ServingCore>(m, "ServingCore", "Live models, connections and the loader's queue.")
       .def(py::init<>())
-      .def("load", &load, py::arg("name"), py::arg("version"), py::arg("trees"), py::arg("plan") = py::none(),
+      .def("load", &load, py::arg("name"), py::arg("version"), py::arg("model"), py::arg("plan") = py::none(),
            py::kw_only(), py::arg("max_batch_rows") = kMaxBatchRows, py::arg("max_latency_ms") = 50.0,
            py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,
            py::arg("max_rows_per_request") = 4096, py::arg("max_requests") = 4096,
@@ -462,7 +479,9 @@ void bind_engine(py::module_& m) {
            py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
            py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
            py::arg("breaker_failures") = 5, py::keep_alive<0, 1>(),
-           "Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.\n"
+           "Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start "
+           "it; it\n"
+           "is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
            "fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),

@@ -202,6 +202,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
   request.as_bin = admission.as_bin;
   request.with_timings = admission.with_timings;
   request.low = admission.low;
+  request.no_score = false;
   request.status = {};
   request.retry_after_ms = -1;
   return {};

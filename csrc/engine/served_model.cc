@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 #include "model/tree_ensemble.h"
 
@@ -128,6 +129,9 @@ void ServedModel::stop() {
   held_ = false;
   end_all({Code::kUnavailable, "model '" + config_.name + "' was unloaded"}, -1);
   work_.notify_all();
+  lock.unlock();
+  model_->interrupt();
+  lock.lock();
   if (!thread_.joinable()) return;
   while (!executor_done_ && !breaker_.hung()) {
     const int64_t due = std::min(breaker_.due_ns(), mono_ns() + kStopLook);
@@ -242,7 +246,11 @@ void ServedModel::report_ended() {
     const auto index = static_cast<uint32_t>(ended.tag);
     switch (ended.end) {
       case End::kOk:
-        end(index, {});
+        end(index, !request->no_score
+                       ? Status{}
+                       : Status{Code::kInternal, "model '" + config_.name +
+                                                     "' gave a row no score that is finite and "
+                                                     "of its output's kind"});
         break;
       case End::kExpired:
         end(index, {Code::kDeadlineExceeded, "no answer was possible within the deadline"});
@@ -251,7 +259,8 @@ void ServedModel::report_ended() {
         end(index, {Code::kCancelled, "the request was cancelled"});
         break;
       default:
-        end(index, {Code::kInternal, "the run of model '" + config_.name + "' failed"});
+        if (run_failure_.code == Code::kUnavailable) request->retry_after_ms = model_->retry_after_ms();
+        end(index, run_failure_);
     }
   }
   lane_.clear_ended();
@@ -325,7 +334,8 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   ++batches_[n];
   ++(on_executor ? executor_runs_ : inline_runs_);
   lock.unlock();
-  const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
+  Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
+  const bool run_ok = status.is_ok();
   const int64_t finished = mono_ns();
   lock.lock();
   run_.add(finished - started);
@@ -339,14 +349,19 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
       request->finished_ns = finished;
       uint32_t row = row_at(*request, piece.first_row);
       for (uint32_t r = 0; r < piece.rows; ++r) {
-        std::copy_n(&batch_scores_[(from + r) * n_outputs_], n_outputs_, &scores_[row * n_outputs_]);
+        const double* scores = &batch_scores_[(from + r) * n_outputs_];
+        for (size_t k = 0; k < n_outputs_; ++k) {
+          scores_[row * n_outputs_ + k] = scores[k];
+          request->no_score |= !std::isfinite(scores[k]);
+        }
         if (r + 1 < piece.rows) row = next_row_[row];
       }
     }
     from += piece.rows;
   }
-  const Breaker::Outcome outcome = breaker_.finished(finished, status.is_ok());
-  lane_.finish(batch_, started, finished, status.is_ok(), !outcome.hung);
+  const Breaker::Outcome outcome = breaker_.finished(finished, run_ok);
+  if (!run_ok) run_failure_ = std::move(status);
+  lane_.finish(batch_, started, finished, run_ok, !outcome.hung);
   report_ended();
   if (outcome.opened && !stopping_) trip(finished);
   if (!breaker_.closed()) work_.notify_one();  // the executor probes
@@ -375,7 +390,7 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns) {
+    if (held_ || predicted > budget_ns || !model_->inline_ok()) {
       work_.notify_one();
       return;
     }

@@ -32,6 +32,7 @@
 #include "batch/breaker.h"
 #include "batch/lane.h"
 #include "engine/latency.h"
+#include "engine/model.h"
 #include "engine/peer_table.h"
 #include "engine/served_ring.h"
 #include "engine/service_plan.h"
@@ -42,18 +43,6 @@
 namespace penstock {
 
 int64_t mono_ns();  // CLOCK_MONOTONIC
-
-// What a lane runs. One run at a time.
-class Model {
- public:
-  virtual ~Model() = default;
-  virtual size_t n_features() const = 0;
-  virtual size_t n_outputs() const = 0;
-  virtual Status run(const float* rows, size_t n, double* scores) = 0;  // n in 1..64
-};
-
-// A trees.bin image as a Model.
-Status make_tree_model(const uint8_t* data, size_t size, std::unique_ptr<Model>* out);
 
 struct ServedModelConfig {
   std::string name;
@@ -247,6 +236,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     int64_t now_us = 0;
     bool as_bin = false, with_timings = false;
     bool low = false;
+    bool no_score = false;  // the model gave a row of it none
     Status status;
     int64_t retry_after_ms = -1;
     std::unique_ptr<Parked> parked;
@@ -343,6 +333,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<uint64_t> batch_tags_;
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
+  Status run_failure_;  // of the last run that failed
 
   EndCounters request_counts_[2], row_counts_[2];  // [low]
   int64_t max_wait_ns_[2] = {};                    // [low]

@@ -108,6 +108,74 @@ class WireSession(metaclass=_NativeType):
     @property
     def pending_output_bytes(self) -> int: ...
 
+class PythonModel(metaclass=_NativeType):
+    """
+    A model in this process that is called under the GIL, over buffers made once.
+    """
+    def __init__(
+        self,
+        run: collections.abc.Callable[[int], None],
+        rows: numpy.ndarray,
+        scores: numpy.ndarray,
+        *,
+        column: typing.SupportsInt | typing.SupportsIndex | None = None,
+        probability: bool = False,
+        interrupt: typing.Any = None,
+    ) -> None:
+        """
+        run(n) scores rows[:n], float32 [64, F], into scores[:n], float32 or float64 [64, width].
+        column: the one that is served; None: all. interrupt(): ends a run in progress, if it can.
+        """
+    def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
+        """
+        Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message). One caller at once.
+        """
+
+class ChildChannel(metaclass=_NativeType):
+    """
+    The shared memory and the doorbell of a model in a child process.
+    """
+    def __init__(
+        self,
+        n_features: typing.SupportsInt | typing.SupportsIndex,
+        width: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        column: typing.SupportsInt | typing.SupportsIndex | None = None,
+        probability: bool = False,
+        run_timeout_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def memory_fd(self) -> int: ...
+    @property
+    def alarm_fd(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+    def read_alarm(self) -> None: ...
+    def attach(
+        self,
+        socket: typing.SupportsInt | typing.SupportsIndex,
+        pidfd: typing.SupportsInt | typing.SupportsIndex,
+        restart_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None:
+        """
+        Takes both descriptors over; pidfd may be -1. Another child would be ready restart_s after its end.
+        """
+    def detach(self, reason: str) -> None: ...
+    def expect_after(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def close(self) -> None: ...
+    def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
+        """
+        Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message).
+        """
+    @staticmethod
+    def layout(
+        n_features: typing.SupportsInt | typing.SupportsIndex,
+        width: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        Offsets of scores and of text, and the size of the block.
+        """
+
 class TreeEnsemble(metaclass=_NativeType):
     """
     A forest loaded from the bytes of trees.bin; immutable.
@@ -369,6 +437,10 @@ class ServedModel(metaclass=_NativeType):
         """
         Counters, batch sizes (rows: runs) and latency quantiles, by name.
         """
+    def idle(self) -> bool:
+        """
+        Every request has its answer, and nothing runs.
+        """
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.
@@ -515,7 +587,7 @@ class ServingCore(metaclass=_NativeType):
         self,
         name: str,
         version: str,
-        trees: bytes,
+        model: bytes | PythonModel | ChildChannel,
         plan: typing.Any = None,
         *,
         max_batch_rows: typing.SupportsInt | typing.SupportsIndex = 64,
@@ -533,7 +605,8 @@ class ServingCore(metaclass=_NativeType):
         breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
     ) -> ServedModel:
         """
-        Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.
+        Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
+        is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
         """

@@ -36,6 +36,7 @@ def serve(
     from penstock.serving.server import ServerSettings, run
 
     logging.basicConfig(format="penstock: %(message)s")
+    logging.getLogger("penstock").setLevel(logging.INFO)  # what the models' own processes print
 
     def on_listening(addresses: list[str]) -> None:
         engine.lock.announce(addresses)  # other commands find the server by it

@@ -310,7 +310,11 @@ class FeatureCacheConfig(Section):
 
 
 class ModelCacheConfig(Section):
-    """Memory for loaded models, bytes."""
+    """`memory`: bytes for loaded model versions and the buffers of their lanes.
+
+    Previous versions are dropped to make room, the one least recently live first; a version for which there
+    is none even so is not loaded.
+    """
 
     memory: Size = Field(default=1 << 30, ge=1)
 
@@ -320,11 +324,35 @@ class CachesConfig(Section):
     models: ModelCacheConfig = Field(default_factory=ModelCacheConfig)
 
 
+class ProcessConfig(Section):
+    """The child process of a Python entry point, seconds.
+
+    `start_timeout`: to become ready, warm-up included. `run_timeout`: for one run; then the process is killed
+    and started again. `restart_backoff` is the pause before that, doubled up to `restart_backoff_max` while
+    the process does not last.
+    """
+
+    start_timeout: Seconds = Field(default=30.0, gt=0, le=3600)
+    run_timeout: Seconds = Field(default=2.0, gt=0, le=3600)
+    restart_backoff: Seconds = Field(default=0.1, ge=0.001, le=3600)
+    restart_backoff_max: Seconds = Field(default=10.0, ge=0.001, le=3600)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProcessConfig:
+        if self.restart_backoff_max < self.restart_backoff:
+            raise ValueError(
+                f"restart_backoff_max ({self.restart_backoff_max:g} s) is below "
+                f"restart_backoff ({self.restart_backoff:g} s)"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """One served model: the bundle folder to add to data_dir (None: it is there), and the version or alias.
 
     A bundle that the registry sees for the first time becomes the champion; later promotions and rollbacks
-    hold, whatever `path` says.
+    hold, whatever `path` says. `threads` of onnxruntime for one run. A Python entry point runs in a `process`
+    of its own, or in a `thread` of this one, where its runs hold up the answers of all models.
     """
 
     path: FilePath | None = None
@@ -332,6 +360,9 @@ class ModelConfig(Section):
         default="champion", min_length=1
     )
     on_missing: Literal["nan", "error"] = "nan"
+    threads: int = Field(default=1, ge=1, le=256)
+    isolation: Literal["process", "thread"] = "process"
+    process: ProcessConfig = Field(default_factory=ProcessConfig)
 
 
 class PrometheusConfig(Section):

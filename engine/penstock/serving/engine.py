@@ -12,7 +12,8 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,12 @@ class Engine:
                 raise BundleError(f"bundle {settings.path} is of model '{bundle.name}'; expected '{name}'")
             if bundle.version not in [info.version for info in self.registry.list() if info.name == name]:
                 model = self.live.load(bundle)
-                self.registry.add(settings.path)
-                self.registry.promote(name, bundle.version)
+                try:
+                    self.registry.add(settings.path)
+                    self.registry.promote(name, bundle.version)
+                except BaseException:
+                    model.stop()
+                    raise
                 return model
             self.registry.add(settings.path)  # refuses other content under a known version
         # A promotion that was acknowledged outlives a restart, whatever the path still says.
@@ -297,9 +302,20 @@ class Engine:
             bundle = self.registry.get(name, version or "challenger")
             if bundle.version != live.bundle.version:
                 live = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            self.registry.promote(name, bundle.version)
-            self.live.publish(live)
+            with self._published(live):
+                self.registry.promote(name, bundle.version)
             return {"model": name, "version": bundle.version}
+
+    @contextmanager
+    def _published(self, model: LiveModel) -> Iterator[None]:
+        """Publish a loaded version once the block has recorded the choice; else it is let go."""
+        try:
+            yield
+        except BaseException:
+            if all(model is not known for known in self.live.all()):
+                model.stop()
+            raise
+        self.live.publish(model)
 
     def rollback(self, name: str) -> dict[str, Any]:
         """Serve the champion before this one again."""
@@ -307,8 +323,8 @@ class Engine:
             self.live.get(name)
             bundle = self.registry.get(name, "previous")
             model = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            self.registry.rollback(name)
-            self.live.publish(model)
+            with self._published(model):
+                self.registry.rollback(name)
             return {"model": name, "version": bundle.version}
 
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
@@ -441,6 +457,7 @@ class Engine:
             models[name] = entry
         return {
             "models": models,
+            "models_memory": self.live.memory(),
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
             "monitor_errors": self.monitor_errors,

@@ -1,12 +1,14 @@
 """The live model versions: what each consists of, how one is loaded, and how another takes its place.
 
 A version is loaded and warmed before it is live; it goes live by one pointer swap in the native core. The
-version before it stays warm, so that a rollback is one swap too; the one before that is stopped.
+version before it stays warm, so that a rollback is one swap too; the one before that is stopped. All of them
+together stay within `caches.models.memory`: previous versions are dropped to make room for a new one.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +18,18 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
-from penstock.errors import BundleError, NotFoundError, PenstockError
+from penstock.errors import BundleError, FailedPreconditionError, NotFoundError, PenstockError
 from penstock.features.plan import ServicePlan
 from penstock.features.store import FeatureStore
+from penstock.models import backends
 from penstock.models.bundle import ModelBundle
+from penstock.models.child import ChildSettings
 from penstock.monitoring.drift import DriftMonitor
 from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
+_IDLE_POLL_S = 0.001
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
@@ -35,6 +40,9 @@ class LiveModel:
     bundle: ModelBundle
     plan: ServicePlan | None
     served: _core.ServedModel
+    backend: backends.Backend
+    isolation: str
+    lane_bytes: int
     drift: DriftMonitor
     freshness: FreshnessMonitor
     performance: PerformanceTracker | None
@@ -42,6 +50,23 @@ class LiveModel:
     ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
     _draining: threading.Lock = field(default_factory=threading.Lock)
+
+    def memory_bytes(self) -> int:
+        """What it takes of memory: the model (see `backends.Backend`) and the buffers of its lane."""
+        return self.backend.bytes_now() + self.lane_bytes
+
+    def finish(self, seconds: float) -> None:
+        """Stop a version that gets no new requests, once it has answered all, `seconds` from now at most."""
+        until = time.monotonic() + seconds
+        while not self.served.idle() and time.monotonic() < until:
+            time.sleep(_IDLE_POLL_S)
+        self.stop()
+
+    def stop(self) -> None:
+        """End what is unanswered, stop the lane and the model, and take in the last rows. Idempotent."""
+        self.served.stop()
+        self.backend.close()
+        self.drain()
 
     def drain(self) -> None:
         """Take every row served so far into the monitors and the log. Any thread.
@@ -80,6 +105,8 @@ class LiveModel:
         """What `models` says of it."""
         return {
             "version": self.bundle.version,
+            "backend": backends.describe(self.bundle, self.isolation),
+            "memory_bytes": self.memory_bytes(),
             "service": self.bundle.service,
             "entities": self.entities(),
             "inputs": [] if self.plan is None else [list(pair) for pair in self.plan.inputs],
@@ -107,7 +134,7 @@ class LiveModels:
         self._config, self._core, self._store, self._log = config, core, store, log
         self._clock = clock
         self.live: dict[str, LiveModel] = {}
-        self.previous: dict[str, LiveModel] = {}
+        self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
         self.caches: dict[str, _core.FeatureCache] = {}  # by view
 
@@ -124,20 +151,31 @@ class LiveModels:
         return [*list(self.live.values()), *list(self.previous.values())]
 
     def load(self, bundle: ModelBundle) -> LiveModel:
-        """Load and warm a version; it is not live yet.
+        """Load and warm a version; it is not live yet. Previous versions are dropped if it needs their room.
 
         Raises:
             BundleError: its features are not those of the store, or its files do not fit each other.
+            FailedPreconditionError: its backend is not there or does not start, or there is no room for it.
         """
         serving, monitoring = self._config.serving, self._config.monitoring
         plan = self._plan(bundle)
         settings = self._config.models.get(bundle.name, ModelConfig())
+        lane_bytes = self._lane_bytes(bundle, 0 if plan is None else len(plan.views))
+        self._check_room(bundle, backends.expected_bytes(bundle) + lane_bytes)
+        native_plan = None if plan is None else self._native_plan(plan, settings.on_missing)
+        backend = backends.open_backend(
+            bundle,
+            threads=settings.threads,
+            isolation=settings.isolation,
+            settings=ChildSettings(**settings.process.model_dump()),
+        )
+        served: _core.ServedModel | None = None
         try:
             served = self._core.load(
                 bundle.name,
                 bundle.version,
-                bundle.trees,
-                None if plan is None else self._native_plan(plan, settings.on_missing),
+                backend.model,
+                native_plan,
                 max_batch_rows=serving.max_batch_size,
                 max_latency_ms=serving.max_latency_ms,
                 guard_ms=min(serving.guard_ms, serving.max_latency_ms / 4),
@@ -152,8 +190,14 @@ class LiveModels:
                 breaker_probe_ms=serving.breaker_probe_ms,
                 breaker_failures=serving.breaker_failures,
             )
-        except ValueError as error:
-            raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
+            self._make_room(bundle, backend.bytes_now() + lane_bytes)
+        except BaseException as error:
+            if served is not None:
+                served.stop()
+            backend.close()
+            if isinstance(error, ValueError):
+                raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
+            raise
         pane_us, window_us = int(monitoring.pane * 1e6), int(monitoring.window * 1e6)
         performance = None
         if bundle.output_kind == "probability":
@@ -175,6 +219,9 @@ class LiveModels:
             bundle,
             plan,
             served,
+            backend,
+            settings.isolation,
+            lane_bytes,
             drift,
             FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
             performance,
@@ -192,11 +239,10 @@ class LiveModels:
         self.live[name] = model
         if before is None:
             return
-        stale = self.previous.get(name)
+        stale = self.previous.pop(name, None)
         self.previous[name] = before
         if stale is not None and stale is not model:
-            stale.served.stop()
-            stale.drain()
+            self._finish(stale)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
@@ -218,8 +264,7 @@ class LiveModels:
                         self._core.retire(name)
                         found.append(name)
                     del versions[name]
-                    model.served.stop()
-                    model.drain()
+                    self._finish(model)
         return found
 
     def clear_caches(self) -> None:
@@ -229,8 +274,45 @@ class LiveModels:
     def stop(self) -> None:
         """Stop every version and take in its last rows."""
         for model in self.all():
-            model.served.stop()
-            model.drain()
+            model.stop()
+
+    def memory(self) -> dict[str, Any]:
+        """The budget and what it went for, bytes by "name/version"."""
+        return {
+            "budget_bytes": self._config.caches.models.memory,
+            "versions": {f"{m.bundle.name}/{m.bundle.version}": m.memory_bytes() for m in self.all()},
+        }
+
+    def _lane_bytes(self, bundle: ModelBundle, views: int) -> int:
+        """Buffers of its lane and of its served rows: features, scores, event times, id, status, time."""
+        serving = self._config.serving
+        row = 4 * len(bundle.inputs) + 8 * bundle.n_outputs + 8 * views + 24
+        return (2 * serving.max_queued_rows + self._config.monitoring.ring_rows) * row
+
+    def _check_room(self, bundle: ModelBundle, need: int) -> None:
+        """Raises FailedPreconditionError if `need` bytes do not fit beside the live versions."""
+        budget = self._config.caches.models.memory
+        live = sum(model.memory_bytes() for model in self.live.values())
+        if live + need > budget:
+            raise FailedPreconditionError(
+                f"model '{bundle.name}' version {bundle.version} needs {need} bytes of memory; of "
+                f"caches.models.memory ({budget}) the live versions have {live}"
+            )
+
+    def _make_room(self, bundle: ModelBundle, need: int) -> None:
+        """Drop previous versions until `need` bytes more fit, or raise and drop none."""
+        self._check_room(bundle, need)
+        used = sum(model.memory_bytes() for model in self.all())
+        for name, model in list(self.previous.items()):
+            if used + need <= self._config.caches.models.memory:
+                return
+            used -= model.memory_bytes()
+            del self.previous[name]
+            self._finish(model)
+
+    def _finish(self, model: LiveModel) -> None:
+        """Every request it still has was to be answered within the limit."""
+        model.finish(self._config.serving.max_latency_ms / 1000)
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:
