@@ -254,21 +254,29 @@ void bind_connection(py::module_& m) {
             return py::memoryview::from_memory(room.empty() ? &none : room.data(),
                                                static_cast<py::ssize_t>(room.size()), false);
           },
-          py::arg("sizehint") = -1, py::keep_alive<0, 1>(),
-          "Writable memoryview for the next read; valid until the next get_buffer. Empty: no room.")
+          py::arg("sizehint") = -1,
+          "Writable memoryview for the next read; valid until the next get_buffer, and not after the\n"
+          "connection. Empty: no room.")
       .def(
           "received",
           [](Connection& self, size_t n) {
             std::vector<Connection::Call> others;
             self.received(n, &others);
-            py::list calls;
-            for (const Connection::Call& call : others)
-              calls.append(py::make_tuple(call.msgid, call.method, py::bytes(call.params)));
+            py::list calls(others.size());
+            for (size_t i = 0; i < others.size(); ++i)
+              calls[i] = py::make_tuple(others[i].msgid, others[i].method, py::bytes(others[i].params));
             return calls;
           },
           py::arg("n"),
-          "n bytes were read into the last get_buffer: answers the predict calls in them and returns the\n"
-          "other requests as (msgid, method, params as MessagePack bytes).")
+          "n bytes were read into the last get_buffer: answers the predict calls in them, now or in wake, "
+          "and\n"
+          "returns the other requests as (msgid, method, params as MessagePack bytes).")
+      .def("attach", &Connection::attach, py::arg("fd"),
+           "Replies go straight to this connected socket from now on; its descriptor is duplicated. False:\n"
+           "no descriptor is free.")
+      .def("send_output", &Connection::send_output,
+           "Send to the attached socket what waits. True: look after the rest, with take_output.")
+      .def("watch", &Connection::watch, "Have wake tell of every output of this connection.")
       .def(
           "reply",
           [](Connection& self, uint32_t msgid, const py::bytes& result) {
@@ -301,14 +309,12 @@ void bind_connection(py::module_& m) {
       .def(
           "take_output",
           [](Connection& self) -> py::object {
-            const wire::Writer* out = self.session().take_output();
-            if (out == nullptr) return py::none();
-            return py::bytes(reinterpret_cast<const char*>(out->data()), out->size());
+            const std::string_view out = self.take_output();
+            if (out.empty()) return py::none();
+            return py::bytes(out.data(), out.size());
           },
           "Bytes to send, or None when there are none or earlier ones are not sent yet.")
-      .def(
-          "output_sent", [](Connection& self) { self.session().output_sent(); },
-          "The bytes of take_output are sent.")
+      .def("output_sent", &Connection::output_sent, "The bytes of take_output are sent.")
       .def_property_readonly("pending_output_bytes",
                              [](Connection& self) { return self.session().pending_output_bytes(); })
       .def_property_readonly("in_flight", [](Connection& self) { return self.session().in_flight(); })
@@ -364,9 +370,12 @@ void bind_engine(py::module_& m) {
           py::arg("max_message_bytes"), py::arg("max_depth"), py::arg("max_in_flight"),
           py::arg("max_output_bytes"), py::keep_alive<0, 1>())
       .def_property_readonly("event_fd", &ServingCore::event_fd)
-      .def("wake", &ServingCore::wake, "Encode replies of ended requests; ids of connections with output.")
-      .def("expire", &ServingCore::expire, "Answer what is due; ids of connections with output.")
-      .def("next_deadline_ns", &ServingCore::next_deadline)
+      .def_property_readonly("timer_fd", &ServingCore::timer_fd)
+      .def("wake", &ServingCore::wake,
+           "event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids "
+           "of\n"
+           "connections whose output somebody else must look after.")
+      .def("expire", &ServingCore::expire, "timer_fd is readable: answer what is due, then as wake.")
       .def("drain", &ServingCore::drain, "Refuse new predict calls from now on.")
       .def("call", &call_local, py::arg("vectors"), py::arg("params"),
            "predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores\n"

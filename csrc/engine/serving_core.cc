@@ -1,9 +1,13 @@
 #include "engine/serving_core.h"
 
+#include <fcntl.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <limits>
 #include <map>
@@ -59,7 +63,16 @@ void Connection::received(size_t n, std::vector<Call>* others) {
       core.end_read();
     }
   } end_of_read{core};
+  const bool deferred = core.defers(*this, received_ns);
   std::shared_ptr<ServedModel> model;  // of the last call; most reads ask one model
+  const auto run = [&] {
+    if (model == nullptr) return;
+    if (deferred) {
+      core.leave_for_wake(model);
+    } else {
+      model->pump();
+    }
+  };
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
@@ -87,7 +100,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     int64_t retry_after_ms = -1;
     if (status.is_ok() && core.draining_.load(std::memory_order_relaxed)) status = kDraining;
     if (status.is_ok() && (model == nullptr || model->config().name != name)) {
-      if (model != nullptr) model->pump();
+      run();
       model = core.find(name);
       if (model == nullptr) status = core.unknown_model(name);
     }
@@ -102,8 +115,46 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
-  if (model != nullptr) model->pump();
-  core.deliver_ended();
+  run();
+  if (!deferred) core.deliver_ended();
+  if (model != nullptr && session_.in_flight() > 0) core.arm(model->next_deadline());
+  if (fd_ >= 0 ? send_output() : watched_) core.mark_dirty(*this);
+}
+
+bool Connection::attach(int fd) {
+  fd_ = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  return fd_ >= 0;
+}
+
+bool Connection::send_output() {
+  while (fd_ >= 0 && !session_.sending()) {
+    const wire::Writer* out = session_.take_output();
+    if (out == nullptr) return closed() || watched_;
+    ssize_t sent;
+    do {
+      sent = ::send(fd_, out->data(), out->size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    // An error is left to the transport, which meets it again and ends the connection.
+    if (sent < 0 || static_cast<size_t>(sent) < out->size()) {
+      unsent_ = out;
+      sent_ = sent < 0 ? 0 : static_cast<size_t>(sent);
+      return true;
+    }
+    session_.output_sent();
+  }
+  return true;
+}
+
+std::string_view Connection::take_output() {
+  const wire::Writer* out = std::exchange(unsent_, nullptr);
+  const size_t from = std::exchange(sent_, 0);
+  if (out == nullptr) out = session_.take_output();
+  if (out == nullptr) return {};
+  return {reinterpret_cast<const char*>(out->data()) + from, out->size() - from};
+}
+
+void Connection::output_sent() {
+  session_.output_sent();
 }
 
 bool Connection::reply(uint32_t msgid, std::string_view result) {
@@ -121,6 +172,7 @@ bool Connection::reply_error(uint32_t msgid, const Status& status, bool retryabl
 }
 
 void Connection::drop() {
+  if (fd_ >= 0) ::close(std::exchange(fd_, -1));
   if (core_ == nullptr) return;
   ServingCore* core = std::exchange(core_, nullptr);
   core->connections_.erase(id_);
@@ -130,6 +182,7 @@ void Connection::drop() {
 
 ServingCore::ServingCore()
     : event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
       // Ids keep rising over restarts: nanoseconds pass faster than requests come.
       next_id_(static_cast<uint64_t>(wall_us()) * 1000) {}
 
@@ -137,6 +190,7 @@ ServingCore::~ServingCore() {
   close();
   for (const auto& [id, connection] : connections_) connection->core_ = nullptr;
   if (event_fd_ >= 0) ::close(event_fd_);
+  if (timer_fd_ >= 0) ::close(timer_fd_);
 }
 
 std::shared_ptr<ServedModel> ServingCore::publish(std::shared_ptr<ServedModel> model) {
@@ -203,7 +257,10 @@ void ServingCore::ended(const std::shared_ptr<ServedModel>& model, uint64_t tag,
   signal();
 }
 
+// Under ended_mutex_.
 void ServingCore::signal() {
+  if (written_) return;
+  written_ = true;
   const uint64_t one = 1;
   (void)!::write(event_fd_, &one, sizeof one);
 }
@@ -215,7 +272,7 @@ void ServingCore::begin_read() {
 
 void ServingCore::end_read() {
   const std::lock_guard lock(ended_mutex_);
-  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty();
+  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty() || !to_pump_.empty();
   if (signalled_) signal();
 }
 
@@ -240,7 +297,6 @@ void ServingCore::deliver_ended() {
       if (!model->take(tag, &result_, connection.max_output_bytes_ - out.size())) continue;
       const uint32_t msgid = result_.target.msgid;
       connection.session_.finish(msgid);
-      const bool had_output = out.size() > 0;
       if (result_.status.is_ok()) {
         const wire::Timing timings[] = {
             {"queue", result_.queue_ns}, {"run", result_.run_ns}, {"total", result_.total_ns}};
@@ -261,29 +317,84 @@ void ServingCore::deliver_ended() {
         (void)connection.encode_error(msgid, result_.status, is_retryable(result_.status.code),
                                       result_.retry_after_ms);
       }
-      if (!had_output && &connection != reading_) dirty_.push_back(connection.id());
+      if (&connection != reading_) mark_dirty(connection);
     }
     delivering_.clear();
   }
 }
 
-std::vector<uint64_t> ServingCore::take_dirty() {
-  return std::exchange(dirty_, {});
+// Whether this read's requests wait for the end of the loop's turn.
+bool ServingCore::defers(const Connection& connection, int64_t now_ns) {
+  const bool close = now_ns - last_read_ns_ < kBurstGapNs && last_reader_ != connection.id();
+  last_read_ns_ = now_ns;
+  last_reader_ = connection.id();
+  ++reads_since_wake_;
+  return connection.fd_ >= 0 && (bursting_ || close);
 }
 
-std::vector<uint64_t> ServingCore::wake() {
-  uint64_t count;
-  (void)!::read(event_fd_, &count, sizeof count);
+void ServingCore::leave_for_wake(const std::shared_ptr<ServedModel>& model) {
+  if (std::find(to_pump_.begin(), to_pump_.end(), model) == to_pump_.end()) to_pump_.push_back(model);
+}
+
+void ServingCore::mark_dirty(Connection& connection) {
+  if (connection.dirty_) return;
+  connection.dirty_ = true;
+  dirty_.push_back(connection.id());
+}
+
+// Sends what the dirty connections have; the ids of those that somebody else must look after.
+const std::vector<uint64_t>& ServingCore::send_dirty() {
+  to_look_.clear();
+  for (const uint64_t id : dirty_) {
+    const auto at = connections_.find(id);
+    if (at == connections_.end()) continue;
+    at->second->dirty_ = false;
+    if (at->second->send_output()) to_look_.push_back(id);
+  }
+  dirty_.clear();
+  return to_look_;
+}
+
+const std::vector<uint64_t>& ServingCore::wake() {
+  {
+    const std::lock_guard lock(ended_mutex_);
+    uint64_t count;
+    if (std::exchange(written_, false)) (void)!::read(event_fd_, &count, sizeof count);
+    signalled_ = true;  // what ends from here on is delivered here
+  }
+  if (!to_pump_.empty()) {
+    bursting_ = reads_since_wake_ > 1;
+    for (const auto& model : to_pump_) {
+      model->pump();
+      arm(model->next_deadline());
+    }
+    to_pump_.clear();
+  }
+  reads_since_wake_ = 0;
   deliver_ended();
-  return take_dirty();
+  return send_dirty();
 }
 
-std::vector<uint64_t> ServingCore::expire() {
+const std::vector<uint64_t>& ServingCore::expire() {
+  uint64_t count;
+  (void)!::read(timer_fd_, &count, sizeof count);
   begin_read();
   const int64_t now = mono_ns();
   for (const auto& model : all_models()) model->expire(now);
   deliver_ended();
-  return take_dirty();
+  armed_ns_ = std::numeric_limits<int64_t>::max();
+  arm(next_deadline());
+  return send_dirty();
+}
+
+// Sets the one timer, unless it fires by then anyway. An early call of expire() finds nothing due and arms it
+// for what is next.
+void ServingCore::arm(int64_t deadline_ns) {
+  if (deadline_ns >= armed_ns_) return;
+  armed_ns_ = deadline_ns;
+  const int64_t at = std::max<int64_t>(deadline_ns, 1);  // 0 would disarm it
+  const itimerspec when{{0, 0}, {at / 1'000'000'000, at % 1'000'000'000}};
+  (void)timerfd_settime(timer_fd_, TFD_TIMER_ABSTIME, &when, nullptr);
 }
 
 int64_t ServingCore::next_deadline() {

@@ -5,11 +5,16 @@
 // stats and the loader's calls may come from any thread. Ended requests of connections are queued and one
 // eventfd write wakes the loop, unless a wake is pending already or the loop is in received() and will look
 // itself. Lock order: models_mutex_, a model's lock, then ended_mutex_ or miss_mutex_.
+//
+// A read is served at once while reads come one by one. When several connections have sent something by the
+// time the loop looks, what they ask waits for the end of that turn of the loop (the wake), so that it runs
+// as one batch: the turn's sockets are read first, as they became readable before the eventfd did.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -31,6 +36,8 @@ class Connection {
   Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
       : core_(core), id_(id), max_output_bytes_(limits.max_output_bytes), session_(limits) {}
   ~Connection() { drop(); }
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
 
   struct Call {
     uint32_t msgid;
@@ -43,6 +50,18 @@ class Connection {
   // `n` bytes arrived in the last get_buffer(): answers what can be answered now and adds every request that
   // is not a predict call to `others`.
   void received(size_t n, std::vector<Call>* others);
+  // Replies go straight to this connected socket from now on. The descriptor is duplicated: the owner of `fd`
+  // may close it, and its number may be used again, before the connection hears of it. False: no descriptor
+  // is free, and the caller sends as before.
+  bool attach(int fd);
+  // Sends what waits. Whether somebody else must look: bytes are left that the socket does not take (they
+  // come with the next take_output()), the session is over, or it is watched.
+  bool send_output();
+  // The bytes to send, from the first that is not sent, or nothing when earlier ones are still being sent.
+  std::string_view take_output();
+  void output_sent();
+  // From now on wake() tells of every output of this connection.
+  void watch() { watched_ = true; }
   // Answer a request that received() returned; false if it is not in flight or the output is full. A result
   // that does not fit is answered RESOURCE_EXHAUSTED.
   bool reply(uint32_t msgid, std::string_view result);
@@ -64,6 +83,11 @@ class Connection {
   const size_t max_output_bytes_;
   wire::Session session_;
   bool overflowed_ = false;
+  bool watched_ = false;
+  bool dirty_ = false;  // is in the core's list of those with output
+  int fd_ = -1;
+  const wire::Writer* unsent_ = nullptr;  // taken from the session, sent up to sent_
+  size_t sent_ = 0;
 };
 
 // Rows that parked requests lack: per view, distinct (key, request time).
@@ -102,12 +126,13 @@ class ServingCore : public ModelEvents {
   Status unknown_model(std::string_view name);
 
   std::unique_ptr<Connection> connect(const wire::SessionLimits& limits);
-  int event_fd() const { return event_fd_; }
-  // Writes the replies of ended requests into their connections; the ids of connections with new output.
-  std::vector<uint64_t> wake();
+  int event_fd() const { return event_fd_; }  // readable: wake() is due
+  int timer_fd() const { return timer_fd_; }  // readable: expire() is due
+  // Runs what reads left for the end of the turn, encodes the replies of ended requests and sends them. The
+  // ids of connections whose output somebody else must look after; valid until the next call.
+  const std::vector<uint64_t>& wake();
   // Answers what is due, then as wake().
-  std::vector<uint64_t> expire();
-  int64_t next_deadline();
+  const std::vector<uint64_t>& expire();
   // New predict calls are UNAVAILABLE from now on.
   void drain() { draining_.store(true, std::memory_order_relaxed); }
 
@@ -148,25 +173,42 @@ class ServingCore : public ModelEvents {
   };
 
   uint64_t next_ids(uint32_t rows) { return next_id_.fetch_add(rows, std::memory_order_relaxed); }
+  static constexpr int64_t kBurstGapNs = 30'000;  // reads of two connections this close are one burst
+
   void begin_read();
   void end_read();
+  bool defers(const Connection& connection, int64_t now_ns);
+  void leave_for_wake(const std::shared_ptr<ServedModel>& model);
   void deliver_ended();
+  void mark_dirty(Connection& connection);
+  const std::vector<uint64_t>& send_dirty();
+  void arm(int64_t deadline_ns);
+  int64_t next_deadline();
   void signal();
-  std::vector<uint64_t> take_dirty();
 
   std::mutex models_mutex_;
   std::unordered_map<std::string, std::shared_ptr<ServedModel>, Hash, std::equal_to<>> models_;
   std::vector<std::shared_ptr<ServedModel>> replaced_;  // each until nobody else has it and all is answered
 
   int event_fd_;
+  int timer_fd_;
   std::mutex ended_mutex_;
   std::vector<EndedRequest> ended_;
   bool signalled_ = false;                // a wake is pending, or the loop will look by itself
+  bool written_ = false;                  // the eventfd is readable
   std::vector<EndedRequest> delivering_;  // loop thread
   std::unordered_map<uint64_t, Connection*> connections_;  // loop thread
-  std::vector<uint64_t> dirty_;                            // loop thread
-  Connection* reading_ = nullptr;                          // loop thread
+  // Of the loop thread.
+  std::vector<uint64_t> dirty_;                        // connections with output that is not looked after yet
+  std::vector<uint64_t> to_look_;                      // what wake() returned
+  std::vector<std::shared_ptr<ServedModel>> to_pump_;  // what reads left for wake()
+  Connection* reading_ = nullptr;
   uint64_t last_connection_ = 0;
+  int64_t last_read_ns_ = 0;
+  uint64_t last_reader_ = 0;
+  uint32_t reads_since_wake_ = 0;
+  bool bursting_ = false;
+  int64_t armed_ns_ = std::numeric_limits<int64_t>::max();  // when the timer fires
 
   std::mutex miss_mutex_;
   std::condition_variable miss_ready_;

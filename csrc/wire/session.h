@@ -83,6 +83,7 @@ class Session {
   // are until output_sent(); replies go to the other buffer meanwhile.
   const Writer* take_output();
   void output_sent();
+  bool sending() const { return sending_; }  // take_output() gave bytes that are not all sent
   size_t pending_output_bytes() const { return front_->size() + (sending_ ? back_->size() : 0); }
 
   uint32_t in_flight() const { return in_flight_.size(); }

@@ -83,9 +83,17 @@ class WireSession(metaclass=_NativeType):
         """
         Append a scores response (scores row-major float64). False: the output limit is hit.
         """
+    def send_output(self) -> bool:
+        """
+        Send to the attached socket what waits. True: look after the rest, with take_output.
+        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def watch(self) -> None:
+        """
+        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -332,13 +340,19 @@ class Connection(metaclass=_NativeType):
         """
         TypeError: only the core makes them.
         """
+    def attach(self, fd: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Replies go straight to this connected socket from now on; its descriptor is duplicated. False:
+        no descriptor is free.
+        """
     def drop(self) -> None:
         """
         The peer is gone: its requests are cancelled.
         """
     def get_buffer(self, sizehint: typing.SupportsInt | typing.SupportsIndex = -1) -> memoryview:
         """
-        Writable memoryview for the next read; valid until the next get_buffer. Empty: no room.
+        Writable memoryview for the next read; valid until the next get_buffer, and not after the
+        connection. Empty: no room.
         """
     def goaway(self, grace_ms: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def output_sent(self) -> None:
@@ -347,8 +361,8 @@ class Connection(metaclass=_NativeType):
         """
     def received(self, n: typing.SupportsInt | typing.SupportsIndex) -> list:
         """
-        n bytes were read into the last get_buffer: answers the predict calls in them and returns the
-        other requests as (msgid, method, params as MessagePack bytes).
+        n bytes were read into the last get_buffer: answers the predict calls in them, now or in wake, and
+        returns the other requests as (msgid, method, params as MessagePack bytes).
         """
     def refuse(self, code: str, message: str) -> bool:
         """
@@ -456,7 +470,6 @@ class ServingCore(metaclass=_NativeType):
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
         """
-    def next_deadline_ns(self) -> int: ...
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
         Make it the live version of its name; returns the one before it, still running, or None.
@@ -468,10 +481,13 @@ class ServingCore(metaclass=_NativeType):
         """
     def wake(self) -> list[int]:
         """
-        Encode replies of ended requests; ids of connections with output.
+        event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids of
+        connections whose output somebody else must look after.
         """
     @property
     def event_fd(self) -> int: ...
+    @property
+    def timer_fd(self) -> int: ...
 
 def cpu_level() -> int:
     """

@@ -1,6 +1,8 @@
 """The server's side of one connection: between its transport and its native session.
 
-Only the loop thread runs this. `Server` decides; a Peer moves bytes and keeps the back-pressure.
+Replies on a plain socket are sent by the native core; the transport gets what the socket does not take at
+once, and everything of a connection whose bytes it must encrypt. Only the loop thread runs this. `Server`
+decides; a Peer moves bytes and keeps the back-pressure.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ class Peer(asyncio.BufferedProtocol):
     """One connection: its transport and its native side."""
 
     __slots__ = (
+        "_received",
         "_server",
         "blocked",
         "connection",
+        "direct",
         "eof",
         "get_buffer",
         "lost",
@@ -39,7 +43,9 @@ class Peer(asyncio.BufferedProtocol):
         )
         # Straight into the native buffer, without a Python frame.
         self.get_buffer = self.connection.get_buffer  # type: ignore[method-assign]
+        self._received = self.connection.received
         self.transport: asyncio.Transport
+        self.direct = False  # the native core sends the replies
         self.blocked = False  # the transport holds bytes that the peer has not taken
         self.paused = False  # reading stopped until the peer takes its replies
         self.eof = False  # the peer has sent its last request
@@ -50,18 +56,23 @@ class Peer(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         transport.set_write_buffer_limits(high=0)  # pause_writing tells whenever a write is not all sent
+        if transport.get_extra_info("sslcontext") is None:
+            self.direct = self.connection.attach(transport.get_extra_info("socket").fileno())
         self._server.add(self)
 
     def buffer_updated(self, nbytes: int) -> None:
-        others = self.connection.received(nbytes)
+        others = self._received(nbytes)
         if others:
             self._server.dispatch(self, others)
-        self.flush()
-        self._server.arm()
+            self.flush()
+        elif not self.direct:
+            self.flush()
 
     def flush(self) -> None:
-        """Hand the replies that wait to the transport, one buffer at a time."""
+        """Send the replies that wait, one buffer at a time."""
         connection = self.connection
+        if not self.blocked:
+            connection.send_output()
         while not self.blocked and (data := connection.take_output()) is not None:
             self.transport.write(data)
             if not self.blocked:
@@ -91,6 +102,7 @@ class Peer(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self.eof = True
+        self.connection.watch()
         return not self.idle  # the replies that are due still go out
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -17,12 +17,10 @@ import asyncio
 import contextlib
 import gc
 import logging
-import math
 import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,11 +40,11 @@ from penstock.serving.peer import Farewell, Peer
 from penstock.serving.protocol import ADMIN_METHODS, METHODS, pack_error, pack_result, unpack_params
 from penstock.serving.workers import Workers
 
-_NEVER = 2**63 - 1
 _SLOW_PROGRESS = 64 << 10  # bytes that a peer must take within slow_reader_timeout
 _LINGER = 1.0  # seconds that a peer has to read the last words of its connection
 _MOST_LINGERING = 256
 _RESERVED_FILES = 64
+_FILES_PER_CONNECTION = 2  # the transport's, and the native core's own
 _SWITCH_INTERVAL = 0.0005  # seconds; threads that compute in Python let the loop in this soon
 _REFUSED_RETRY_MS = 100
 
@@ -125,8 +123,6 @@ class Server:
         self._farewells: dict[Farewell, asyncio.TimerHandle] = {}
         self._listeners: list[Listener] = []
         self._servers: list[asyncio.AbstractServer] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._armed_ns = _NEVER
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
@@ -140,6 +136,7 @@ class Server:
         """Listen; return the addresses with their real ports. Raises if any cannot be had."""
         self._listeners = bind_all(list(self.settings.listen))
         self._loop.add_reader(self.core.event_fd, self._wake)
+        self._loop.add_reader(self.core.timer_fd, self._expire)
         for listener in self._listeners:
             if listener.address.path is not None:
                 server = await self._loop.create_unix_server(self._accept, sock=listener.socket)
@@ -160,6 +157,7 @@ class Server:
         peers = list(self._peers.values())
         for peer in peers:  # all, before any is flushed: an idle peer may be hung up on at once
             peer.connection.goaway(grace_ms)
+            peer.connection.watch()
         for peer in peers:
             if peer.connection.id in self._peers:
                 peer.flush()
@@ -171,7 +169,8 @@ class Server:
             return await asyncio.shield(self._finished)
         finally:
             self._loop.remove_reader(self.core.event_fd)
-            for timer in (self._timer, self._sweep_timer, self._drain_timer, self._grace_timer):
+            self._loop.remove_reader(self.core.timer_fd)
+            for timer in (self._sweep_timer, self._drain_timer, self._grace_timer):
                 if timer is not None:
                     timer.cancel()
             self._data.close()
@@ -294,31 +293,15 @@ class Server:
 
     def _wake(self) -> None:
         self._flush(self.core.wake())
-        self.arm()
 
     def _expire(self) -> None:
-        self._timer = None
-        self._armed_ns = _NEVER
         self._flush(self.core.expire())
-        self.arm()
 
     def _flush(self, ids: list[int]) -> None:
         for connection_id in ids:
             peer = self._peers.get(connection_id)
             if peer is not None:
                 peer.flush()
-
-    def arm(self) -> None:
-        """Set the one timer to the earliest deadline, unless it fires before that anyway."""
-        deadline = self.core.next_deadline_ns()
-        if deadline >= self._armed_ns:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._armed_ns = deadline
-        # The loop's timers have whole milliseconds: rounded up, as nothing is due before.
-        milliseconds = max(0, math.ceil((deadline - time.monotonic_ns()) / 1e6))
-        self._timer = self._loop.call_later(milliseconds / 1000, self._expire)
 
     # Methods other than predictions
 
@@ -438,7 +421,7 @@ def _fit_files(max_connections: int) -> int:
     with contextlib.suppress(OSError):
         in_use += len(list(Path("/proc/self/fd").iterdir()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + in_use
+    wanted = _FILES_PER_CONNECTION * max_connections + in_use
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
@@ -446,6 +429,6 @@ def _fit_files(max_connections: int) -> int:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return max_connections
-    fitting = max(1, soft - in_use)
+    fitting = max(1, (soft - in_use) // _FILES_PER_CONNECTION)
     _log.warning("the limit of open files, %d, leaves room for %d connections", soft, fitting)
     return fitting

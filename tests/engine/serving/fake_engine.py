@@ -42,6 +42,15 @@ class FakeConnection:
         self.output_sent = self.session.output_sent
         self.goaway = self.session.goaway
 
+    def attach(self, fd: int) -> bool:
+        return False
+
+    def send_output(self) -> bool:
+        return True
+
+    def watch(self) -> None:
+        return
+
     @property
     def closed(self) -> bool:
         return self.session.closed
@@ -97,6 +106,10 @@ class FakeConnection:
         if model == "hold":
             deadline = _NEVER if deadline_us == 0 else time.monotonic_ns() + 1000 * deadline_us
             self.core.held.append(Held(self, msgid, scores, deadline))
+            if deadline_us:
+                timer = threading.Timer(deadline_us / 1e6, os.eventfd_write, (self.core.timer_fd, 1))
+                timer.daemon = True
+                timer.start()
             self.core.arrived.release()
         elif model == "busy" and self.core.busy > 0:
             self.core.busy -= 1
@@ -138,6 +151,7 @@ class FakeCore:
 
     def __init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.timer_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.held: list[Held] = []
         self.calls: list[dict[str, Any]] = []
         self.arrived = threading.Semaphore(0)  # one permit for each request that is held
@@ -172,15 +186,13 @@ class FakeCore:
         return [held.connection.id for held in done]
 
     def expire(self) -> list[int]:
+        os.eventfd_read(self.timer_fd)
         now = time.monotonic_ns()
         late = [held for held in self.held if held.deadline_ns <= now]
         self.held = [held for held in self.held if held.deadline_ns > now]
         for held in late:
             held.connection.reply_error(held.msgid, "DEADLINE_EXCEEDED", "the deadline has passed", False)
         return [held.connection.id for held in late]
-
-    def next_deadline_ns(self) -> int:
-        return min((held.deadline_ns for held in self.held), default=_NEVER)
 
 
 class FakeEngine:

@@ -543,7 +543,7 @@ def test_few_open_files_leave_room_for_fewer_connections(monkeypatch, caplog):
     assert "700" in caplog.text
     limits[:] = [100, 100_000]
     assert server_module._fit_files(1024) == 1024
-    assert 1024 < limits[0] < 2048
+    assert 2048 < limits[0] < 4096
 
 
 def test_settings_come_from_the_configuration():
