@@ -89,9 +89,13 @@ Status ServedModel::warm_up() {
       if (Status status = model_->run(batch_rows_.data(), rows, batch_scores_.data()); !status.is_ok())
         return status;
       // The first run of a size pays for cold memory and says nothing of the next ones.
-      if (round > 0) lane_.record_run(rows, mono_ns() - started);
+      if (round == 0) continue;
+      const int64_t elapsed = mono_ns() - started;
+      lane_.record_run(rows, elapsed);
+      if (edge_ != nullptr) edge_learn(elapsed, rows);
     }
   }
+  edge_warmed_up();
   return {};
 }
 
@@ -140,6 +144,7 @@ void ServedModel::unlink(uint32_t index) {
 void ServedModel::end(uint32_t index, Status status) {
   Request& request = requests_[index];
   unlink(index);
+  if (edge_ != nullptr) edge_ended(index, status);
   if (request.parked != nullptr) {
     parked_bytes_ -= request.parked->bytes;
     request.parked.reset();
@@ -224,6 +229,7 @@ void ServedModel::report_ended() {
     }
   }
   lane_.clear_ended();
+  if (edge_ != nullptr) edge_adopt();
 }
 
 void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor) {
@@ -246,7 +252,9 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   }
   ++batches_[n];
   ++(on_executor ? executor_runs_ : inline_runs_);
-  if (on_executor) work_.wait(lock, [this] { return !held_ || stopping_; });
+  if (on_executor) {
+    work_.wait(lock, [this] { return (!held_ || stopping_) && (edge_ == nullptr || !edge_->precomputing); });
+  }
   lock.unlock();
   const int64_t started = mono_ns();
   const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
@@ -264,9 +272,11 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
         std::copy_n(&batch_scores_[(from + r) * n_outputs_], n_outputs_, &scores_[row * n_outputs_]);
         if (r + 1 < piece.rows) row = next_row_[row];
       }
+      if (edge_ != nullptr && status.is_ok()) edge_fill(*request, piece, finished);
     }
     from += piece.rows;
   }
+  if (edge_ != nullptr) edge_learn(finished - started, n);
   lane_.finish(batch_, started, finished, status.is_ok());
   report_ended();
 }
@@ -277,7 +287,7 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns) {
+    if (held_ || predicted > budget_ns || (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;
     }
@@ -306,7 +316,9 @@ void ServedModel::expire_locked(int64_t now_ns) {
   lane_.expire(now_ns);
   report_ended();
   while (oldest_ != kNone && requests_[oldest_].deadline_ns <= now_ns) {
-    end(oldest_, {Code::kDeadlineExceeded, "the features could not be loaded within the deadline"});
+    const bool parked = requests_[oldest_].state == State::kParked;
+    end(oldest_, {Code::kDeadlineExceeded, parked ? "the features could not be loaded within the deadline"
+                                                  : "no answer was possible within the deadline"});
   }
 }
 
@@ -420,7 +432,11 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
 }
 
 void ServedModel::stats(ServedModelStats* out) {
+  EdgeCacheStats cached{};
+  if (edge_ != nullptr) cached = edge_->cache->stats();  // a walk, so not under the lock
   const std::lock_guard lock(mutex_);
+  edge_stats(&out->edge);
+  out->edge.cache = cached;
   out->requests = request_counts_;
   out->rows = row_counts_;
   std::copy(std::begin(batches_), std::end(batches_), out->batches);

@@ -9,8 +9,8 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
-// The code is in three files: served_admission.cc (the way in), served_parking.cc (misses), served_model.cc
-// (the rest).
+// The code is in four files: served_admission.cc (the way in), served_parking.cc (misses), served_edge.cc
+// (the edge cache and equal requests), served_model.cc (the rest).
 #pragma once
 
 #include <condition_variable>
@@ -24,6 +24,7 @@
 
 #include "batch/lane.h"
 #include "engine/latency.h"
+#include "engine/served_edge.h"
 #include "engine/served_ring.h"
 #include "engine/service_plan.h"
 #include "wire/reply.h"
@@ -54,6 +55,7 @@ struct ServedModelConfig {
   int64_t inline_limit_ns = 200'000;
   bool allow_replay = false;
   size_t served_capacity = 65536;
+  EdgeConfig edge;
 };
 
 // Who is told that a local request ended. Guarded by the model's mutex.
@@ -93,6 +95,7 @@ struct ServedModelStats {
   uint64_t batches[kMaxBatchRows + 1];
   LatencyHistogram total, queue, run;
   uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped;
+  EdgeStats edge;
 };
 
 class ServedModel;
@@ -116,6 +119,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     std::vector<FeatureMiss> misses;
     std::vector<uint64_t> request_ids;
     wire::PredictCall resumed;
+    EdgeScratch edge;
   };
 
   // `plan` may be null: then only vectors are served.
@@ -123,6 +127,8 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
               std::shared_ptr<const ServicePlan> plan, ModelEvents* events);
   ~ServedModel();
 
+  // Makes the edge cache of config.edge. Before warm_up(), which decides whether it is used at first.
+  Status make_edge();
   // Runs batches of 1, 2, 4 ... max_batch_rows on zeros, so that run times are known. Before start().
   Status warm_up();
   void start();  // the executor thread
@@ -163,6 +169,18 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
               Scratch& scratch);
   void fail_parked(uint64_t tag, Status status);
 
+  // The most frequent requests of one row that the edge cache saw, most frequent first;
+  // config.edge.precompute at most.
+  std::vector<HotInputs::Input> hot_inputs() const;
+  // The feature rows that those requests lack, each once; none where the edge cache is not in use.
+  std::vector<FeatureMiss> hot_misses(const std::vector<HotInputs::Input>& inputs, int64_t now_us,
+                                      Scratch& scratch) const;
+  // Computes those that the edge cache does not hold, in runs of their own while the lane is idle, and
+  // returns how many entered it. Inputs whose feature rows are not cached are left out. Ends after limit_ns
+  // at the latest, but for a run in progress. Not on the loop thread: it waits.
+  size_t precompute(const std::vector<HotInputs::Input>& inputs, int64_t now_us, int64_t limit_ns,
+                    Scratch& scratch);
+
   const ServedModelConfig& config() const { return config_; }
   const ServicePlan* plan() const { return plan_.get(); }
   ServedRing& served() { return served_; }
@@ -174,7 +192,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
 
  private:
   static constexpr uint32_t kNone = UINT32_MAX;
-  enum class State : uint8_t { kFree, kParked, kQueued, kDone };
+  enum class State : uint8_t { kFree, kParked, kQueued, kFollowing, kDone };
 
   struct Parked {
     std::string params;
@@ -218,9 +236,15 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void read_request_ids(const wire::Options& options, uint32_t rows, uint64_t first_id, Scratch& scratch);
   Status refuse(const Status& status, uint32_t rows);
   Status admit(const Admission& admission, const float* rows, const uint8_t* row_status,
-               const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms, uint64_t* tag);
+               const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms, uint64_t* tag);
+  Status enter(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+               Scratch& scratch, int64_t* retry_after_ms);
   Status queue_rows(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
                     const uint64_t* ids, int64_t* retry_after_ms);
+  Status queue_placed(uint32_t index, int64_t* retry_after_ms);
+  void place_rows(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+                  const uint64_t* ids);
+  void fit_gathered(GatheredRows& gathered, size_t rows) const;
   Status park(const Admission& admission, std::string_view params, bool use_cache,
               const std::vector<FeatureMiss>& misses, int64_t* retry_after_ms, uint64_t* tag,
               uint64_t first_id);
@@ -236,6 +260,30 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void expire_locked(int64_t now_ns);
   void run_batch(std::unique_lock<std::mutex>& lock, bool on_executor);
   void executor();
+
+  // The edge cache; edge_ is not null. With the lock held, but for the lookup.
+  bool edge_in_use() const { return edge_ != nullptr && edge_->active.load(std::memory_order_relaxed); }
+  bool edge_answers(const Admission& admission, const wire::PredictCall& call, uint64_t first_id,
+                    Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_answers(const Admission& admission, const wire::VectorsCall& call, uint64_t first_id,
+                    Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_is_hot(Scratch& scratch) const;
+  void fit_edge(EdgeScratch& scratch, size_t rows) const;
+  bool edge_lookup(const Admission& admission, const wire::Options& options, uint64_t first_id,
+                   Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_row_of(const HotInputs::Input& input, int64_t now_us, Scratch& scratch, Key128* key,
+                   std::vector<FeatureMiss>* misses) const;
+  bool edge_shares(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+                   Scratch& scratch);
+  void edge_queued(uint32_t index, Scratch& scratch);
+  void edge_note_sources(uint32_t index, const Scratch& scratch);
+  void edge_fill(Request& request, const Piece& piece, int64_t now_ns);
+  void edge_end_with(uint32_t index, const double* scores);
+  void edge_ended(uint32_t index, const Status& status);
+  void edge_adopt();
+  void edge_learn(int64_t elapsed_ns, size_t rows);
+  void edge_warmed_up();
+  void edge_stats(EdgeStats* out) const;
 
   const ServedModelConfig config_;
   const std::unique_ptr<Model> model_;
@@ -265,6 +313,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
   std::vector<Lane::Named> dropped_;  // of one drop()
+  std::unique_ptr<ServedEdge> edge_;  // null: off
 
   EndCounters request_counts_, row_counts_;
   uint64_t batches_[kMaxBatchRows + 1] = {};
