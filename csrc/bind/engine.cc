@@ -161,9 +161,16 @@ py::tuple failure(const Status& status, int64_t retry_after_ms) {
                         retry_after_ms < 0 ? py::object(py::none()) : py::object(py::int_(retry_after_ms)));
 }
 
-// (scores float64 [n, outputs], version, request_ids uint64 [n], status uint8 [n] or None, timings dict), or
-// (code, message, retry_after_ms).
-py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params) {
+template <class T>
+py::array_t<T> array_of(const std::vector<T>& values, size_t n) {
+  py::array_t<T> made(static_cast<py::ssize_t>(n));
+  std::copy_n(values.data(), n, made.mutable_data());
+  return made;
+}
+
+// (scores float64 [n] or [n, outputs], version, request_ids uint64 [n], status uint8 [n] or None, timings
+// dict or None), or (code, message, retry_after_ms).
+py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params, bool timings) {
   ServingCore::LocalCall call;
   const Status status =
       core.begin_local(vectors, static_cast<std::string_view>(params), local_scratch(), &call);
@@ -175,14 +182,17 @@ py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params) {
     if (!call.model->take(call.tag, &result)) result.status = {Code::kInternal, "the request was lost"};
   }
   if (!result.status.is_ok()) return failure(result.status, result.retry_after_ms);
-  const auto rows = static_cast<py::ssize_t>(result.rows);
-  const auto outputs = static_cast<py::ssize_t>(call.model->n_outputs());
+  const size_t outputs = call.model->n_outputs();
+  py::array scores = array_of(result.scores, result.rows * outputs);
+  if (outputs > 1)
+    scores = scores.reshape({static_cast<py::ssize_t>(result.rows), static_cast<py::ssize_t>(outputs)});
   py::object row_status = py::none();
-  if (result.with_status) row_status = py::array_t<uint8_t>(rows, result.row_status.data());
-  return py::make_tuple(
-      py::array_t<double>({rows, outputs}, result.scores.data()), call.model->config().version,
-      py::array_t<uint64_t>(rows, result.request_ids.data()), row_status,
-      py::dict("queue"_a = result.queue_ns, "run"_a = result.run_ns, "total"_a = result.total_ns));
+  if (result.with_status) row_status = array_of(result.row_status, result.rows);
+  py::object stages = py::none();
+  if (timings)
+    stages = py::dict("queue"_a = result.queue_ns, "run"_a = result.run_ns, "total"_a = result.total_ns);
+  return py::make_tuple(std::move(scores), call.model->config().version,
+                        array_of(result.request_ids, result.rows), std::move(row_status), std::move(stages));
 }
 
 struct PyMisses {
@@ -359,6 +369,21 @@ void bind_engine(py::module_& m) {
            "fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None.")
+      .def(
+          "put_on_trial",
+          [](ServingCore& self, const std::string& name, std::shared_ptr<ServedModel> model, bool shadow,
+             double share) {
+            if (!(share >= 0 && share <= 1))
+              throw py::value_error("share is " + std::to_string(share) + "; expected 0 to 1");
+            const auto whole = static_cast<double>(Trial::kWhole);
+            require(
+                self.put_on_trial(name, {std::move(model), shadow ? TrialMode::kShadow : TrialMode::kCanary,
+                                         static_cast<uint32_t>(share * whole + 0.5)}));
+          },
+          py::arg("name"), py::arg("model"), py::arg("shadow") = false, py::arg("share") = 0.0,
+          "Let a version (None: none) take part in that share of the sticky keys: it answers them, or "
+          "scores\n"
+          "them unseen as a shadow. In place of the trial before. ValueError if the name is not live.")
       .def("retire", &ServingCore::retire, py::arg("name"))
       .def("live", &ServingCore::models, "The live models.")
       .def(
@@ -377,10 +402,10 @@ void bind_engine(py::module_& m) {
            "connections whose output somebody else must look after.")
       .def("expire", &ServingCore::expire, "timer_fd is readable: answer what is due, then as wake.")
       .def("drain", &ServingCore::drain, "Refuse new predict calls from now on.")
-      .def("call", &call_local, py::arg("vectors"), py::arg("params"),
+      .def("call", &call_local, py::arg("vectors"), py::arg("params"), py::arg("timings") = true,
            "predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores\n"
-           "float64 [n, K], version, request_ids uint64 [n], status uint8 [n] | None, timings) or (code,\n"
-           "message, retry_after_ms | None).")
+           "float64 [n], [n, K] for K outputs, version, request_ids uint64 [n], status uint8 [n] | None,\n"
+           "timings | None) or (code, message, retry_after_ms | None).")
       .def("wait_misses", &wait_misses, py::arg("timeout_s"), "A MissBatch, or None.")
       .def("finish_misses", &finish_misses, py::arg("misses"), py::arg("rows"), py::arg("stamp"),
            "rows: [(words uint64 [n, row_words], meta int64 [n, 4])], one pair for each of misses.views.")

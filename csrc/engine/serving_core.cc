@@ -64,15 +64,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
   } end_of_read{core};
   const bool deferred = core.defers(*this, received_ns);
-  std::shared_ptr<ServedModel> model;  // of the last call; most reads ask one model
-  const auto run = [&] {
-    if (model == nullptr) return;
-    if (deferred) {
-      core.leave_for_wake(model);
-    } else {
-      model->pump();
-    }
-  };
+  ServingCore::Route route;  // of the last call; most reads ask one model
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
@@ -99,12 +91,12 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     const std::string_view name = vectors ? core.vectors_call_.model : core.predict_call_.model;
     int64_t retry_after_ms = -1;
     if (status.is_ok() && core.draining_.load(std::memory_order_relaxed)) status = kDraining;
-    if (status.is_ok() && (model == nullptr || model->config().name != name)) {
-      run();
-      model = core.find(name);
-      if (model == nullptr) status = core.unknown_model(name);
+    if (status.is_ok() && (route.champion == nullptr || route.champion->config().name != name)) {
+      if (!core.find(name, &route)) status = core.unknown_model(name);
     }
     if (status.is_ok()) {
+      const auto& model = vectors ? route.choose(core.vectors_call_) : route.choose(core.predict_call_);
+      core.touch(model);
       uint64_t tag;
       const Target target{id_, msgid, nullptr};
       const uint64_t first_id = core.next_ids(vectors ? core.vectors_call_.rows : core.predict_call_.rows);
@@ -115,9 +107,10 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
-  run();
-  if (!deferred) core.deliver_ended();
-  if (model != nullptr && session_.in_flight() > 0) core.arm(model->next_deadline());
+  if (!deferred) {
+    core.pump_touched();
+    core.deliver_ended();
+  }
   if (fd_ >= 0 ? send_output() : watched_) core.mark_dirty(*this);
 }
 
@@ -184,7 +177,9 @@ ServingCore::ServingCore()
     : event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
       // Ids keep rising over restarts: nanoseconds pass faster than requests come.
-      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {}
+      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {
+  touched_.reserve(64);
+}
 
 ServingCore::~ServingCore() {
   close();
@@ -195,7 +190,7 @@ ServingCore::~ServingCore() {
 
 std::shared_ptr<ServedModel> ServingCore::publish(std::shared_ptr<ServedModel> model) {
   const std::lock_guard lock(models_mutex_);
-  std::swap(models_[model->config().name], model);
+  std::swap(models_[model->config().name].champion, model);
   if (model != nullptr) replaced_.push_back(model);
   return model;
 }
@@ -204,7 +199,8 @@ std::shared_ptr<ServedModel> ServingCore::retire(const std::string& name) {
   const std::lock_guard lock(models_mutex_);
   const auto at = models_.find(name);
   if (at == models_.end()) return nullptr;
-  auto model = std::move(at->second);
+  auto model = std::move(at->second.champion);
+  if (at->second.trial.model != nullptr) replaced_.push_back(std::move(at->second.trial.model));
   models_.erase(at);
   replaced_.push_back(model);
   return model;
@@ -213,7 +209,10 @@ std::shared_ptr<ServedModel> ServingCore::retire(const std::string& name) {
 std::vector<std::shared_ptr<ServedModel>> ServingCore::all_models() {
   const std::lock_guard lock(models_mutex_);
   std::vector<std::shared_ptr<ServedModel>> all;
-  for (const auto& [name, model] : models_) all.push_back(model);
+  for (const auto& [name, route] : models_) {
+    all.push_back(route.champion);
+    if (route.trial.model != nullptr) all.push_back(route.trial.model);
+  }
   std::erase_if(replaced_, [&](const auto& model) {
     if (std::find(all.begin(), all.end(), model) != all.end()) return true;  // live again, or listed twice
     all.push_back(model);
@@ -226,13 +225,33 @@ std::vector<std::shared_ptr<ServedModel>> ServingCore::all_models() {
 std::shared_ptr<ServedModel> ServingCore::find(std::string_view name) {
   const std::lock_guard lock(models_mutex_);
   const auto at = models_.find(name);
-  return at == models_.end() ? nullptr : at->second;
+  return at == models_.end() ? nullptr : at->second.champion;
+}
+
+bool ServingCore::find(std::string_view name, Route* route) {
+  const std::lock_guard lock(models_mutex_);
+  const auto at = models_.find(name);
+  *route = at == models_.end() ? Route{} : at->second;
+  return at != models_.end();
+}
+
+Status ServingCore::put_on_trial(const std::string& name, Trial trial) {
+  {
+    const std::lock_guard lock(models_mutex_);
+    const auto at = models_.find(name);
+    if (at != models_.end()) {
+      std::swap(at->second.trial, trial);
+      if (trial.model != nullptr) replaced_.push_back(std::move(trial.model));
+      return {};
+    }
+  }
+  return unknown_model(name);
 }
 
 std::vector<std::shared_ptr<ServedModel>> ServingCore::models() {
   const std::lock_guard lock(models_mutex_);
   std::vector<std::shared_ptr<ServedModel>> all;
-  for (const auto& [name, model] : models_) all.push_back(model);
+  for (const auto& [name, route] : models_) all.push_back(route.champion);
   return all;
 }
 
@@ -272,7 +291,7 @@ void ServingCore::begin_read() {
 
 void ServingCore::end_read() {
   const std::lock_guard lock(ended_mutex_);
-  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty() || !to_pump_.empty();
+  signalled_ = !ended_.empty() || !delivering_.empty() || !dirty_.empty() || !touched_.empty();
   if (signalled_) signal();
 }
 
@@ -332,8 +351,16 @@ bool ServingCore::defers(const Connection& connection, int64_t now_ns) {
   return connection.fd_ >= 0 && (bursting_ || close);
 }
 
-void ServingCore::leave_for_wake(const std::shared_ptr<ServedModel>& model) {
-  if (std::find(to_pump_.begin(), to_pump_.end(), model) == to_pump_.end()) to_pump_.push_back(model);
+void ServingCore::touch(const std::shared_ptr<ServedModel>& model) {
+  if (std::find(touched_.begin(), touched_.end(), model) == touched_.end()) touched_.push_back(model);
+}
+
+void ServingCore::pump_touched() {
+  for (const auto& model : touched_) {
+    model->pump();
+    arm(model->next_deadline());
+  }
+  touched_.clear();
 }
 
 void ServingCore::mark_dirty(Connection& connection) {
@@ -362,13 +389,9 @@ const std::vector<uint64_t>& ServingCore::wake() {
     if (std::exchange(written_, false)) (void)!::read(event_fd_, &count, sizeof count);
     signalled_ = true;  // what ends from here on is delivered here
   }
-  if (!to_pump_.empty()) {
+  if (!touched_.empty()) {
     bursting_ = reads_since_wake_ > 1;
-    for (const auto& model : to_pump_) {
-      model->pump();
-      arm(model->next_deadline());
-    }
-    to_pump_.clear();
+    pump_touched();
   }
   reads_since_wake_ = 0;
   deliver_ended();
@@ -400,7 +423,10 @@ void ServingCore::arm(int64_t deadline_ns) {
 int64_t ServingCore::next_deadline() {
   int64_t next = std::numeric_limits<int64_t>::max();
   const std::lock_guard lock(models_mutex_);
-  for (const auto& [name, model] : models_) next = std::min(next, model->next_deadline());
+  for (const auto& [name, route] : models_) {
+    next = std::min(next, route.champion->next_deadline());
+    if (route.trial.model != nullptr) next = std::min(next, route.trial.model->next_deadline());
+  }
   for (const auto& model : replaced_) next = std::min(next, model->next_deadline());
   return next;
 }
@@ -416,8 +442,9 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
   if (!status.is_ok()) return status;
   if (draining_.load(std::memory_order_relaxed)) return kDraining;
   const std::string_view name = vectors ? vectors_call.model : predict_call.model;
-  call->model = find(name);
-  if (call->model == nullptr) return unknown_model(name);
+  Route route;
+  if (!find(name, &route)) return unknown_model(name);
+  call->model = vectors ? route.choose(vectors_call) : route.choose(predict_call);
   const Target target{0, 0, &call->waiter};
   const uint64_t first_id = next_ids(vectors ? vectors_call.rows : predict_call.rows);
   status = vectors ? call->model->predict_vectors(vectors_call, target, received_ns, now_us, first_id,

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/route.h"
 #include "engine/served_model.h"
 #include "wire/session.h"
 
@@ -111,6 +112,18 @@ struct MissBatch {
 
 class ServingCore : public ModelEvents {
  public:
+  // The versions that answer to a name.
+  struct Route {
+    std::shared_ptr<ServedModel> champion;
+    Trial trial;  // of a version, or without one
+
+    template <class Call>
+    const std::shared_ptr<ServedModel>& choose(const Call& call) const {
+      const bool canary = trial.model != nullptr && trial.mode == TrialMode::kCanary;
+      return canary && takes_part(trial, call) ? trial.model : champion;
+    }
+  };
+
   ServingCore();
   ~ServingCore() override;
   ServingCore(const ServingCore&) = delete;
@@ -118,8 +131,12 @@ class ServingCore : public ModelEvents {
 
   // The model answers to its name from now on. The version before it is returned, still running, or null.
   std::shared_ptr<ServedModel> publish(std::shared_ptr<ServedModel> model);
+  // Puts a version on trial beside the live one of its name, in place of the one before it; a trial without a
+  // model ends it. NOT_FOUND: no version of that name is live.
+  Status put_on_trial(const std::string& name, Trial trial);
   std::shared_ptr<ServedModel> retire(const std::string& name);
   std::shared_ptr<ServedModel> find(std::string_view name);
+  bool find(std::string_view name, Route* route);
   std::vector<std::shared_ptr<ServedModel>> models();
   // The live ones and those replaced that somebody holds or that have unanswered requests.
   std::vector<std::shared_ptr<ServedModel>> all_models();
@@ -178,7 +195,8 @@ class ServingCore : public ModelEvents {
   void begin_read();
   void end_read();
   bool defers(const Connection& connection, int64_t now_ns);
-  void leave_for_wake(const std::shared_ptr<ServedModel>& model);
+  void touch(const std::shared_ptr<ServedModel>& model);
+  void pump_touched();
   void deliver_ended();
   void mark_dirty(Connection& connection);
   const std::vector<uint64_t>& send_dirty();
@@ -187,7 +205,7 @@ class ServingCore : public ModelEvents {
   void signal();
 
   std::mutex models_mutex_;
-  std::unordered_map<std::string, std::shared_ptr<ServedModel>, Hash, std::equal_to<>> models_;
+  std::unordered_map<std::string, Route, Hash, std::equal_to<>> models_;
   std::vector<std::shared_ptr<ServedModel>> replaced_;  // each until nobody else has it and all is answered
 
   int event_fd_;
@@ -201,7 +219,7 @@ class ServingCore : public ModelEvents {
   // Of the loop thread.
   std::vector<uint64_t> dirty_;                        // connections with output that is not looked after yet
   std::vector<uint64_t> to_look_;                      // what wake() returned
-  std::vector<std::shared_ptr<ServedModel>> to_pump_;  // what reads left for wake()
+  std::vector<std::shared_ptr<ServedModel>> touched_;  // models with requests that wait to be pumped
   Connection* reading_ = nullptr;
   uint64_t last_connection_ = 0;
   int64_t last_read_ns_ = 0;

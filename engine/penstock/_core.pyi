@@ -415,11 +415,11 @@ class ServingCore(metaclass=_NativeType):
     Live models, connections and the loader's queue.
     """
     def __init__(self) -> None: ...
-    def call(self, vectors: bool, params: bytes) -> tuple:
+    def call(self, vectors: bool, params: bytes, timings: bool = True) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores
-        float64 [n, K], version, request_ids uint64 [n], status uint8 [n] | None, timings) or (code,
-        message, retry_after_ms | None).
+        float64 [n], [n, K] for K outputs, version, request_ids uint64 [n], status uint8 [n] | None,
+        timings | None) or (code, message, retry_after_ms | None).
         """
     def close(self) -> None: ...
     def connection(
@@ -473,6 +473,17 @@ class ServingCore(metaclass=_NativeType):
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
         Make it the live version of its name; returns the one before it, still running, or None.
+        """
+    def put_on_trial(
+        self,
+        name: str,
+        model: ServedModel | None,
+        shadow: bool = False,
+        share: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    ) -> None:
+        """
+        Let a version (None: none) take part in that share of the sticky keys: it answers them, or scores
+        them unseen as a shadow. In place of the trial before. ValueError if the name is not live.
         """
     def retire(self, name: str) -> ServedModel | None: ...
     def wait_misses(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> typing.Any:

@@ -218,28 +218,26 @@ class Engine:
         Raises InvalidArgumentError, NotFoundError, DeadlineExceededError, ResourceExhaustedError,
         UnavailableError.
         """
-        return self._call(
-            protocol.predict_call(
-                model,
-                entities,
-                inputs,
-                deadline_ms=deadline_ms,
-                now=now,
-                request_id=request_id,
-                priority=priority,
-                timings=timings,
-                no_cache=no_cache,
-            ),
-            timings,
+        params = protocol.predict_params(
+            model,
+            entities,
+            inputs,
+            now=now,
+            request_id=request_id,
+            priority=priority,
+            timings=timings,
+            no_cache=no_cache,
         )
+        if deadline_ms is not None:
+            params[3]["deadline_ms"] = protocol.check_deadline(deadline_ms)
+        return self._call(False, protocol.pack_predict(params), timings)
 
     def predict_vectors(
         self, model: str, rows: Any, *, deadline_ms: float | None = None, request_id: Any = None
     ) -> Prediction:
         """Score final model inputs, float32 [n, F] in the order of the bundle's inputs."""
-        return self._call(
-            protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id), False
-        )
+        call = protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
+        return self._call(True, call.packed_params(), False)
 
     def predict_many(
         self, model: str, table: Any, *, deadline_ms: float | None = None, now: Time | None = None
@@ -260,22 +258,15 @@ class Engine:
         """As `predict`, on a thread of the running loop's executor."""
         return await asyncio.to_thread(self.predict, model, entities, *args, **options)
 
-    def _call(self, call: protocol.Call[Prediction], timings: bool) -> Prediction:
-        got = self.core.call(call.method == "predict_vectors", call.packed_params())
+    def _call(self, vectors: bool, params: bytes, timings: bool) -> Prediction:
+        got = self.core.call(vectors, params, timings)
         if len(got) == 3:
             code, message, retry_after_ms = got
             wire = {"code": code, "message": message}
             if retry_after_ms is not None:
                 wire["retry_after_ms"] = retry_after_ms
             raise from_wire(wire)
-        scores, version, ids, status, stages = got
-        return Prediction(
-            scores[:, 0] if scores.shape[1] == 1 else scores,
-            version,
-            ids,
-            status,
-            stages if timings else None,
-        )
+        return Prediction(*got)
 
     # State
 

@@ -7,6 +7,7 @@ plain MessagePack here, and what cannot is refused here, by name, before a byte 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -119,6 +120,12 @@ def to_column(field: str, values: Values) -> Any:
 
 def to_columns(group: str, columns: Any) -> dict[str, Any]:
     """Return the columns of a mapping or a pandas, pyarrow or polars frame, each as by `to_column`."""
+    if type(columns) is dict:
+        for name, values in columns.items():
+            if type(values) not in _PLAIN or type(name) is not str:
+                break
+        else:
+            return columns  # one row of plain scalars, as it is
     if hasattr(columns, "items"):
         pairs: Iterable[tuple[Any, Any]] = columns.items()
     elif hasattr(columns, "__arrow_c_stream__"):
@@ -174,7 +181,7 @@ def split_table(
         yield {name: part[name] for name in keys}, inputs or None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prediction:
     """The answer to one `predict`.
 
@@ -248,19 +255,18 @@ class Call(Generic[T]):
         return head + self.packed_params(remaining_ms)
 
 
-def predict_call(
+def predict_params(
     model: str,
     entities: Columns,
     inputs: Columns | None = None,
     *,
-    deadline_ms: float | None = None,
     now: Time | None = None,
     request_id: ArrayLike | None = None,
     priority: str | None = None,
     timings: bool = False,
     no_cache: bool = False,
-) -> Call[Prediction]:
-    """Return the call of `predict`; InvalidArgumentError for what the wire cannot carry."""
+) -> tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+    """Return the params of `predict` as plain values; InvalidArgumentError for what the wire cannot carry."""
     _text("model", model)
     columns = to_columns("entities", entities)
     features = to_columns("inputs", inputs) if inputs is not None else None
@@ -275,8 +281,38 @@ def predict_call(
         options["timings"] = True
     if no_cache:
         options["no_cache"] = True
-    params = _pack("entities", model) + _pack("entities", columns) + _pack("inputs", features)
-    return Call("predict", params, 3, decode_prediction, options, check_deadline(deadline_ms))
+    return model, columns, features, options
+
+
+def pack_predict(params: tuple[Any, ...]) -> bytes:
+    """Return the bytes of what `predict_params` made; InvalidArgumentError names what cannot be sent."""
+    try:
+        return _packers.packer.pack(params)
+    except (OverflowError, ValueError, TypeError, UnicodeEncodeError):
+        _leading_params(params)
+        raise
+
+
+def _leading_params(params: tuple[Any, ...]) -> bytes:
+    return b"".join(_pack(name, part) for name, part in zip(("model", "entities", "inputs"), params))
+
+
+def predict_call(
+    model: str,
+    entities: Columns,
+    inputs: Columns | None = None,
+    *,
+    deadline_ms: float | None = None,
+    **options: Any,
+) -> Call[Prediction]:
+    """Return the call of `predict`, with the options of `predict_params`.
+
+    Raises InvalidArgumentError for what the wire cannot carry.
+    """
+    params = predict_params(model, entities, inputs, **options)
+    return Call(
+        "predict", _leading_params(params), 3, decode_prediction, params[3], check_deadline(deadline_ms)
+    )
 
 
 def predict_vectors_call(
@@ -446,3 +482,13 @@ def _default(value: Any) -> Any:
     if isinstance(value, frozenset | set):
         return sorted(value)
     raise TypeError(f"a {type(value).__name__} has no MessagePack form")
+
+
+class _Packers(threading.local):
+    """A packer for each thread: one may call back into Python, and so let another thread in."""
+
+    def __init__(self) -> None:
+        self.packer = msgpack.Packer(default=_default)
+
+
+_packers = _Packers()
