@@ -58,11 +58,27 @@ std::shared_ptr<const ServicePlan> make_plan(const py::dict& given) {
   return plan;
 }
 
+EdgeConfig edge_config(const py::dict& given) {
+  EdgeConfig edge;
+  const auto mode = py::cast<std::string>(given["mode"]);
+  if (mode != "off" && mode != "auto" && mode != "on")
+    throw py::value_error("edge mode is " + mode + "; expected off, auto or on");
+  edge.mode = mode == "off" ? EdgeMode::kOff : mode == "on" ? EdgeMode::kOn : EdgeMode::kAuto;
+  edge.capacity = py::cast<uint64_t>(given["capacity"]);
+  edge.ttl_ns = py::cast<int64_t>(given["ttl_ns"]);
+  edge.precompute = py::cast<uint32_t>(given["precompute"]);
+  const auto seed = py::cast<std::string>(given["seed"]);
+  if (seed.size() != sizeof edge.seed) throw py::value_error("edge seed is not 16 bytes");
+  std::copy(seed.begin(), seed.end(), edge.seed);
+  return edge;
+}
+
 std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, const std::string& version,
                                   const py::bytes& trees, const py::object& plan, size_t max_batch_rows,
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
-                                  uint32_t max_queued_rows, bool allow_replay, size_t served_capacity) {
+                                  uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
+                                  const py::object& edge) {
   const auto within = [](const char* setting, double value, double least, double most) {
     if (value >= least && value <= most) return;
     throw py::value_error(std::string(setting) + " is " + py::cast<std::string>(py::str(py::float_(value))) +
@@ -88,6 +104,7 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.inline_limit_ns = inline_limit_us * 1000;
   config.allow_replay = allow_replay;
   config.served_capacity = served_capacity;
+  if (!edge.is_none()) config.edge = edge_config(py::cast<py::dict>(edge));
   const auto data = static_cast<std::string_view>(trees);
   std::unique_ptr<Model> model;
   require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
@@ -100,6 +117,7 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
     }
   }
   auto served = std::make_shared<ServedModel>(config, std::move(model), std::move(compiled), &core);
+  require(served->make_edge());
   const py::gil_scoped_release release;
   require(served->warm_up());
   served->start();
@@ -118,6 +136,19 @@ py::dict latency(const LatencyHistogram& h) {
                   "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max());
 }
 
+ServedModel::Scratch& local_scratch() {
+  thread_local const auto scratch = std::make_unique<ServedModel::Scratch>();
+  return *scratch;
+}
+
+py::dict edge_stats(const EdgeStats& e) {
+  const EdgeCacheStats& c = e.cache;
+  return py::dict("enabled"_a = e.enabled, "active"_a = e.active, "hits"_a = c.hits, "misses"_a = c.misses,
+                  "expired"_a = c.expired, "stale"_a = c.stale, "admitted"_a = c.admitted,
+                  "rejected"_a = c.rejected, "coalesced"_a = e.coalesced, "precomputed"_a = e.precomputed,
+                  "size"_a = c.size, "capacity"_a = c.capacity, "bytes"_a = c.bytes);
+}
+
 py::dict stats(ServedModel& self) {
   auto s = std::make_unique<ServedModelStats>();
   self.stats(s.get());
@@ -129,7 +160,32 @@ py::dict stats(ServedModel& self) {
                   "latency"_a = latency(s->total), "queue"_a = latency(s->queue), "run"_a = latency(s->run),
                   "inline_runs"_a = s->inline_runs, "executor_runs"_a = s->executor_runs,
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
-                  "served_dropped"_a = s->served_dropped);
+                  "served_dropped"_a = s->served_dropped, "edge"_a = edge_stats(s->edge));
+}
+
+struct PyHotInputs {
+  std::vector<HotInputs::Input> inputs;
+};
+
+// [(view, keys uint64 [n, 2])]
+py::list hot_misses(const ServedModel& self, const PyHotInputs& hot, int64_t now_us) {
+  std::vector<FeatureMiss> misses;
+  {
+    const py::gil_scoped_release release;
+    misses = self.hot_misses(hot.inputs, now_us, local_scratch());
+  }
+  py::list views;
+  for (uint32_t v = 0; self.plan() != nullptr && v < self.plan()->n_views(); ++v) {
+    std::vector<Key128> keys;
+    for (const FeatureMiss& miss : misses) {
+      if (miss.view == v) keys.push_back(miss.key);
+    }
+    if (keys.empty()) continue;
+    const py::array_t<uint64_t> array({static_cast<py::ssize_t>(keys.size()), py::ssize_t{2}},
+                                      reinterpret_cast<const uint64_t*>(keys.data()));
+    views.append(py::make_tuple(self.plan()->view(v).name, array));
+  }
+  return views;
 }
 
 py::tuple drain(ServedModel& self, size_t n) {
@@ -149,11 +205,6 @@ py::tuple drain(ServedModel& self, size_t n) {
     ring.drain(static_cast<size_t>(rows), out);  // one drainer: the rows counted are still there
   }
   return py::make_tuple(ids, now, features, scores, status, event_time);
-}
-
-ServedModel::Scratch& local_scratch() {
-  thread_local const auto scratch = std::make_unique<ServedModel::Scratch>();
-  return *scratch;
 }
 
 py::tuple failure(const Status& status, int64_t retry_after_ms) {
@@ -337,6 +388,8 @@ void bind_connection(py::module_& m) {
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  py::class_<PyHotInputs>(m, "HotInputs", "Requests, encoded, most frequent first.")
+      .def("__len__", [](const PyHotInputs& self) { return self.inputs.size(); });
   py::class_<ServedModel, std::shared_ptr<ServedModel>>(
       m, "ServedModel", "One live version of a model: lane, executor thread, counters.")
       .def_property_readonly("name", [](const ServedModel& self) { return self.config().name; })
@@ -348,6 +401,20 @@ void bind_engine(py::module_& m) {
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
            "One thread at a time.")
+      .def(
+          "hot_inputs", [](const ServedModel& self) { return PyHotInputs{self.hot_inputs()}; },
+          "The most frequent requests of one row that the edge cache saw.")
+      .def("hot_misses", &hot_misses, py::arg("hot"), py::arg("now_us"),
+           "[(view, keys uint64 [n, 2])]: the feature rows that these requests lack.")
+      .def(
+          "precompute",
+          [](ServedModel& self, const PyHotInputs& hot, int64_t now_us, double limit_s) {
+            const py::gil_scoped_release release;
+            return self.precompute(hot.inputs, now_us, static_cast<int64_t>(limit_s * 1e9), local_scratch());
+          },
+          py::arg("hot"), py::arg("now_us"), py::arg("limit_s"),
+          "Compute those that the edge cache lacks and whose features are cached; how many. Waits for an\n"
+          "idle lane, limit_s at most.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),
@@ -363,10 +430,12 @@ void bind_engine(py::module_& m) {
            py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,
            py::arg("max_rows_per_request") = 4096, py::arg("max_requests") = 4096,
            py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
-           py::arg("served_capacity") = size_t{65536}, py::keep_alive<0, 1>(),
+           py::arg("served_capacity") = size_t{65536}, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
            "Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
-           "fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.")
+           "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
+           "auto\n"
+           "or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None.")
       .def(

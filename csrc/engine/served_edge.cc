@@ -133,9 +133,12 @@ bool ServedModel::edge_answers(const Admission& admission, const wire::VectorsCa
   return edge_lookup(admission, call.options, first_id, scratch, status, tag);
 }
 
+// At random: every n-th request would miss inputs that come in turn.
 bool ServedModel::edge_is_hot(Scratch& scratch) const {
-  return edge_->cache->frequency(scratch.edge.keys[0]) >= 2 &&
-         ++scratch.edge.sampled % edge_->config.hot_sample == 0;
+  if (edge_->cache->frequency(scratch.edge.keys[0]) < 2) return false;
+  uint64_t& random = scratch.edge.random;
+  random = random * 6364136223846793005U + 1442695040888963407U;
+  return (random >> 33) % edge_->config.hot_sample == 0;
 }
 
 void ServedModel::fit_edge(EdgeScratch& s, size_t rows) const {

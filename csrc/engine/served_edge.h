@@ -32,7 +32,7 @@ struct EdgeConfig {
 struct EdgeScratch {
   bool used = false;             // the call was looked up, and its rows may enter the cache
   uint64_t puts = 0;             // ServedEdge::puts at that time
-  uint32_t sampled = 0;          // repeated requests
+  uint64_t random = 1;           // for the sample of repeated requests
   std::vector<Key128> keys;      // [rows]
   std::vector<double> scores;    // [rows * outputs]
   std::vector<float> features;   // of one row

@@ -297,6 +297,16 @@ class RowSchema(metaclass=_NativeType):
         64-bit words in a row.
         """
 
+class HotInputs(metaclass=_NativeType):
+    """
+    Requests, encoded, most frequent first.
+    """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
+    def __len__(self) -> int: ...
+
 class ServedModel(metaclass=_NativeType):
     """
     One live version of a model: lane, executor thread, counters.
@@ -314,6 +324,26 @@ class ServedModel(metaclass=_NativeType):
         Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
         One thread at a time.
+        """
+    def hot_inputs(self) -> HotInputs:
+        """
+        The most frequent requests of one row that the edge cache saw.
+        """
+    def hot_misses(
+        self, hot: HotInputs, now_us: typing.SupportsInt | typing.SupportsIndex
+    ) -> list[tuple[str, numpy.typing.NDArray[numpy.uint64]]]:
+        """
+        [(view, keys uint64 [n, 2])]: the feature rows that these requests lack.
+        """
+    def precompute(
+        self,
+        hot: HotInputs,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        limit_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> int:
+        """
+        Compute those that the edge cache lacks and whose features are cached; how many. Waits for an
+        idle lane, limit_s at most.
         """
     def stats(self) -> dict:
         """
@@ -464,11 +494,13 @@ class ServingCore(metaclass=_NativeType):
         max_queued_rows: typing.SupportsInt | typing.SupportsIndex = 16384,
         allow_replay: bool = False,
         served_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+        edge: typing.Any = None,
     ) -> ServedModel:
         """
         Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
-        fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
+        fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
+        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
         """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
