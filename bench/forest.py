@@ -21,3 +21,23 @@ def train() -> tuple[Any, np.ndarray, np.ndarray]:
     booster = lightgbm.train(parameters, lightgbm.Dataset(x, y), num_boost_round=TREES)
     rows = rng.standard_normal((ROWS, FEATURES), np.float32)
     return booster, np.column_stack([x, y.astype(np.float32)]), rows
+
+
+def onnx_model(booster: Any) -> bytes:
+    """The booster as ONNX: input `x` float32 [n, FEATURES], output `probabilities` float32 [n, 2]."""
+    tools = import_peer("onnxmltools")
+    from onnxmltools.convert.common.data_types import FloatTensorType
+
+    model = tools.convert_lightgbm(
+        booster, initial_types=[("x", FloatTensorType([None, FEATURES]))], zipmap=False, target_opset=15
+    )
+    return bytes(model.SerializeToString())
+
+
+def onnx_score(model: bytes) -> Any:
+    """A function of float32 [n, FEATURES] to float32 [n], onnxruntime on one thread."""
+    runtime = import_peer("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda rows: session.run(["probabilities"], {"x": rows})[0][:, 1]

@@ -566,3 +566,61 @@ def wire_transcode(message: str) -> bytes:
     """
     Re-encode one MessagePack value (bytes) in smallest form. ValueError if it is not one whole value.
     """
+
+class HdrHistogram(metaclass=_NativeType):
+    """
+    Latencies in nanoseconds, exact to three significant digits. One thread.
+    """
+    def __init__(self) -> None: ...
+    def add(self, ns: numpy.typing.ArrayLike) -> None:
+        """
+        Add every value of an int64 array.
+        """
+    def count_up_to(self, ns: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Values in the buckets up to that of `ns`.
+        """
+    def quantile(self, q: typing.SupportsFloat | typing.SupportsIndex) -> int:
+        """
+        The largest value of the bucket that holds the ceil(q * count)-th smallest; 0 if empty.
+        """
+    @property
+    def count(self) -> int: ...
+    @property
+    def max(self) -> int: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def min(self) -> int: ...
+
+def run_load(
+    address: str,
+    requests: bytes | bytearray | memoryview,
+    offsets: numpy.typing.NDArray[numpy.uint64],
+    *,
+    protocol: str = "rpc",
+    order: numpy.typing.NDArray[numpy.uint32] | None = None,
+    expected: numpy.typing.NDArray[numpy.float64] | None = None,
+    scores_per_request: typing.SupportsInt | typing.SupportsIndex = 1,
+    tolerance: typing.SupportsFloat | typing.SupportsIndex = 1e-05,
+    body_format: str = "none",
+    json_key: str = "",
+    fixed_reply: bytes = b"",
+    greeting: bytes = b"",
+    connections: typing.SupportsInt | typing.SupportsIndex = 1,
+    in_flight: typing.SupportsInt | typing.SupportsIndex = 1,
+    rate: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    poisson: bool = False,
+    seed: typing.SupportsInt | typing.SupportsIndex = 0,
+    warmup_s: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    duration_s: typing.SupportsFloat | typing.SupportsIndex = 5.0,
+    drain_s: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+    tick_us: typing.SupportsFloat | typing.SupportsIndex = 50.0,
+    goodput_ms: typing.SupportsFloat | typing.SupportsIndex = 50.0,
+    reconnect_s: typing.SupportsFloat | typing.SupportsIndex = 0.1,
+    series: bool = False,
+    watch: collections.abc.Callable[[str, float, int, int], bool | None] | None = None,
+) -> dict[str, typing.Any]:
+    """
+    Load a server (csrc/load/load.h) and return what came of it. ValueError: an option is wrong; ConnectionError: no connection. watch(phase, seconds, ok, failed): False ends the run.
+    """

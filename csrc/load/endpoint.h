@@ -1,0 +1,25 @@
+// Where a server listens, resolved once, and connecting to it without blocking. Any thread.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <string>
+
+#include "base/status.h"
+
+namespace penstock::load {
+
+class Endpoint {
+ public:
+  // `address` is tcp://HOST:PORT ([HOST] for IPv6) or unix://PATH. Names are looked up here, which may block.
+  static Status resolve(const std::string& address, Endpoint* endpoint);
+
+  // A non-blocking socket that is connecting or connected; -1 with errno set.
+  int connect() const;
+
+ private:
+  sockaddr_storage address_{};
+  socklen_t size_ = 0;
+};
+
+}  // namespace penstock::load
