@@ -78,6 +78,8 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
+                                  double low_share, std::optional<double> breaker_timeout_ms,
+                                  double breaker_probe_ms, uint32_t breaker_failures,
                                   const py::object& edge) {
   const auto within = [](const char* setting, double value, double least, double most) {
     if (value >= least && value <= most) return;
@@ -91,6 +93,11 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   within("inline_limit_us", static_cast<double>(inline_limit_us), 0, 1e12);
   within("max_requests", max_requests, 1, 1 << 24);
   within("max_queued_rows", max_queued_rows, 1, 1 << 28);
+  within("low_share", low_share, 1e-3, 0.5);
+  const double timeout_ms = breaker_timeout_ms.value_or(2 * max_latency_ms);
+  within("breaker_timeout_ms", timeout_ms, 1e-3, 2e9);
+  within("breaker_probe_ms", breaker_probe_ms, 1e-3, 1e9);
+  within("breaker_failures", breaker_failures, 1, 1e9);
   ServedModelConfig config;
   config.name = name;
   config.version = version;
@@ -105,6 +112,10 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.allow_replay = allow_replay;
   config.served_capacity = served_capacity;
   if (!edge.is_none()) config.edge = edge_config(py::cast<py::dict>(edge));
+  config.lane.policy.low_every = static_cast<uint32_t>(1 / low_share);
+  config.breaker.timeout_ns = static_cast<int64_t>(timeout_ms * 1e6);
+  config.breaker.probe_ns = static_cast<int64_t>(breaker_probe_ms * 1e6);
+  config.breaker.failures = breaker_failures;
   const auto data = static_cast<std::string_view>(trees);
   std::unique_ptr<Model> model;
   require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
@@ -136,6 +147,17 @@ py::dict latency(const LatencyHistogram& h) {
                   "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max());
 }
 
+py::dict class_stats(const ClassStats& c) {
+  return py::dict("requests"_a = counters(c.requests), "rows"_a = counters(c.rows),
+                  "queued_rows"_a = c.queued_rows, "max_wait_ns"_a = c.max_wait_ns);
+}
+
+py::dict breaker_stats(const BreakerStats& b) {
+  constexpr const char* kNames[] = {"closed", "open", "half_open"};
+  return py::dict("state"_a = kNames[static_cast<uint8_t>(b.state)], "busy"_a = b.busy, "opens"_a = b.opens,
+                  "probes"_a = b.probes);
+}
+
 ServedModel::Scratch& local_scratch() {
   thread_local const auto scratch = std::make_unique<ServedModel::Scratch>();
   return *scratch;
@@ -160,7 +182,9 @@ py::dict stats(ServedModel& self) {
                   "latency"_a = latency(s->total), "queue"_a = latency(s->queue), "run"_a = latency(s->run),
                   "inline_runs"_a = s->inline_runs, "executor_runs"_a = s->executor_runs,
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
-                  "served_dropped"_a = s->served_dropped, "edge"_a = edge_stats(s->edge));
+                  "served_dropped"_a = s->served_dropped,
+                  "classes"_a = py::dict("high"_a = class_stats(s->high), "low"_a = class_stats(s->low)),
+                  "breaker"_a = breaker_stats(s->breaker), "edge"_a = edge_stats(s->edge));
 }
 
 struct PyHotInputs {
@@ -430,7 +454,9 @@ void bind_engine(py::module_& m) {
            py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,
            py::arg("max_rows_per_request") = 4096, py::arg("max_requests") = 4096,
            py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
-           py::arg("served_capacity") = size_t{65536}, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
+           py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
+           py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
+           py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
            "Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
            "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "

@@ -40,6 +40,7 @@ Status ServedModel::check_options(const wire::Options& options, uint32_t rows, i
   admission->deadline_ns = received_ns + limit_ns;
   admission->now_us = options.has_now ? options.now_us : wall_us;
   admission->with_timings = options.timings;
+  admission->low = options.low_priority;
   return {};
 }
 
@@ -55,12 +56,56 @@ void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, 
   }
 }
 
-Status ServedModel::refuse(const Status& status, uint32_t rows) {
+void ServedModel::count_refused(uint32_t rows, bool low) {
+  ++request_counts_[low].submitted;
+  ++request_counts_[low].rejected;
+  row_counts_[low].submitted += rows;
+  row_counts_[low].rejected += rows;
+}
+
+Status ServedModel::refuse(Status status, uint32_t rows, bool low) {
   const std::lock_guard lock(mutex_);
-  ++request_counts_.submitted;
-  ++request_counts_.rejected;
-  row_counts_.submitted += rows;
-  row_counts_.rejected += rows;
+  count_refused(rows, low);
+  return status;
+}
+
+Status ServedModel::unavailable(int64_t now_ns, int64_t* retry_after_ms) const {
+  *retry_after_ms = to_ms_up(breaker_.retry_after_ns(now_ns));
+  return {Code::kUnavailable, "model '" + config_.name + "' fails or hangs: its circuit breaker is open"};
+}
+
+Status ServedModel::refusal(const Lane::Submitted& submitted, int64_t* retry_after_ms) const {
+  *retry_after_ms = to_ms_up(submitted.retry_after_ns);
+  return exhausted("the queue of model '" + config_.name + "' is " +
+                   (submitted.refusal == Refusal::kTime ? "too long for the request's deadline"
+                                                        : "full for its class or connection"));
+}
+
+Status ServedModel::too_many() const {
+  return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()) +
+                   ", shared by all connections");
+}
+
+// While requests are refused, this one is looked at before anything is done for it. As of its arrival, so
+// that no clock is read: what is admitted here is looked at once more.
+Status ServedModel::refuse_early(const Admission& admission, int64_t* retry_after_ms) {
+  const std::lock_guard lock(mutex_);
+  Status status;
+  if (!breaker_.closed()) {
+    status = unavailable(admission.received_ns, retry_after_ms);
+  } else if (const uint32_t peer = peers_.find(admission.target.connection); peer == kNone) {
+    return {};
+  } else if (!within_share(peers_[peer].held, 1, free_requests_.size(), requests_.size())) {
+    status = too_many();
+  } else {
+    const Lane::Submitted checked =
+        lane_.check({admission.rows, admission.deadline_ns, peer, admission.low}, admission.received_ns);
+    if (checked.slot != Lane::kNoSlot) return {};
+    learn_from_refusal(admission.rows);
+    status = refusal(checked, retry_after_ms);
+  }
+  count_refused(admission.rows, admission.low);
+  look(admission.received_ns);
   return status;
 }
 
@@ -73,18 +118,18 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
     status = {Code::kFailedPrecondition,
               "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
   }
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
   const bool use_cache = !call.options.no_cache;
   scratch.edge.used = false;
-  if (status.is_ok() && use_cache && edge_in_use() &&
-      edge_answers(admission, call, first_id, scratch, &status, tag)) {
+  if (use_cache && edge_in_use() && edge_answers(admission, call, first_id, scratch, &status, tag))
     return status;
-  }
   scratch.gathered.with_sources = scratch.edge.used;
-  if (status.is_ok()) {
-    status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
-                           &scratch.gathered, &scratch.misses);
+  if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
+    if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
-  if (!status.is_ok()) return refuse(status, call.rows);
+  status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
+                         &scratch.gathered, &scratch.misses);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low);
   if (!scratch.misses.empty())
     return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
   read_request_ids(call.options, call.rows, first_id, scratch);
@@ -102,11 +147,14 @@ Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target&
         Status::invalid("data is of " + std::to_string(call.bytes) + " bytes; expected " +
                         std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
   }
-  if (!status.is_ok()) return refuse(status, call.rows);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
   scratch.edge.used = false;
   if (!call.options.no_cache && edge_in_use() &&
       edge_answers(admission, call, first_id, scratch, &status, tag)) {
     return status;
+  }
+  if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
+    if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
   GatheredRows& gathered = scratch.gathered;
   const size_t n = call.rows;
@@ -126,21 +174,32 @@ void ServedModel::fit_gathered(GatheredRows& gathered, size_t rows) const {
   if (gathered.event_time.size() < rows * n_views_) gathered.event_time.resize(rows * n_views_);
 }
 
-Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
-  ++request_counts_.submitted;
-  row_counts_.submitted += admission.rows;
-  if (stopping_ || free_requests_.empty()) {
-    ++request_counts_.rejected;
-    row_counts_.rejected += admission.rows;
+Status ServedModel::new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms,
+                                bool needs_run) {
+  if (stopping_ || (needs_run && !breaker_.closed())) {
+    count_refused(admission.rows, admission.low);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
-    return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()));
+    look(admission.received_ns);
+    return unavailable(admission.received_ns, retry_after_ms);
   }
-  ++request_counts_.in_flight;
-  row_counts_.in_flight += admission.rows;
+  bool fresh;
+  const uint32_t peer = peers_.acquire(admission.target.connection, &fresh);
+  if (peer == kNone || !within_share(peers_[peer].held - 1, 1, free_requests_.size(), requests_.size())) {
+    if (peer != kNone) peers_.release(peer);
+    count_refused(admission.rows, admission.low);
+    look(admission.received_ns);
+    return too_many();
+  }
+  if (fresh) lane_.forget_flow(peer);
+  ++request_counts_[admission.low].submitted;
+  ++request_counts_[admission.low].in_flight;
+  row_counts_[admission.low].submitted += admission.rows;
+  row_counts_[admission.low].in_flight += admission.rows;
   *index = free_requests_.back();
   free_requests_.pop_back();
   Request& request = requests_[*index];
   ++request.generation;
+  request.peer = peer;
   request.target = admission.target;
   request.rows = admission.rows;
   request.first_row = kNone;
@@ -151,6 +210,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
   request.now_us = admission.now_us;
   request.as_bin = admission.as_bin;
   request.with_timings = admission.with_timings;
+  request.low = admission.low;
   request.status = {};
   request.retry_after_ms = -1;
   return {};
@@ -161,7 +221,7 @@ Status ServedModel::admit(const Admission& admission, const float* rows, const u
                           uint64_t* tag) {
   const std::lock_guard lock(mutex_);
   uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
+  if (Status status = new_request(admission, &index, retry_after_ms); !status.is_ok()) return status;
   link(index);
   *tag = tag_of(index, requests_[index].generation);
   Status status = enter(index, rows, row_status, event_time, scratch, retry_after_ms);
@@ -214,13 +274,15 @@ Status ServedModel::queue_placed(uint32_t index, int64_t* retry_after_ms) {
   const int64_t now = mono_ns();
   if (now >= request.deadline_ns)
     return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
-  const Lane::Submitted submitted =
-      lane_.submit(tag_of(index, request.generation), request.rows, request.deadline_ns, now);
+  if (!breaker_.closed()) return unavailable(now, retry_after_ms);  // it opened while the request was parked
+  const Lane::Submitted submitted = lane_.submit(
+      tag_of(index, request.generation), {request.rows, request.deadline_ns, request.peer, request.low}, now);
   if (submitted.slot == Lane::kNoSlot) {
+    look(now);
     learn_from_refusal(request.rows);
-    *retry_after_ms = to_ms_up(submitted.retry_after_ns);
-    return exhausted("the queue of model '" + config_.name + "' is too long for the request's deadline");
+    return refusal(submitted, retry_after_ms);
   }
+  if (waits_apart(request.state)) parked_queue_.remove(requests_, index);
   request.lane_slot = submitted.slot;
   slot_tags_[submitted.slot] = tag_of(index, request.generation);
   request.state = State::kQueued;

@@ -169,7 +169,8 @@ bool ServedModel::edge_lookup(const Admission& admission, const wire::Options& o
   const std::lock_guard lock(mutex_);
   if (admission.rows > free_rows_) return false;  // the way of the others says so
   uint32_t index = kNone;
-  *status = new_request(admission, &index);
+  int64_t retry_after_ms;  // of the breaker alone, which does not matter here
+  *status = new_request(admission, &index, &retry_after_ms, false);
   if (!status->is_ok()) return true;
   place_rows(index, found.rows.data(), found.status.data(), found.event_time.data(),
              scratch.request_ids.data());
@@ -201,6 +202,7 @@ bool ServedModel::edge_shares(uint32_t index, const float* rows, const uint8_t* 
     if (std::memcmp(&rows_[requests_[leader].first_row * n_features_], rows, bytes) != 0) return false;
     place_rows(index, rows, row_status, event_time, scratch.request_ids.data());
     edge_note_sources(index, scratch);
+    if (request.state != State::kParked) parked_queue_.push(requests_, index);
     request.state = State::kFollowing;
     edge.flights.follow(index, leader);
     ++edge.coalesced;
@@ -393,8 +395,8 @@ size_t ServedModel::precompute(const std::vector<HotInputs::Input>& inputs, int6
     if (batch.empty()) return true;
     std::unique_lock lock(mutex_);
     // Between the runs of the lane, when nothing waits.
-    while (!stopping_ &&
-           (held_ || edge.precomputing || lane_.running_batches() > 0 || lane_.queued_rows() > 0)) {
+    while (!stopping_ && (!may_run() || !breaker_.closed() || breaker_.running() ||
+                          lane_.running_batches() > 0 || lane_.queued_rows() > 0)) {
       if (mono_ns() >= until) return false;
       lock.unlock();
       std::this_thread::sleep_for(std::chrono::microseconds(100));

@@ -10,11 +10,13 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
                          uint64_t first_id) {
   const std::lock_guard lock(mutex_);
   uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
+  if (Status status = new_request(admission, &index, retry_after_ms); !status.is_ok()) return status;
   Request& request = requests_[index];
   const size_t bytes =
       params.size() + misses.size() * sizeof(FeatureMiss) + n_views_ * request.rows * sizeof(int64_t);
-  if (parked_bytes_ + bytes > config_.max_parked_bytes) {
+  PeerRecord& peer = peers_[request.peer];
+  if (!within_share(peer.parked_bytes, bytes, config_.max_parked_bytes - parked_bytes_,
+                    config_.max_parked_bytes)) {
     *retry_after_ms = 1;
     Status status{Code::kResourceExhausted, "too many requests wait for the feature store"};
     count_end(request, status.code);
@@ -30,8 +32,10 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
   request.state = State::kParked;
   request.parked->bytes = bytes;
   parked_bytes_ += bytes;
+  peer.parked_bytes += bytes;
   ++parked_;
   missed_rows_ += misses.size();
+  parked_queue_.push(requests_, index);
   link(index);
   *tag = tag_of(index, request.generation);
   events_->missed(shared_from_this(), *tag);
@@ -61,6 +65,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     if (request == nullptr || request->state != State::kParked) return;
     parked = std::move(request->parked);
     parked_bytes_ -= parked->bytes;
+    peers_[request->peer].parked_bytes -= parked->bytes;
     rows = request->rows;
     now_us = request->now_us;
   }
@@ -103,6 +108,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     missed_rows_ += scratch.misses.size();
     parked->misses = scratch.misses;
     parked_bytes_ += parked->bytes;
+    peers_[request->peer].parked_bytes += parked->bytes;
     request->parked = std::move(parked);
     events_->missed(shared_from_this(), tag);
     return;

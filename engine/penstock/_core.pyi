@@ -83,17 +83,9 @@ class WireSession(metaclass=_NativeType):
         """
         Append a scores response (scores row-major float64). False: the output limit is hit.
         """
-    def send_output(self) -> bool:
-        """
-        Send to the attached socket what waits. True: look after the rest, with take_output.
-        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
-        """
-    def watch(self) -> None:
-        """
-        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -411,9 +403,17 @@ class Connection(metaclass=_NativeType):
         retryable: bool,
         retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def send_output(self) -> bool:
+        """
+        Send to the attached socket what waits. True: look after the rest, with take_output.
+        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def watch(self) -> None:
+        """
+        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -494,6 +494,10 @@ class ServingCore(metaclass=_NativeType):
         max_queued_rows: typing.SupportsInt | typing.SupportsIndex = 16384,
         allow_replay: bool = False,
         served_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+        low_share: typing.SupportsFloat | typing.SupportsIndex = 0.125,
+        breaker_timeout_ms: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
+        breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
         edge: typing.Any = None,
     ) -> ServedModel:
         """

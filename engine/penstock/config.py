@@ -108,7 +108,14 @@ class ServingConfig(Section):
 
     `max_latency_ms` is the limit of each request; `guard_ms` of it are kept to encode and write the reply.
     `inline_limit_us`: a shorter predicted run starts on the thread that read the request. `max_requests` and
-    `max_queued_rows` bound each model's lane.
+    `max_queued_rows` bound each model's lane, for requests of high priority; those of low priority have half
+    as much room of their own. A quarter of each is kept for connections that have nothing in it. Where both
+    classes wait, low priority gets `low_share` of the batches, at least. Requests are of high priority unless they say otherwise.
+
+    A run that takes longer than `breaker_timeout_ms` (None: twice `max_latency_ms`) and than eight times its
+    predicted time, or `breaker_failures` failed runs in a row, open the model's circuit breaker: its requests
+    are UNAVAILABLE at once, until a trial run on zeros succeeds. That is made when the run that hung has
+    returned, and `breaker_probe_ms` after a failure.
     """
 
     max_batch_size: int = Field(default=64, ge=1, le=64)
@@ -118,6 +125,10 @@ class ServingConfig(Section):
     guard_ms: Milliseconds = Field(default=0.5, ge=0)
     max_requests: int = Field(default=4096, ge=1, le=1 << 20)
     max_queued_rows: int = Field(default=16_384, ge=1, le=1 << 24)
+    low_share: float = Field(default=0.125, ge=0.001, le=0.5)
+    breaker_timeout_ms: Annotated[Milliseconds, Field(gt=0, le=3_600_000)] | None = None
+    breaker_probe_ms: Milliseconds = Field(default=1000.0, gt=0, le=3_600_000)
+    breaker_failures: int = Field(default=5, ge=1, le=1_000_000)
     allow_replay: bool = False
     autoscaling: AutoscalingConfig | None = None
 

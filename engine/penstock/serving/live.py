@@ -145,6 +145,10 @@ class LiveModels:
                 max_queued_rows=serving.max_queued_rows,
                 allow_replay=serving.allow_replay,
                 served_capacity=monitoring.ring_rows,
+                low_share=serving.low_share,
+                breaker_timeout_ms=serving.breaker_timeout_ms,
+                breaker_probe_ms=serving.breaker_probe_ms,
+                breaker_failures=serving.breaker_failures,
                 edge=self._edge(),
             )
         except ValueError as error:
