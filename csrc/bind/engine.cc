@@ -60,13 +60,29 @@ std::shared_ptr<const ServicePlan> make_plan(const py::dict& given) {
   return plan;
 }
 
+EdgeConfig edge_config(const py::dict& given) {
+  EdgeConfig edge;
+  const auto mode = py::cast<std::string>(given["mode"]);
+  if (mode != "off" && mode != "auto" && mode != "on")
+    throw py::value_error("edge mode is " + mode + "; expected off, auto or on");
+  edge.mode = mode == "off" ? EdgeMode::kOff : mode == "on" ? EdgeMode::kOn : EdgeMode::kAuto;
+  edge.capacity = py::cast<uint64_t>(given["capacity"]);
+  edge.ttl_ns = py::cast<int64_t>(given["ttl_ns"]);
+  edge.precompute = py::cast<uint32_t>(given["precompute"]);
+  const auto seed = py::cast<std::string>(given["seed"]);
+  if (seed.size() != sizeof edge.seed) throw py::value_error("edge seed is not 16 bytes");
+  std::copy(seed.begin(), seed.end(), edge.seed);
+  return edge;
+}
+
 std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, const std::string& version,
                                   const py::object& given, const py::object& plan, size_t max_batch_rows,
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
                                   double low_share, std::optional<double> breaker_timeout_ms,
-                                  double breaker_probe_ms, uint32_t breaker_failures) {
+                                  double breaker_probe_ms, uint32_t breaker_failures,
+                                  const py::object& edge) {
   const auto within = [](const char* setting, double value, double least, double most) {
     if (value >= least && value <= most) return;
     throw py::value_error(std::string(setting) + " is " + py::cast<std::string>(py::str(py::float_(value))) +
@@ -97,6 +113,7 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.inline_limit_ns = inline_limit_us * 1000;
   config.allow_replay = allow_replay;
   config.served_capacity = served_capacity;
+  if (!edge.is_none()) config.edge = edge_config(py::cast<py::dict>(edge));
   config.lane.policy.low_every = static_cast<uint32_t>(1 / low_share);
   config.breaker.timeout_ns = static_cast<int64_t>(timeout_ms * 1e6);
   config.breaker.probe_ns = static_cast<int64_t>(breaker_probe_ms * 1e6);
@@ -128,6 +145,7 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   };
   std::shared_ptr<ServedModel> served(new ServedModel(config, std::move(model), std::move(compiled), &core),
                                       destroy);
+  require(served->make_edge());
   const py::gil_scoped_release release;
   require(served->warm_up());
   served->start();
@@ -183,6 +201,19 @@ py::dict breaker_stats(const BreakerStats& b) {
                   "probes"_a = b.probes);
 }
 
+ServedModel::Scratch& local_scratch() {
+  thread_local const auto scratch = std::make_unique<ServedModel::Scratch>();
+  return *scratch;
+}
+
+py::dict edge_stats(const EdgeStats& e) {
+  const EdgeCacheStats& c = e.cache;
+  return py::dict("enabled"_a = e.enabled, "active"_a = e.active, "hits"_a = c.hits, "misses"_a = c.misses,
+                  "expired"_a = c.expired, "stale"_a = c.stale, "admitted"_a = c.admitted,
+                  "rejected"_a = c.rejected, "coalesced"_a = e.coalesced, "precomputed"_a = e.precomputed,
+                  "size"_a = c.size, "capacity"_a = c.capacity, "bytes"_a = c.bytes);
+}
+
 py::dict stats(ServedModel& self) {
   auto s = std::make_unique<ServedModelStats>();
   self.stats(s.get());
@@ -204,7 +235,32 @@ py::dict stats(ServedModel& self) {
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
                   "served_dropped"_a = s->served_dropped, "traces_dropped"_a = s->traces_dropped,
                   "classes"_a = py::dict("high"_a = class_stats(s->high), "low"_a = class_stats(s->low)),
-                  "breaker"_a = breaker_stats(s->breaker));
+                  "breaker"_a = breaker_stats(s->breaker), "edge"_a = edge_stats(s->edge));
+}
+
+struct PyHotInputs {
+  std::vector<HotInputs::Input> inputs;
+};
+
+// [(view, keys uint64 [n, 2])]
+py::list hot_misses(const ServedModel& self, const PyHotInputs& hot, int64_t now_us) {
+  std::vector<FeatureMiss> misses;
+  {
+    const py::gil_scoped_release release;
+    misses = self.hot_misses(hot.inputs, now_us, local_scratch());
+  }
+  py::list views;
+  for (uint32_t v = 0; self.plan() != nullptr && v < self.plan()->n_views(); ++v) {
+    std::vector<Key128> keys;
+    for (const FeatureMiss& miss : misses) {
+      if (miss.view == v) keys.push_back(miss.key);
+    }
+    if (keys.empty()) continue;
+    const py::array_t<uint64_t> array({static_cast<py::ssize_t>(keys.size()), py::ssize_t{2}},
+                                      reinterpret_cast<const uint64_t*>(keys.data()));
+    views.append(py::make_tuple(self.plan()->view(v).name, array));
+  }
+  return views;
 }
 
 py::list drain_traces(ServedModel& self) {
@@ -236,11 +292,6 @@ py::tuple drain(ServedModel& self, size_t n) {
     ring.drain(static_cast<size_t>(rows), out);  // one drainer: the rows counted are still there
   }
   return py::make_tuple(ids, now, features, scores, status, event_time);
-}
-
-ServedModel::Scratch& local_scratch() {
-  thread_local const auto scratch = std::make_unique<ServedModel::Scratch>();
-  return *scratch;
 }
 
 py::tuple failure(const Status& status, int64_t retry_after_ms) {
@@ -431,6 +482,8 @@ void bind_connection(py::module_& m) {
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  py::class_<PyHotInputs>(m, "HotInputs", "Requests, encoded, most frequent first.")
+      .def("__len__", [](const PyHotInputs& self) { return self.inputs.size(); });
   py::class_<ServedModel, std::shared_ptr<ServedModel>>(
       m, "ServedModel", "One live version of a model: lane, executor thread, counters.")
       .def_property_readonly("name", [](const ServedModel& self) { return self.config().name; })
@@ -461,6 +514,20 @@ void bind_engine(py::module_& m) {
            "then\n"
            "ns of receive, gather, queue, run, encode, total, then rows, code)].")
       .def("idle", &ServedModel::idle, "Every request has its answer, and nothing runs.")
+      .def(
+          "hot_inputs", [](const ServedModel& self) { return PyHotInputs{self.hot_inputs()}; },
+          "The most frequent requests of one row that the edge cache saw.")
+      .def("hot_misses", &hot_misses, py::arg("hot"), py::arg("now_us"),
+           "[(view, keys uint64 [n, 2])]: the feature rows that these requests lack.")
+      .def(
+          "precompute",
+          [](ServedModel& self, const PyHotInputs& hot, int64_t now_us, double limit_s) {
+            const py::gil_scoped_release release;
+            return self.precompute(hot.inputs, now_us, static_cast<int64_t>(limit_s * 1e9), local_scratch());
+          },
+          py::arg("hot"), py::arg("now_us"), py::arg("limit_s"),
+          "Compute those that the edge cache lacks and whose features are cached; how many. Waits for an\n"
+          "idle lane, limit_s at most.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),
@@ -478,12 +545,14 @@ void bind_engine(py::module_& m) {
            py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
            py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
            py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
-           py::arg("breaker_failures") = 5, py::keep_alive<0, 1>(),
+           py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
            "Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start "
            "it; it\n"
            "is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
-           "fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.")
+           "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
+           "auto\n"
+           "or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None.")
       .def(

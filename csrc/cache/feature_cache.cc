@@ -370,6 +370,20 @@ bool FeatureCache::is_resident(const Key128& key) const {
   return find_locked(key, place(key)) >= 0;  // relaxed loads, as the answer is a hint
 }
 
+// No word recurs in a bucket, so an equal one is that put. Acquire: as in slot::read_begin, for the expiry.
+bool FeatureCache::is_current(const Key128& key, uint64_t slot_version, int64_t mono_ns) const {
+  const Place at = place(key);
+  Bucket& b = bucket(at.bucket);
+  for (uint32_t way = 0; way < kWays; ++way) {
+    if (slot::read_begin(b.slots[way]) != slot_version) continue;
+    if (ttl_ns_ <= 0) return true;
+    const auto expires =
+        static_cast<int64_t>(sync::load(slot_meta(at.bucket, way)[kExpires], sync::kRelaxed));
+    return slot::read_confirm(b.slots[way], slot_version) && mono_ns < expires;
+  }
+  return false;
+}
+
 // An empty way, else one past its TTL, else CLOCK. The chosen way's row is gone after the caller's write.
 uint32_t FeatureCache::choose_way(const Place& place, int64_t mono_ns, Lock& lock) {
   Bucket& b = bucket(place.bucket);

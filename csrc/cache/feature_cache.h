@@ -68,6 +68,9 @@ class FeatureCache {
   // Whether a row of the key is resident, valid or not. A hint: it may be gone by the time of the answer.
   bool is_resident(const Key128& key) const;
 
+  // Whether the key's row is still that of the put which `slot_version` names, inside its memory TTL.
+  bool is_current(const Key128& key, uint64_t slot_version, int64_t mono_ns) const;
+
   // Removes the key unless its row has a greater stamp; from then on puts with a lesser stamp are refused.
   bool discard(const Key128& key, uint64_t stamp, uint32_t owner);
   void clear(uint32_t owner = 0);

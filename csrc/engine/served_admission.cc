@@ -121,10 +121,14 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
               "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
   }
   if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
+  const bool use_cache = !call.options.no_cache;
+  scratch.edge.used = false;
+  if (use_cache && edge_in_use() && edge_answers(admission, call, first_id, scratch, &status, tag))
+    return status;
+  scratch.gathered.with_sources = scratch.edge.used;
   if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
     if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
-  const bool use_cache = !call.options.no_cache;
   admission.decoded_ns = mono_ns();
   status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
                          &scratch.gathered, &scratch.misses);
@@ -133,7 +137,7 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
     return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
   read_request_ids(call.options, call.rows, first_id, scratch);
   return admit(admission, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-               scratch.gathered.event_time.data(), scratch.request_ids.data(), retry_after_ms, tag);
+               scratch.gathered.event_time.data(), scratch, retry_after_ms, tag);
 }
 
 Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target& target, int64_t received_ns,
@@ -147,25 +151,36 @@ Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target&
                         std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
   }
   if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
+  scratch.edge.used = false;
+  if (!call.options.no_cache && edge_in_use() &&
+      edge_answers(admission, call, first_id, scratch, &status, tag)) {
+    return status;
+  }
   if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
     if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
   GatheredRows& gathered = scratch.gathered;
   const size_t n = call.rows;
-  if (gathered.rows.size() < n * n_features_) gathered.rows.resize(n * n_features_);
-  if (gathered.status.size() < n) gathered.status.resize(n);
-  if (gathered.event_time.size() < n * n_views_) gathered.event_time.resize(n * n_views_);
+  fit_gathered(gathered, n);
+  gathered.with_sources = false;
   std::memcpy(gathered.rows.data(), call.data, call.bytes);
   std::fill_n(gathered.status.begin(), n, uint8_t{0});
   std::fill_n(gathered.event_time.begin(), n * n_views_, std::numeric_limits<int64_t>::min());
   read_request_ids(call.options, call.rows, first_id, scratch);
-  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(),
-               scratch.request_ids.data(), retry_after_ms, tag);
+  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(), scratch,
+               retry_after_ms, tag);
 }
 
-Status ServedModel::new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms) {
+void ServedModel::fit_gathered(GatheredRows& gathered, size_t rows) const {
+  if (gathered.rows.size() < rows * n_features_) gathered.rows.resize(rows * n_features_);
+  if (gathered.status.size() < rows) gathered.status.resize(rows);
+  if (gathered.event_time.size() < rows * n_views_) gathered.event_time.resize(rows * n_views_);
+}
+
+Status ServedModel::new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms,
+                                bool needs_run) {
   meter_.saw(admission.received_ns);
-  if (stopping_ || !breaker_.closed()) {
+  if (stopping_ || (needs_run && !breaker_.closed())) {
     count_refused(Code::kUnavailable, admission.rows, admission.low);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
     look(admission.received_ns);
@@ -195,7 +210,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
   request.lane_slot = Lane::kNoSlot;
   request.received_ns = admission.received_ns;
   request.deadline_ns = admission.deadline_ns;
-  request.run_ns = request.admitted_ns = request.finished_ns = 0;
+  request.formed_ns = request.run_ns = request.admitted_ns = request.finished_ns = 0;
   request.decoded_ns = admission.decoded_ns;
   request.trace = admission.trace;
   request.now_us = admission.now_us;
@@ -209,20 +224,29 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
 }
 
 Status ServedModel::admit(const Admission& admission, const float* rows, const uint8_t* row_status,
-                          const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms,
+                          const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms,
                           uint64_t* tag) {
   const std::lock_guard lock(mutex_);
   uint32_t index = kNone;
   if (Status status = new_request(admission, &index, retry_after_ms); !status.is_ok()) return status;
-  Status status = queue_rows(index, rows, row_status, event_time, ids, retry_after_ms);
-  if (!status.is_ok()) {
-    count_end(requests_[index], status.code);
-    free_request(index);
-    return status;
-  }
   link(index);
   *tag = tag_of(index, requests_[index].generation);
-  return {};
+  Status status = enter(index, rows, row_status, event_time, scratch, retry_after_ms);
+  if (!status.is_ok()) {
+    unlink(index);
+    count_end(requests_[index], status.code);
+    free_request(index);
+  }
+  return status;
+}
+
+// The rows of a request go to the lane, unless an equal request spares it the run.
+Status ServedModel::enter(uint32_t index, const float* rows, const uint8_t* row_status,
+                          const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms) {
+  if (scratch.edge.used && edge_shares(index, rows, row_status, event_time, scratch)) return {};
+  Status status = queue_rows(index, rows, row_status, event_time, scratch.request_ids.data(), retry_after_ms);
+  if (status.is_ok() && scratch.edge.used) edge_queued(index, scratch);
+  return status;
 }
 
 // What an idle lane refuses, it refuses for its predicted run time alone. Were the slow runs behind that
@@ -246,6 +270,14 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
   if (request.rows > free_rows_) {
     return exhausted("too many rows are unanswered; at most " + std::to_string(config_.max_resident_rows));
   }
+  Status status = queue_placed(index, retry_after_ms);
+  if (status.is_ok()) place_rows(index, rows, row_status, event_time, ids);
+  return status;
+}
+
+// A place in the lane for a request whose rows are resident or will be before the lock is given up.
+Status ServedModel::queue_placed(uint32_t index, int64_t* retry_after_ms) {
+  Request& request = requests_[index];
   const int64_t now = mono_ns();
   request.admitted_ns = now;
   meter_.saw(now);
@@ -259,10 +291,16 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
     learn_from_refusal(request.rows);
     return refusal(submitted, retry_after_ms);
   }
-  if (request.state == State::kParked) parked_queue_.remove(requests_, index);
+  if (waits_apart(request.state)) parked_queue_.remove(requests_, index);
   request.lane_slot = submitted.slot;
   slot_tags_[submitted.slot] = tag_of(index, request.generation);
   request.state = State::kQueued;
+  return {};
+}
+
+void ServedModel::place_rows(uint32_t index, const float* rows, const uint8_t* row_status,
+                             const int64_t* event_time, const uint64_t* ids) {
+  Request& request = requests_[index];
   request.first_row = free_row_;
   request.seek_index = 0;
   request.seek_row = free_row_;
@@ -274,11 +312,11 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
     if (n_views_ != 0) std::copy_n(event_time + r * n_views_, n_views_, &event_time_[at * n_views_]);
     row_status_[at] = row_status[r];
     request_ids_[at] = ids[r];
+    if (edge_ != nullptr) edge_->fills[at] = 0;
     last = at;
   }
   next_row_[last] = kNone;
   free_rows_ -= request.rows;
-  return {};
 }
 
 }  // namespace penstock

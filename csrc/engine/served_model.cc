@@ -108,9 +108,13 @@ Status ServedModel::warm_up() {
       if (Status status = model_->run(batch_rows_.data(), rows, batch_scores_.data()); !status.is_ok())
         return status;
       // The first run of a size pays for cold memory and says nothing of the next ones.
-      if (round > 0) lane_.record_run(rows, mono_ns() - started);
+      if (round == 0) continue;
+      const int64_t elapsed = mono_ns() - started;
+      lane_.record_run(rows, elapsed);
+      if (edge_ != nullptr) edge_learn(elapsed, rows);
     }
   }
+  edge_warmed_up();
   return {};
 }
 
@@ -171,7 +175,8 @@ void ServedModel::unlink(uint32_t index) {
 void ServedModel::end(uint32_t index, Status status) {
   Request& request = requests_[index];
   unlink(index);
-  if (request.state == State::kParked) parked_queue_.remove(requests_, index);
+  if (edge_ != nullptr) edge_ended(index, status);
+  if (waits_apart(request.state)) parked_queue_.remove(requests_, index);
   if (request.parked != nullptr) {
     parked_bytes_ -= request.parked->bytes;
     peers_[request.peer].parked_bytes -= request.parked->bytes;
@@ -264,6 +269,7 @@ void ServedModel::report_ended() {
     }
   }
   lane_.clear_ended();
+  if (edge_ != nullptr) edge_adopt();
 }
 
 // Ends every unanswered request. Seldom: it looks at the whole pool.
@@ -271,10 +277,11 @@ void ServedModel::end_all(const Status& status, int64_t retry_after_ms) {
   lane_.end_all();
   lane_.clear_ended();
   for (uint32_t i = 0; i < requests_.size(); ++i) {
-    if (requests_[i].state != State::kParked && requests_[i].state != State::kQueued) continue;
+    if (!waits_apart(requests_[i].state) && requests_[i].state != State::kQueued) continue;
     requests_[i].retry_after_ms = retry_after_ms;
     end(i, status);
   }
+  if (edge_ != nullptr) edge_->orphans.clear();  // all have ended
 }
 
 // The breaker has opened: what waits is told so, and so is what comes, before anything is done for it.
@@ -318,8 +325,8 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   }
   breaker_.started(formed, lane_.run_time().predict(n));
   meter_.run_began(formed);
-  const bool waits = on_executor && held_;
-  if (waits) work_.wait(lock, [this] { return !held_ || stopping_; });
+  const bool waits = on_executor && !may_run();
+  if (waits) work_.wait(lock, [this] { return may_run(); });
   const int64_t started = mono_ns();
   // The thread may have stood still since the batch was formed: no run for those who all would get their
   // answer too late, or have it.
@@ -356,10 +363,12 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
         }
         if (r + 1 < piece.rows) row = next_row_[row];
       }
+      if (edge_ != nullptr && run_ok && !request->no_score) edge_fill(*request, piece, finished);
     }
     from += piece.rows;
   }
   const Breaker::Outcome outcome = breaker_.finished(finished, run_ok);
+  if (edge_ != nullptr && !outcome.hung) edge_learn(finished - started, n);
   if (!run_ok) run_failure_ = std::move(status);
   lane_.finish(batch_, started, finished, run_ok, !outcome.hung);
   report_ended();
@@ -374,7 +383,7 @@ void ServedModel::probe(std::unique_lock<std::mutex>& lock) {
   breaker_.probe();
   breaker_.started(mono_ns(), lane_.run_time().predict(n));
   std::fill(batch_rows_.begin(), batch_rows_.end(), 0.0f);
-  work_.wait(lock, [this] { return !held_ || stopping_; });
+  work_.wait(lock, [this] { return may_run(); });
   lock.unlock();
   const int64_t started = mono_ns();
   const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
@@ -390,7 +399,8 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns || !model_->inline_ok()) {
+    if (held_ || predicted > budget_ns || !model_->inline_ok() ||
+        (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;
     }
@@ -437,7 +447,9 @@ void ServedModel::expire_locked(int64_t now_ns) {
   }
   for (uint32_t i = parked_queue_.top(requests_); i != kNone && requests_[i].deadline_ns <= now_ns;
        i = parked_queue_.top(requests_)) {
-    end(i, {Code::kDeadlineExceeded, "the features could not be loaded within the deadline"});
+    const bool parked = requests_[i].state == State::kParked;
+    end(i, {Code::kDeadlineExceeded, parked ? "the features could not be loaded within the deadline"
+                                            : "no answer was possible within the deadline"});
   }
   if (breaker_.check(now_ns)) trip(now_ns);
 }
@@ -515,12 +527,15 @@ StageTimes ServedModel::times_of(const Request& request, int64_t now_ns) const {
   StageTimes times;
   times.total_ns = now_ns - request.received_ns;
   if (!request.status.is_ok()) return times;
-  const int64_t decoded = request.decoded_ns == 0 ? request.admitted_ns : request.decoded_ns;
+  // What another request's run or an edge entry answered was never in the lane.
+  const int64_t finished = request.finished_ns == 0 ? now_ns : request.finished_ns;
+  const int64_t admitted = request.admitted_ns == 0 ? finished : request.admitted_ns;
+  const int64_t decoded = request.decoded_ns == 0 ? admitted : request.decoded_ns;
   times.receive_ns = decoded - request.received_ns;
-  times.gather_ns = request.admitted_ns - decoded;
-  times.queue_ns = std::max<int64_t>(0, request.finished_ns - request.admitted_ns - request.run_ns);
+  times.gather_ns = admitted - decoded;
+  times.queue_ns = std::max<int64_t>(0, finished - admitted - request.run_ns);
   times.run_ns = request.run_ns;
-  times.encode_ns = now_ns - request.finished_ns;
+  times.encode_ns = now_ns - finished;
   return times;
 }
 
@@ -574,7 +589,11 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
 }
 
 void ServedModel::stats(ServedModelStats* out) {
+  EdgeCacheStats cached{};
+  if (edge_ != nullptr) cached = edge_->cache->stats();  // a walk, so not under the lock
   const std::lock_guard lock(mutex_);
+  edge_stats(&out->edge);
+  out->edge.cache = cached;
   for (const bool low : {false, true}) {
     (low ? out->low : out->high) = {request_counts_[low], row_counts_[low], lane_.queue(low).rows(),
                                     max_wait_ns_[low]};

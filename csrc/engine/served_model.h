@@ -15,8 +15,8 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
-// The code is in three files: served_admission.cc (the way in), served_parking.cc (misses), served_model.cc
-// (the rest).
+// The code is in four files: served_admission.cc (the way in), served_parking.cc (misses), served_edge.cc
+// (the edge cache and equal requests), served_model.cc (the rest).
 #pragma once
 
 #include <atomic>
@@ -34,6 +34,7 @@
 #include "engine/latency.h"
 #include "engine/model.h"
 #include "engine/peer_table.h"
+#include "engine/served_edge.h"
 #include "engine/served_ring.h"
 #include "engine/service_plan.h"
 #include "engine/serving_meter.h"
@@ -55,6 +56,7 @@ struct ServedModelConfig {
   int64_t inline_limit_ns = 200'000;
   bool allow_replay = false;
   size_t served_capacity = 65536;
+  EdgeConfig edge;
 };
 
 // Who is told that a local request ended. Guarded by the model's mutex.
@@ -122,6 +124,7 @@ struct ServedModelStats {
   LatencyHistogram run;  // by batch
   MeterReading meter;
   uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped, traces_dropped;
+  EdgeStats edge;
 };
 
 class ServedModel;
@@ -145,6 +148,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     std::vector<FeatureMiss> misses;
     std::vector<uint64_t> request_ids;
     wire::PredictCall resumed;
+    EdgeScratch edge;
   };
 
   // `plan` may be null: then only vectors are served.
@@ -152,6 +156,8 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
               std::shared_ptr<const ServicePlan> plan, ModelEvents* events);
   ~ServedModel();
 
+  // Makes the edge cache of config.edge. Before warm_up(), which decides whether it is used at first.
+  Status make_edge();
   // Runs batches of 1, 2, 4 ... max_batch_rows on zeros, so that run times are known. Before start().
   Status warm_up();
   void start();  // the executor thread
@@ -193,6 +199,18 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
               Scratch& scratch);
   void fail_parked(uint64_t tag, Status status);
 
+  // The most frequent requests of one row that the edge cache saw, most frequent first;
+  // config.edge.precompute at most.
+  std::vector<HotInputs::Input> hot_inputs() const;
+  // The feature rows that those requests lack, each once; none where the edge cache is not in use.
+  std::vector<FeatureMiss> hot_misses(const std::vector<HotInputs::Input>& inputs, int64_t now_us,
+                                      Scratch& scratch) const;
+  // Computes those that the edge cache does not hold, in runs of their own while the lane is idle, and
+  // returns how many entered it. Inputs whose feature rows are not cached are left out. Ends after limit_ns
+  // at the latest, but for a run in progress. Not on the loop thread: it waits.
+  size_t precompute(const std::vector<HotInputs::Input>& inputs, int64_t now_us, int64_t limit_ns,
+                    Scratch& scratch);
+
   const ServedModelConfig& config() const { return config_; }
   const ServicePlan* plan() const { return plan_.get(); }
   ServedRing& served() { return served_; }
@@ -209,7 +227,8 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
  private:
   static constexpr uint32_t kNone = UINT32_MAX;
   static constexpr int64_t kLookNs = 10'000'000;
-  enum class State : uint8_t { kFree, kParked, kQueued, kDone };
+  enum class State : uint8_t { kFree, kParked, kQueued, kFollowing, kDone };
+  static bool waits_apart(State state) { return state == State::kParked || state == State::kFollowing; }
 
   struct Parked {
     std::string params;
@@ -230,7 +249,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     uint32_t lane_slot = Lane::kNoSlot;
     uint32_t seek_index = 0;  // the row of the chain last found, so that pieces in order need no walk
     uint32_t seek_row = kNone;
-    int64_t received_ns = 0, deadline_ns = 0, run_ns = 0;
+    int64_t received_ns = 0, deadline_ns = 0, formed_ns = 0, run_ns = 0;
     int64_t decoded_ns = 0, admitted_ns = 0, finished_ns = 0;  // 0: not come so far
     wire::TraceParent trace;
     int64_t now_us = 0;
@@ -277,13 +296,20 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void count_refused(Code code, uint32_t rows, bool low);
   void look(int64_t now_ns) { look_until_ns_.store(now_ns + kLookNs, std::memory_order_relaxed); }
   Status admit(const Admission& admission, const float* rows, const uint8_t* row_status,
-               const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms, uint64_t* tag);
+               const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms, uint64_t* tag);
+  Status enter(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+               Scratch& scratch, int64_t* retry_after_ms);
   Status queue_rows(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
                     const uint64_t* ids, int64_t* retry_after_ms);
+  Status queue_placed(uint32_t index, int64_t* retry_after_ms);
+  void place_rows(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+                  const uint64_t* ids);
+  void fit_gathered(GatheredRows& gathered, size_t rows) const;
   Status park(const Admission& admission, std::string_view params, bool use_cache,
               const std::vector<FeatureMiss>& misses, int64_t* retry_after_ms, uint64_t* tag,
               uint64_t first_id);
-  Status new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms);
+  Status new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms,
+                     bool needs_run = true);
   void link(uint32_t index);
   void unlink(uint32_t index);
   void end(uint32_t index, Status status);
@@ -297,9 +323,34 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void trip(int64_t now_ns);
   void expire_locked(int64_t now_ns);
   bool anybody_waits() const;
+  bool may_run() const { return (!held_ || stopping_) && (edge_ == nullptr || !edge_->precomputing); }
   void run_batch(std::unique_lock<std::mutex>& lock, bool on_executor);
   void probe(std::unique_lock<std::mutex>& lock);
   std::shared_ptr<ServedModel> executor();
+
+  // The edge cache; edge_ is not null. With the lock held, but for the lookup.
+  bool edge_in_use() const { return edge_ != nullptr && edge_->active.load(std::memory_order_relaxed); }
+  bool edge_answers(const Admission& admission, const wire::PredictCall& call, uint64_t first_id,
+                    Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_answers(const Admission& admission, const wire::VectorsCall& call, uint64_t first_id,
+                    Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_is_hot(Scratch& scratch) const;
+  void fit_edge(EdgeScratch& scratch, size_t rows) const;
+  bool edge_lookup(const Admission& admission, const wire::Options& options, uint64_t first_id,
+                   Scratch& scratch, Status* status, uint64_t* tag);
+  bool edge_row_of(const HotInputs::Input& input, int64_t now_us, Scratch& scratch, Key128* key,
+                   std::vector<FeatureMiss>* misses) const;
+  bool edge_shares(uint32_t index, const float* rows, const uint8_t* row_status, const int64_t* event_time,
+                   Scratch& scratch);
+  void edge_queued(uint32_t index, Scratch& scratch);
+  void edge_note_sources(uint32_t index, const Scratch& scratch);
+  void edge_fill(Request& request, const Piece& piece, int64_t now_ns);
+  void edge_end_with(uint32_t index, const double* scores);
+  void edge_ended(uint32_t index, const Status& status);
+  void edge_adopt();
+  void edge_learn(int64_t elapsed_ns, size_t rows);
+  void edge_warmed_up();
+  void edge_stats(EdgeStats* out) const;
 
   const ServedModelConfig config_;
   const std::unique_ptr<Model> model_;
@@ -315,7 +366,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<uint32_t> free_requests_;
   std::vector<uint64_t> slot_tags_;  // [lane slot]
   PeerTable peers_;                  // a peer's record is its flow in the lane
-  OrderedQueue parked_queue_;        // the parked ones by deadline
+  OrderedQueue parked_queue_;        // the parked and the following ones by deadline
   // Until then requests are looked at before they are gathered, since one was refused of late. Stored under
   // the lock, read without it; no partner: a stale value costs only one gathering, or one look.
   std::atomic<int64_t> look_until_ns_{0};
@@ -334,6 +385,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
   Status run_failure_;  // of the last run that failed
+  std::unique_ptr<ServedEdge> edge_;  // null: off
 
   EndCounters request_counts_[2], row_counts_[2];  // [low]
   int64_t max_wait_ns_[2] = {};                    // [low]

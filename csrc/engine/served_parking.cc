@@ -1,4 +1,6 @@
 // Requests of a ServedModel that wait for rows which the caches lack.
+#include <algorithm>
+
 #include "engine/served_model.h"
 
 namespace penstock {
@@ -77,6 +79,16 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
   ++parked->loads;
   const auto* bytes = reinterpret_cast<const uint8_t*>(parked->params.data());
   Status status = decode_predict({bytes, bytes + parked->params.size()}, &scratch.resumed);
+  scratch.edge.used = false;
+  if (status.is_ok() && parked->use_cache && edge_in_use() && edge_->service) {
+    scratch.edge.keys.resize(std::max<size_t>(scratch.edge.keys.size(), rows));
+    scratch.edge.used = plan_
+                            ->fingerprint(scratch.resumed, now_us, edge_->service_start, scratch.plan,
+                                          scratch.edge.keys.data())
+                            .is_ok();
+    scratch.edge.puts = ServedEdge::kNeverLooked;
+  }
+  scratch.gathered.with_sources = scratch.edge.used;
   if (status.is_ok()) {
     status = plan_->gather(scratch.resumed, now_us, mono_ns(), parked->use_cache, &parked->overlay,
                            scratch.plan, &scratch.gathered, &scratch.misses);
@@ -102,9 +114,8 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     return;
   }
   if (status.is_ok()) {
-    status =
-        queue_rows(index, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-                   scratch.gathered.event_time.data(), scratch.request_ids.data(), &request->retry_after_ms);
+    status = enter(index, scratch.gathered.rows.data(), scratch.gathered.status.data(),
+                   scratch.gathered.event_time.data(), scratch, &request->retry_after_ms);
   }
   if (!status.is_ok()) {
     end(index, status);

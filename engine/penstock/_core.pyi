@@ -83,17 +83,9 @@ class WireSession(metaclass=_NativeType):
         """
         Append a scores response (scores row-major float64). False: the output limit is hit.
         """
-    def send_output(self) -> bool:
-        """
-        Send to the attached socket what waits. True: look after the rest, with take_output.
-        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
-        """
-    def watch(self) -> None:
-        """
-        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -406,6 +398,16 @@ class RowSchema(metaclass=_NativeType):
         64-bit words in a row.
         """
 
+class HotInputs(metaclass=_NativeType):
+    """
+    Requests, encoded, most frequent first.
+    """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
+    def __len__(self) -> int: ...
+
 class ServedModel(metaclass=_NativeType):
     """
     One live version of a model: lane, executor thread, counters.
@@ -432,6 +434,26 @@ class ServedModel(metaclass=_NativeType):
         """
         Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, then
         ns of receive, gather, queue, run, encode, total, then rows, code)].
+        """
+    def hot_inputs(self) -> HotInputs:
+        """
+        The most frequent requests of one row that the edge cache saw.
+        """
+    def hot_misses(
+        self, hot: HotInputs, now_us: typing.SupportsInt | typing.SupportsIndex
+    ) -> list[tuple[str, numpy.typing.NDArray[numpy.uint64]]]:
+        """
+        [(view, keys uint64 [n, 2])]: the feature rows that these requests lack.
+        """
+    def precompute(
+        self,
+        hot: HotInputs,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        limit_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> int:
+        """
+        Compute those that the edge cache lacks and whose features are cached; how many. Waits for an
+        idle lane, limit_s at most.
         """
     def stats(self) -> dict:
         """
@@ -512,6 +534,10 @@ class Connection(metaclass=_NativeType):
         retryable: bool,
         retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def send_output(self) -> bool:
+        """
+        Send to the attached socket what waits. True: look after the rest, with take_output.
+        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
@@ -519,6 +545,10 @@ class Connection(metaclass=_NativeType):
     def touch(self) -> None:
         """
         The peer was kept waiting by us: its silence counts from now on.
+        """
+    def watch(self) -> None:
+        """
+        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -603,12 +633,14 @@ class ServingCore(metaclass=_NativeType):
         breaker_timeout_ms: typing.SupportsFloat | typing.SupportsIndex | None = None,
         breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
         breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
+        edge: typing.Any = None,
     ) -> ServedModel:
         """
         Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
         is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
-        fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
+        fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
+        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
         """
     def overdue(
         self,

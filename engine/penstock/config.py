@@ -309,6 +309,24 @@ class FeatureCacheConfig(Section):
     ttl: Annotated[Seconds, Field(gt=0)] | None = None
 
 
+def _mode(value: object) -> object:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML's on and off
+
+
+class EdgeCacheConfig(Section):
+    """Predictions of common inputs: `capacity` for each model version, each for `ttl` seconds at most.
+
+    `mode`: "auto" uses the cache for models whose rows cost enough (several microseconds), "on" for all,
+    "off" for none. The `precompute` most frequent requests of one row are computed before a version goes
+    live and after a materialization that touches them.
+    """
+
+    capacity: int = Field(default=1 << 16, ge=1, le=1 << 28)
+    ttl: Seconds = Field(default=60.0, gt=0, le=1e9)
+    mode: Annotated[Literal["auto", "on", "off"], BeforeValidator(_mode)] = "auto"
+    precompute: int = Field(default=1024, ge=0, le=1 << 16)
+
+
 class ModelCacheConfig(Section):
     """`memory`: bytes for loaded model versions and the buffers of their lanes.
 
@@ -320,6 +338,7 @@ class ModelCacheConfig(Section):
 
 
 class CachesConfig(Section):
+    edge: EdgeCacheConfig = Field(default_factory=EdgeCacheConfig)
     features: FeatureCacheConfig = Field(default_factory=FeatureCacheConfig)
     models: ModelCacheConfig = Field(default_factory=ModelCacheConfig)
 

@@ -338,6 +338,8 @@ class Engine:
             report = store.materialize_incremental(end_us, views=views)
             for view, keys in report.keys.items():
                 self._refill(store, view, keys, end_us)
+            for model in self.live.live.values():
+                self.live.precompute(model, now_us=end_us)
             return {"end_us": end_us, "rows": dict(report.rows)}
 
     def _refill(self, store: FeatureStore, view: str, keys: NDArray[np.uint64], now_us: int) -> None:

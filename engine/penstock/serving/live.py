@@ -7,6 +7,7 @@ together stay within `caches.models.memory`: previous versions are dropped to ma
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
 _IDLE_POLL_S = 0.001
+_PRECOMPUTE_S = 5.0  # beside a busy lane, which goes first
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
@@ -189,6 +191,7 @@ class LiveModels:
                 breaker_timeout_ms=serving.breaker_timeout_ms,
                 breaker_probe_ms=serving.breaker_probe_ms,
                 breaker_failures=serving.breaker_failures,
+                edge=self._edge(),
             )
             self._make_room(bundle, backend.bytes_now() + lane_bytes)
         except BaseException as error:
@@ -235,6 +238,8 @@ class LiveModels:
         before = self.live.get(name)
         if before is model:
             return
+        if before is not None:
+            self.precompute(model, before)
         self._core.publish(model.served)
         self.live[name] = model
         if before is None:
@@ -243,6 +248,21 @@ class LiveModels:
         self.previous[name] = before
         if stale is not None and stale is not model:
             self._finish(stale)
+
+    def precompute(self, model: LiveModel, source: LiveModel | None = None, now_us: int | None = None) -> int:
+        """Compute what the edge cache of `model` lacks of the most frequent inputs of `source` (default: its
+        own), as of request time `now_us` (default: now). Loads the features that they need.
+
+        Returns how many were computed: none where the cache is not in use.
+        """
+        hot = (source or model).served.hot_inputs()
+        now_us = self._clock.now_us() if now_us is None else now_us
+        for view, keys in model.served.hot_misses(hot, now_us):
+            assert self._store is not None
+            stamp = self._store.stamp()
+            rows, meta = self._store.load_rows(view, keys, np.full(len(keys), now_us, np.int64))
+            self.caches[view].put_many(keys, rows, meta, stamp, self._clock.mono_ns())
+        return model.served.precompute(hot, now_us, _PRECOMPUTE_S)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
@@ -313,6 +333,16 @@ class LiveModels:
     def _finish(self, model: LiveModel) -> None:
         """Every request it still has was to be answered within the limit."""
         model.finish(self._config.serving.max_latency_ms / 1000)
+
+    def _edge(self) -> dict[str, Any]:
+        settings = self._config.caches.edge
+        return {
+            "mode": settings.mode,
+            "capacity": settings.capacity,
+            "ttl_ns": int(settings.ttl * 1e9),
+            "precompute": settings.precompute,
+            "seed": os.urandom(16) if self._store is None else self._store.key_seed,
+        }
 
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:
