@@ -184,7 +184,7 @@ size_t FeatureCache::get_many(const Key128* keys, size_t n, int64_t now_us, int6
         const size_t i = at % R::kRing;
         uint64_t version = 0;
         status[at] = read_one(keys[at], ring.places[i], ring.ways[i], now_us, mono_ns, wide,
-                              rows + at * row_words_, meta == nullptr ? nullptr : meta + at, &version);
+                              rows + at * row_words_, meta == nullptr ? nullptr : meta + at, &version, false);
         if (slot_versions != nullptr) slot_versions[at] = version;
         ++counts[static_cast<uint8_t>(status[at])];
       }
@@ -208,7 +208,7 @@ bool FeatureCache::copy_confirmed(sync::Word* from, uint64_t* row, sync::Word& w
 
 ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us,
                                   int64_t mono_ns, const WideReads* wide, uint64_t* row, RowMeta* meta,
-                                  uint64_t* version) {
+                                  uint64_t* version, bool peeking) {
   uint64_t head[kMetaWords];
   Bucket& b = bucket(place.bucket);
   const bool fits = wide != nullptr && row_words_ <= WideReads::kMaxWords;
@@ -237,6 +237,7 @@ ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_
                      static_cast<int64_t>(head[kEventTime]), static_cast<int64_t>(head[kKnownAt])};
           }
           *version = seen;
+          if (peeking) return ReadStatus::kHit;
           if (refreshes_ != nullptr) offer_refresh(key, head, row, seen, now_us, mono_ns);
           // Relaxed, and only when clear: a hint for the lock's holder, which rereads the word to unlock.
           const uint64_t bit = uint64_t{1} << way;
@@ -248,6 +249,13 @@ ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_
     }
   }
   return ReadStatus::kMiss;
+}
+
+bool FeatureCache::peek(const Key128& key, int64_t now_us, int64_t mono_ns, uint64_t* row, RowMeta* meta) {
+  const Place at = place(key);
+  uint64_t version;
+  return read_one(key, at, candidates(at), now_us, mono_ns, wide_reads(), row, meta, &version, true) ==
+         ReadStatus::kHit;
 }
 
 // Unknown keys are left to expire: each is one load a negative TTL, however often it is asked for. A row that

@@ -80,6 +80,9 @@ class FeatureCache {
   size_t get_many(const Key128* keys, size_t n, int64_t now_us, int64_t mono_ns, uint64_t* rows,
                   ReadStatus* status, RowMeta* meta, uint64_t* slot_versions);
 
+  // A hit of one key, counted nowhere and no sign of use.
+  bool peek(const Key128& key, int64_t now_us, int64_t mono_ns, uint64_t* row, RowMeta* meta);
+
   // Refused (kSuperseded) if the resident row has a greater stamp, or if the key is absent and its bucket
   // ever evicted or discarded a greater one: a slow loader can never put back an older value.
   PutResult put(const Key128& key, const uint64_t* row, const RowMeta& meta, uint64_t stamp, int64_t mono_ns,
@@ -134,7 +137,7 @@ class FeatureCache {
   Place place(const Key128& key) const;
   uint32_t candidates(const Place& place) const;
   ReadStatus read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us, int64_t mono_ns,
-                      const WideReads* wide, uint64_t* row, RowMeta* meta, uint64_t* version);
+                      const WideReads* wide, uint64_t* row, RowMeta* meta, uint64_t* version, bool peeking);
   bool copy_confirmed(sync::Word* from, uint64_t* row, sync::Word& word, uint64_t seen) const;
   int find_locked(const Key128& key, const Place& place) const;
   uint32_t choose_way(const Place& place, int64_t mono_ns, Lock& lock);

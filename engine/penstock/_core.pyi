@@ -436,7 +436,15 @@ class ServingCore(metaclass=_NativeType):
     """
     Live models, connections and the loader's queue.
     """
-    def __init__(self) -> None: ...
+    def __init__(
+        self,
+        worker: typing.SupportsInt | typing.SupportsIndex = 0,
+        cache_owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        worker: index among the processes that serve together, 0 to 63: their request ids are apart.
+        cache_owner: the process's number as a writer of shared feature caches.
+        """
     def call(self, vectors: bool, params: bytes) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores

@@ -172,10 +172,17 @@ class FeatureStoreConfig(Section):
 
 
 class FeatureCacheConfig(Section):
-    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity."""
+    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity.
+
+    `negative_ttl`: seconds for which a key without data is remembered as such, where that is less than `ttl`.
+    `refresh_ahead`: the last part of a row's life, 0 to 0.5, in which a read has it loaded again in the
+    background; at most a minute before its validity ends. 0: never.
+    """
 
     capacity: int = Field(default=1 << 17, ge=1)
     ttl: Annotated[Seconds, Field(gt=0)] | None = None
+    negative_ttl: Annotated[Seconds, Field(gt=0)] | None = 10.0
+    refresh_ahead: float = Field(default=0.1, ge=0, le=0.5)
 
 
 class ModelCacheConfig(Section):

@@ -42,9 +42,11 @@ from penstock.serving import protocol
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
+from penstock.serving.refresher import Refresher
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
+_REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
 _REFILL_ROWS = 1024
 
@@ -79,7 +81,7 @@ class Engine:
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
         self._closing = threading.Event()
-        self.monitor_errors = 0
+        self.monitor_errors = self.refresh_errors = 0
         self._threads: list[threading.Thread] = []
         _open_engines.add(self)
         try:
@@ -108,6 +110,7 @@ class Engine:
         )
         self.label_log = LabelLog(config.data_dir / "log")
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         for name, model in self._configured().items():
             self.live.publish(self._deploy(name, model))
         self._replay_logs()
@@ -162,14 +165,28 @@ class Engine:
     # Threads
 
     def _run_loader(self) -> None:
+        ahead = self.config.caches.features.refresh_ahead > 0 and self.store is not None
         while not self._closing.is_set():
-            misses = self.core.wait_misses(_LOADER_WAIT_S)
-            if misses is None:
-                continue
-            try:
-                self._load_misses(misses)
-            except Exception as error:  # a store that failed is UNAVAILABLE, never NaN
-                self.core.fail_misses(misses, "UNAVAILABLE", f"the feature store failed: {error}")
+            wait = self.refresher.wait_s(_REFRESH_WAIT_S) if ahead else _LOADER_WAIT_S
+            misses = self.core.wait_misses(wait)
+            if misses is not None:
+                try:
+                    self._load_misses(misses)
+                except Exception as error:  # a store that failed is UNAVAILABLE, never NaN
+                    self.core.fail_misses(misses, "UNAVAILABLE", f"the feature store failed: {error}")
+            if ahead:
+                try:
+                    self.refresher.run()
+                except Exception:  # the rows serve to their end, and are then loaded for a request
+                    self.refresh_errors += 1
+                    _log.exception("rows could not be read ahead")
+
+    def _load_ahead(
+        self, view: str, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64], int]:
+        store = self._store()
+        stamp = store.stamp()
+        return (*store.load_rows(view, keys, now_us), stamp)
 
     def _load_misses(self, misses: _core.MissBatch) -> None:
         store = self.store
@@ -178,7 +195,10 @@ class Engine:
         while True:
             generation = self._generation
             stamp = store.stamp()
-            rows = [store.load_rows(view, keys, now_us) for view, keys, now_us in misses.views]
+            rows = [
+                store.load_rows(view, keys, now_us) if len(keys) else _no_rows(self.live.caches[view])
+                for view, keys, now_us in misses.views
+            ]
             with self._filling:
                 if generation == self._generation:
                     self.core.finish_misses(misses, rows, stamp)
@@ -326,7 +346,7 @@ class Engine:
             stamp = store.stamp()
             rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
             with self._filling:
-                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns())
+                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns(), self.live.cache_owner)
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.
@@ -344,7 +364,11 @@ class Engine:
         if store.refresh() or always:
             with self._filling:
                 self._generation += 1
-                self.live.clear_caches()
+                store.epoch = self._next_epoch()
+                self.live.clear_caches(store.first_stamp())
+
+    def _next_epoch(self) -> int:
+        return self._generation
 
     def _store(self) -> FeatureStore:
         if self.store is None:
@@ -432,6 +456,7 @@ class Engine:
             "models": models,
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
+            "refresh": {**self.refresher.stats(), "errors": self.refresh_errors},
             "monitor_errors": self.monitor_errors,
         }
 
@@ -528,6 +553,10 @@ class Engine:
             raise UnavailableError(f"{method} failed: {error}") from error
         except Exception as error:
             raise InternalError(f"{method} failed: {type(error).__name__}: {error}") from error
+
+
+def _no_rows(cache: _core.FeatureCache) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    return np.empty((0, cache.row_words), np.uint64), np.empty((0, 4), np.int64)
 
 
 def _listed(name: str, values: Any) -> list[Any]:

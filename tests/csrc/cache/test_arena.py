@@ -214,5 +214,5 @@ def test_offers_beyond_the_bound_are_dropped_and_counted() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 0.6, float("nan")])
 def test_bad_refresh_ahead(value: float) -> None:
-    with pytest.raises(ValueError, match="refresh_ahead is .*; expected 0 to 0.5"):
+    with pytest.raises(ValueError, match=r"refresh_ahead is .*; expected 0 to 0\.5"):
         _core.FeatureCache(15, WORDS, 0, 0, value)
