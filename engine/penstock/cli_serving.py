@@ -7,11 +7,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from penstock.errors import InvalidArgumentError, PenstockError
+
+if TYPE_CHECKING:
+    from penstock.config import Config
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -27,6 +30,9 @@ def serve(
     listen: Annotated[
         list[str] | None, typer.Option(help="Listen here instead; may be repeated. Port 0: any free port.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that serve side by side, 1 to 32.", min=1, max=32)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in flight and exit."""
@@ -37,7 +43,8 @@ def serve(
     logging.basicConfig(format="penstock: %(message)s")
 
     def on_listening(addresses: list[str]) -> None:
-        engine.lock.announce(addresses)  # other commands find the server by it
+        if engine.lock is not None:
+            engine.lock.announce(addresses)  # other commands find the server by it
         for address in addresses:
             typer.echo(f"penstock: listening on {address}", err=True)
         if as_json:
@@ -45,7 +52,10 @@ def serve(
             typer.echo(json.dumps(ready))
 
     try:
-        settings = ServerSettings.from_config(load_config(config))
+        loaded = load_config(config)
+        if (workers or loaded.server.workers) > 1:
+            serve_side_by_side(config, loaded, workers or loaded.server.workers, listen, as_json)
+        settings = ServerSettings.from_config(loaded)
         if listen:
             settings = dataclasses.replace(settings, listen=tuple(listen))
         engine = Engine.from_config(config)
@@ -56,6 +66,23 @@ def serve(
     except PenstockError as error:
         raise _failed(error) from None
     raise typer.Exit(status)
+
+
+def serve_side_by_side(
+    path: Path, config: Config, workers: int, listen: list[str] | None, as_json: bool
+) -> NoReturn:
+    """Serve with several processes; ends the command."""
+    from penstock.serving.supervisor import Supervisor
+
+    def on_listening(addresses: list[str]) -> None:
+        for address in addresses:
+            typer.echo(f"penstock: listening on {address}, {workers} workers", err=True)
+        if as_json:
+            ready = {"event": "listening", "addresses": addresses, "pid": os.getpid()}
+            typer.echo(json.dumps({**ready, "workers": supervisor.pids}))
+
+    supervisor = Supervisor(path, config, workers, listen or list(config.server.listen))
+    raise typer.Exit(supervisor.run(on_listening))
 
 
 def predict(

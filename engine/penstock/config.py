@@ -144,12 +144,18 @@ class LimitsConfig(Section):
 class ServerConfig(Section):
     """Where to listen: "tcp://host:port" or "unix:///path".
 
-    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at
-    the latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
+    `workers` processes answer side by side; more than one share the feature caches, by files in
+    `data_dir/arena` (a tmpfs is the best place for it), and one that dies is started again, at most
+    `max_restarts` times in `restart_window` seconds, all together. `call_threads` run the methods that are
+    no predictions. A shutdown ends after `drain_timeout` seconds at the latest; once all is answered, peers
+    have `goaway_grace` seconds to hang up by themselves.
     """
 
     listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    workers: int = Field(default=1, ge=1, le=32)
+    max_restarts: int = Field(default=10, ge=0)
+    restart_window: Seconds = Field(default=60.0, gt=0)
     call_threads: int = Field(default=4, ge=1, le=256)
     drain_timeout: Seconds = Field(default=30.0, gt=0)
     goaway_grace: Seconds = Field(default=0.5, ge=0)

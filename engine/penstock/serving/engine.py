@@ -74,8 +74,8 @@ class Engine:
         self.clock = clock or SystemClock()
         self.started_ns = time.monotonic_ns()
         self.ready = False
-        self.lock = DataDirLock(config.data_dir)
-        self.core = _core.ServingCore()
+        self.lock = self._take_lock()
+        self.core = self._new_core()
         self.store: FeatureStore | None = None
         self._changing = threading.RLock()  # one change of models or sources at a time
         self._generation = 0  # of the sources: rows read under an older one are read again
@@ -102,23 +102,41 @@ class Engine:
                 config.feature_store.repo_path, data_dir=config.data_dir, clock=self.clock
             )
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
-        settings = config.monitoring
-        self.served_log = ServedLog(
-            config.data_dir / "log",
-            flush_us=round(settings.log_flush * 1e6),
-            max_bytes=settings.log_bytes,
-        )
-        self.label_log = LabelLog(config.data_dir / "log")
+        self._open_logs()
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
-        for name, model in self._configured().items():
-            self.live.publish(self._deploy(name, model))
+        self._prepare()
+        self._deploy_all()
         self._replay_logs()
         for target in (self._run_loader, self._run_monitor):
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
         self.ready = True
+
+    # What a process among several does in another way
+
+    def _take_lock(self) -> DataDirLock | None:
+        return DataDirLock(self.config.data_dir)
+
+    def _new_core(self) -> _core.ServingCore:
+        return _core.ServingCore()
+
+    def _open_logs(self) -> None:
+        config, settings = self.config, self.config.monitoring
+        self.served_log = ServedLog(
+            config.data_dir / "log",
+            flush_us=round(settings.log_flush * 1e6),
+            max_bytes=settings.log_bytes,
+        )
+        self.label_log = LabelLog(config.data_dir / "log")
+
+    def _prepare(self) -> None:
+        """Before the models are loaded."""
+
+    def _deploy_all(self) -> None:
+        for name, model in self._configured().items():
+            self.live.publish(self._deploy(name, model))
 
     def _configured(self) -> dict[str, ModelConfig]:
         if self.config.models:
@@ -207,14 +225,20 @@ class Engine:
     def _run_monitor(self) -> None:
         while not self._closing.wait(_MONITOR_WAIT_S):
             try:
-                self.drain_served()
-                self.served_log.flush(self.clock.mono_ns() // 1000)
+                self._monitor()
             except Exception:  # what one batch of rows breaks must not end the watch over the next
                 self.monitor_errors += 1
                 _log.exception("the monitor failed on a batch of served rows")
 
+    def _monitor(self) -> None:
+        self._drain_models()
+        self.served_log.flush(self.clock.mono_ns() // 1000)
+
     def drain_served(self) -> None:
         """Take every row served so far into the monitors and the log."""
+        self._drain_models()
+
+    def _drain_models(self) -> None:
         for model in self.live.all():
             model.drain()
 
@@ -512,7 +536,8 @@ class Engine:
         for part in ("served_log", "label_log", "store"):
             if self._opened(part):
                 getattr(self, part).close()
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _opened(self, part: str) -> bool:
         """Whether `_open` came that far."""

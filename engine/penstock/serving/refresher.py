@@ -44,7 +44,7 @@ class Refresher:
         owner: int,
     ) -> None:
         """`load(view, keys uint64[n, 2], now_us int64[n])` gives rows, meta and the stamp to put with."""
-        self._caches, self._load, self._clock, self._owner = caches, load, clock, owner
+        self._caches, self._load, self._clock, self.owner = caches, load, clock, owner
         self._held: list[tuple[int, int, str, Any, Any, Any, int]] = []
         self._order = itertools.count()
         self.loaded = self.dropped = 0
@@ -73,7 +73,7 @@ class Refresher:
         self.loaded += len(keys)
         now = ~hold
         if now.any():
-            cache.put_many(keys[now], rows[now], meta[now], stamp, self._clock.mono_ns(), self._owner)
+            cache.put_many(keys[now], rows[now], meta[now], stamp, self._clock.mono_ns(), self.owner)
         for i in np.flatnonzero(hold):
             part = slice(i, i + 1)
             entry = (int(at_us[i]), next(self._order), view, keys[part], rows[part], meta[part], stamp)
@@ -84,7 +84,7 @@ class Refresher:
             _, _, view, keys, rows, meta, stamp = heapq.heappop(self._held)
             cache = self._caches.get(view)
             if cache is not None:
-                cache.put_many(keys, rows, meta, stamp, self._clock.mono_ns(), self._owner)
+                cache.put_many(keys, rows, meta, stamp, self._clock.mono_ns(), self.owner)
 
     def wait_s(self, most: float) -> float:
         """Seconds until `run` has something to do by itself, at most `most`."""

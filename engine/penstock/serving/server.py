@@ -138,7 +138,7 @@ class Server:
 
     async def start(self) -> list[str]:
         """Listen; return the addresses with their real ports. Raises if any cannot be had."""
-        self._listeners = bind_all(list(self.settings.listen))
+        self._listeners = self._bind()
         self._loop.add_reader(self.core.event_fd, self._wake)
         for listener in self._listeners:
             if listener.address.path is not None:
@@ -147,6 +147,9 @@ class Server:
                 server = await self._loop.create_server(self._accept, sock=listener.socket)
             self._servers.append(server)
         return list(dict.fromkeys(str(listener.address) for listener in self._listeners))
+
+    def _bind(self) -> list[Listener]:
+        return bind_all(list(self.settings.listen))
 
     def stop(self) -> None:
         """Begin the shutdown: not ready, no new connections, goaway, answer what is in flight."""
