@@ -171,7 +171,7 @@ class Link:
         body = self._exactly(size)
         if body is None:
             return None
-        return msgpack.unpackb(body, strict_map_key=False, timestamp=3, max_buffer_size=_MAX_FRAME)  # type: ignore[no-any-return]
+        return msgpack.unpackb(body, strict_map_key=False, timestamp=3)  # type: ignore[no-any-return]
 
     def _exactly(self, size: int) -> bytearray | None:
         """`size` bytes; None at the end of the stream, also within them."""
