@@ -229,14 +229,10 @@ def kill_under_load(shop, serve, folder, now, expected, kills: int, seconds: flo
         load.start()
     started = time.monotonic()
     done = 0
-    known = {**pids(served)}
+    known = pids(served)
     while done < kills and time.monotonic() - started < seconds:
-        index = done % 2
-        before = sum(load.answered for load in loads)
-        os.kill(known[index], signal.SIGKILL)
+        known = kill_one(served, loads, known, done % 2)
         done += 1
-        wait_for(lambda: sum(load.answered for load in loads) > before + 3)
-        known = wait_for(lambda: both_new(served, known, index))
     for load in loads:
         load.stop = True
     for load in loads:
@@ -249,9 +245,17 @@ def kill_under_load(shop, serve, folder, now, expected, kills: int, seconds: flo
     return done
 
 
-def both_new(served, known: dict[int, int], index: int) -> dict[int, int] | None:
-    found = pids(served)
-    return found if len(found) == 2 and found[index] != known[index] else None
+def kill_one(served, loads: list[Load], known: dict[int, int], index: int) -> dict[int, int]:
+    """Kill worker `index` and wait until both serve again; their process ids."""
+    answered = sum(load.answered for load in loads)
+    os.kill(known[index], signal.SIGKILL)
+    wait_for(lambda: sum(load.answered for load in loads) > answered + 3)
+
+    def both_serve() -> dict[int, int] | None:
+        found = pids(served)
+        return found if len(found) == 2 and found[index] != known[index] else None
+
+    return wait_for(both_serve)
 
 
 def test_kills_under_load_give_no_wrong_answer(shop, serve, tmp_path, now, expected):
