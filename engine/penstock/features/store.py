@@ -414,7 +414,7 @@ class FeatureStore:
         with self._writing:
             live = {name: self._live.view(name) for name in names}
             keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
-            return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self._online.stamp())
+            return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:
         """Time up to which a view is materialised, microseconds UTC; None if it is not."""
