@@ -147,8 +147,6 @@ class Supervisor:
                 for worker in self._workers:
                     if worker.process is None and time.monotonic() >= worker.start_at:
                         self._start(worker)
-            elif self._workers[0].process is None:
-                self._start(self._workers[0])
             if not told and all(worker.listening for worker in self._workers):
                 told = True
                 assert self.lock is not None
@@ -216,12 +214,12 @@ class Supervisor:
             status = worker.process.poll()
             if status is None:
                 continue
+            served, worker.listening = worker.listening, False
             worker.process = None
-            worker.listening = False
             self._forget_status(worker)
             self._reclaim(WorkerSpec(worker.index, worker.generation, len(self._workers)).owner)
             if self._stopping_since is not None:
-                self._status = self._status or int(status != 0)
+                self._status = self._status or int(served and status != 0)  # else it had nothing to answer
             else:
                 self._died(worker, status)
 
