@@ -535,9 +535,11 @@ void bind_engine(py::module_& m) {
   bind_connection(m);
   py::class_<PyMisses>(m, "MissBatch", "Rows that parked requests lack.")
       .def_property_readonly("views", &miss_views,
-                             "[(view, keys uint64 [n, 2], now_us int64 [n])], pairs distinct in a view.");
+                             "[(view, keys uint64 [n, 2], now_us int64 [n])] to load; n may be 0.");
   py::class_<ServingCore>(m, "ServingCore", "Live models, connections and the loader's queue.")
-      .def(py::init<>())
+      .def(py::init<uint32_t, uint32_t>(), py::arg("worker") = 0, py::arg("cache_owner") = 0,
+           "worker: index among the processes that serve together, 0 to 63: their request ids are apart.\n"
+           "cache_owner: the process's number as a writer of shared feature caches.")
       .def("load", &load, py::arg("name"), py::arg("version"), py::arg("model"), py::arg("plan") = py::none(),
            py::kw_only(), py::arg("max_batch_rows") = kMaxBatchRows, py::arg("max_latency_ms") = 50.0,
            py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,

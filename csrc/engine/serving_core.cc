@@ -10,8 +10,6 @@
 #include <cerrno>
 #include <chrono>
 #include <limits>
-#include <map>
-#include <tuple>
 
 namespace penstock {
 namespace {
@@ -209,11 +207,13 @@ void Connection::drop() {
   for (const auto& model : core->all_models()) model->drop(id_);
 }
 
-ServingCore::ServingCore()
-    : event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+ServingCore::ServingCore(uint32_t worker, uint32_t cache_owner)
+    : cache_owner_(cache_owner),
+      event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
-      // Ids keep rising over restarts: nanoseconds pass faster than requests come.
-      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {
+      // Ids keep rising over restarts: nanoseconds pass faster than requests come. Those of two workers are
+      // four years apart.
+      next_id_(static_cast<uint64_t>(wall_us()) * 1000 + (uint64_t{worker % kMaxWorkers} << 57)) {
   touched_.reserve(64);
 }
 
@@ -511,13 +511,22 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
 void ServingCore::missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) {
   {
     const std::lock_guard lock(miss_mutex_);
-    missed_.emplace_back(model, tag);
+    missed_.push_back({model, tag});
+  }
+  miss_ready_.notify_one();
+}
+
+void ServingCore::missed_again(std::vector<MissTag> tags) {
+  if (tags.empty()) return;
+  {
+    const std::lock_guard lock(miss_mutex_);
+    for (MissTag& tag : tags) missed_.push_back(std::move(tag));
   }
   miss_ready_.notify_one();
 }
 
 bool ServingCore::wait_misses(int64_t timeout_ns, MissBatch* batch) {
-  Tags tags;
+  std::vector<MissTag> tags;
   {
     std::unique_lock lock(miss_mutex_);
     miss_ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
@@ -525,70 +534,19 @@ bool ServingCore::wait_misses(int64_t timeout_ns, MissBatch* batch) {
     if (closed_ || missed_.empty()) return false;
     std::swap(tags, missed_);
   }
-  struct Row {
-    Key128 key;
-    int64_t now_us;
-    bool operator<(const Row& other) const {
-      return std::tie(key.lo, key.hi, now_us) < std::tie(other.key.lo, other.key.hi, other.now_us);
-    }
-  };
-  std::vector<std::map<Row, uint32_t>> seen;
-  std::vector<FeatureMiss> misses;
-  for (auto& [model, tag] : tags) {
-    int64_t now_us;
-    bool fill_cache;
-    if (!model->parked_misses(tag, &misses, &now_us, &fill_cache)) continue;
-    MissBatch::Waiting waiting{model, tag, {}};
-    for (const FeatureMiss& miss : misses) {
-      const PlanView& view = model->plan()->view(miss.view);
-      uint32_t v = 0;
-      while (v < batch->views.size() && batch->views[v].cache != view.cache) ++v;
-      if (v == batch->views.size()) {
-        batch->views.push_back({view.name, view.cache, model->plan()->row_words(miss.view), {}, {}, {}});
-        seen.emplace_back();
-      }
-      MissBatch::View& rows = batch->views[v];
-      const auto [at, fresh] =
-          seen[v].try_emplace({miss.key, now_us}, static_cast<uint32_t>(rows.keys.size()));
-      if (fresh) {
-        rows.keys.push_back(miss.key);
-        rows.now_us.push_back(now_us);
-        rows.fill_cache.push_back(0);
-      }
-      rows.fill_cache[at->second] |= fill_cache ? 1 : 0;
-      waiting.rows.emplace_back(v, at->second);
-    }
-    batch->waiting.push_back(std::move(waiting));
-  }
+  batch->collect(tags, mono_ns());
   return !batch->waiting.empty();
 }
 
 void ServingCore::finish_misses(const MissBatch& batch, const std::vector<const uint64_t*>& rows,
                                 const std::vector<const RowMeta*>& meta, uint64_t stamp,
                                 ServedModel::Scratch& scratch) {
-  const int64_t now = mono_ns();
-  for (size_t v = 0; v < batch.views.size(); ++v) {
-    const MissBatch::View& view = batch.views[v];
-    for (size_t i = 0; i < view.keys.size(); ++i) {
-      if (view.fill_cache[i])
-        (void)view.cache->put(view.keys[i], rows[v] + i * view.row_words, meta[v][i], stamp, now, 0);
-    }
-  }
-  std::vector<const uint64_t*> words;
-  std::vector<RowMeta> metas;
-  for (const MissBatch::Waiting& waiting : batch.waiting) {
-    words.clear();
-    metas.clear();
-    for (const auto& [v, i] : waiting.rows) {
-      words.push_back(rows[v] + size_t{i} * batch.views[v].row_words);
-      metas.push_back(meta[v][i]);
-    }
-    waiting.model->resume(waiting.tag, words, metas, scratch);
-  }
+  missed_again(batch.finish(rows, meta, stamp, mono_ns(), cache_owner_, scratch));
 }
 
 void ServingCore::fail_misses(const MissBatch& batch, const Status& status) {
-  for (const MissBatch::Waiting& waiting : batch.waiting) waiting.model->fail_parked(waiting.tag, status);
+  for (const MissBatch::Waiting& waiting : batch.waiting)
+    waiting.tag.model->fail_parked(waiting.tag.tag, status);
 }
 
 void ServingCore::close() {

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/miss_batch.h"
 #include "engine/route.h"
 #include "engine/served_model.h"
 #include "wire/session.h"
@@ -104,25 +105,6 @@ class Connection {
   size_t stuck_bytes_ = 0;  // that it had then
 };
 
-// Rows that parked requests lack: per view, distinct (key, request time).
-struct MissBatch {
-  struct View {
-    std::string name;
-    std::shared_ptr<FeatureCache> cache;
-    uint32_t row_words;
-    std::vector<Key128> keys;
-    std::vector<int64_t> now_us;
-    std::vector<uint8_t> fill_cache;
-  };
-  struct Waiting {
-    std::shared_ptr<ServedModel> model;
-    uint64_t tag;
-    std::vector<std::pair<uint32_t, uint32_t>> rows;  // (view, row) of each of its misses
-  };
-  std::vector<View> views;
-  std::vector<Waiting> waiting;
-};
-
 class ServingCore : public ModelEvents {
  public:
   // The versions that answer to a name.
@@ -137,7 +119,11 @@ class ServingCore : public ModelEvents {
     }
   };
 
-  ServingCore();
+  static constexpr uint32_t kMaxWorkers = 64;
+
+  // worker: index of this process among those that serve together, below kMaxWorkers; their request ids are
+  // apart. cache_owner: its number as a writer of the feature caches.
+  explicit ServingCore(uint32_t worker = 0, uint32_t cache_owner = 0);
   ~ServingCore() override;
   ServingCore(const ServingCore&) = delete;
   ServingCore& operator=(const ServingCore&) = delete;
@@ -199,7 +185,6 @@ class ServingCore : public ModelEvents {
 
  private:
   friend class Connection;
-  using Tags = std::vector<std::pair<std::shared_ptr<ServedModel>, uint64_t>>;
   struct EndedRequest {
     std::shared_ptr<ServedModel> model;
     uint64_t tag;
@@ -211,6 +196,7 @@ class ServingCore : public ModelEvents {
     size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
   };
 
+  void missed_again(std::vector<MissTag> tags);
   uint64_t next_ids(uint32_t rows) { return next_id_.fetch_add(rows, std::memory_order_relaxed); }
   static constexpr int64_t kBurstGapNs = 30'000;  // reads of two connections this close are one burst
 
@@ -230,6 +216,7 @@ class ServingCore : public ModelEvents {
   std::unordered_map<std::string, Route, Hash, std::equal_to<>> models_;
   std::vector<std::shared_ptr<ServedModel>> replaced_;  // each until nobody else has it and all is answered
 
+  const uint32_t cache_owner_;
   int event_fd_;
   int timer_fd_;
   std::mutex ended_mutex_;
@@ -252,7 +239,7 @@ class ServingCore : public ModelEvents {
 
   std::mutex miss_mutex_;
   std::condition_variable miss_ready_;
-  Tags missed_;
+  std::vector<MissTag> missed_;
   bool closed_ = false;
 
   std::atomic<bool> draining_{false};         // no partner: a late view of it only serves one call more

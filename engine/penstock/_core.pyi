@@ -207,9 +207,41 @@ class FeatureCache(metaclass=_NativeType):
         capacity: typing.SupportsInt | typing.SupportsIndex,
         row_words: typing.SupportsInt | typing.SupportsIndex,
         ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
     ) -> None:
         """
-        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0; negative_ttl_ns: a shorter one of rows that say NOT_FOUND; refresh_ahead: last part of a row's life, 0 to 0.5, in which a read queues it for take_refreshes. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        """
+    @staticmethod
+    def open_shared(
+        path: str,
+        capacity: typing.SupportsInt | typing.SupportsIndex,
+        row_words: typing.SupportsInt | typing.SupportsIndex,
+        ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        identity: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> FeatureCache:
+        """
+        The cache in the file at `path`, which several processes share and the first one makes. identity: uint64 of the key hash and row layout. Raises RuntimeError, naming what differs, where the file holds another kind of arena.
+        """
+    @staticmethod
+    def attach(fd: typing.SupportsInt | typing.SupportsIndex) -> FeatureCache:
+        """
+        The cache in an open file, whatever its geometry. Raises RuntimeError if it is no arena.
+        """
+    @property
+    def row_words(self) -> int: ...
+    def take_refreshes(
+        self, n: typing.SupportsInt | typing.SupportsIndex
+    ) -> tuple[
+        numpy.typing.NDArray[numpy.uint64],
+        numpy.typing.NDArray[numpy.int64],
+        numpy.typing.NDArray[numpy.bool_],
+    ]:
+        """
+        Up to n rows that were read shortly before their end: keys uint64[k, 2], request times to load them for int64[k], and hold bool[k]: not to be stored before that time.
         """
     def _abandon_put(
         self,
@@ -224,9 +256,13 @@ class FeatureCache(metaclass=_NativeType):
         """
         For tests: a put that stops after `words` words with the bucket locked.
         """
-    def clear(self, owner: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def clear(
+        self,
+        owner: typing.SupportsInt | typing.SupportsIndex = 0,
+        stamp: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
         """
-        Remove every row; the stamps are remembered.
+        Remove every row; the stamps are remembered, and lesser ones than `stamp` are refused from then on.
         """
     def discard_many(
         self,
@@ -579,7 +615,15 @@ class ServingCore(metaclass=_NativeType):
     """
     Live models, connections and the loader's queue.
     """
-    def __init__(self) -> None: ...
+    def __init__(
+        self,
+        worker: typing.SupportsInt | typing.SupportsIndex = 0,
+        cache_owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        worker: index among the processes that serve together, 0 to 63: their request ids are apart.
+        cache_owner: the process's number as a writer of shared feature caches.
+        """
     def call(self, vectors: bool, params: bytes, timings: bool = True) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores

@@ -265,12 +265,18 @@ class AuthConfig(Section):
 class ServerConfig(Section):
     """Where to listen: "tcp://host:port", "tls://host:port" or "unix:///path".
 
-    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at
-    the latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
+    `workers` processes answer side by side; more than one share the feature caches, by files in
+    `data_dir/arena` (a tmpfs is the best place for it), and one that dies is started again, at most
+    `max_restarts` times in `restart_window` seconds, all together. `call_threads` run the methods that are
+    no predictions. A shutdown ends after `drain_timeout` seconds at the latest; once all is answered, peers
+    have `goaway_grace` seconds to hang up by themselves.
     """
 
     listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    workers: int = Field(default=1, ge=1, le=32)
+    max_restarts: int = Field(default=10, ge=0)
+    restart_window: Seconds = Field(default=60.0, gt=0)
     tls: TlsConfig | None = None
     auth: AuthConfig = Field(default_factory=AuthConfig)
     call_threads: int = Field(default=4, ge=1, le=256)
@@ -303,10 +309,17 @@ class FeatureStoreConfig(Section):
 
 
 class FeatureCacheConfig(Section):
-    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity."""
+    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity.
+
+    `negative_ttl`: seconds for which a key without data is remembered as such, where that is less than `ttl`.
+    `refresh_ahead`: the last part of a row's life, 0 to 0.5, in which a read has it loaded again in the
+    background; at most a minute before its validity ends. 0: never.
+    """
 
     capacity: int = Field(default=1 << 17, ge=1)
     ttl: Annotated[Seconds, Field(gt=0)] | None = None
+    negative_ttl: Annotated[Seconds, Field(gt=0)] | None = 10.0
+    refresh_ahead: float = Field(default=0.1, ge=0, le=0.5)
 
 
 def _mode(value: object) -> object:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
@@ -51,6 +52,7 @@ class LiveModel:
     log: ServedLog
     ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
+    forward: Callable[[LiveModel, tuple[Any, ...]], None] | None = None  # instead of the monitors here
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def memory_bytes(self) -> int:
@@ -78,26 +80,48 @@ class LiveModel:
         """
         with self._draining:
             for _ in range(-(-self.ring_rows // _DRAIN_ROWS)):
-                ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
-                if not len(ids):
+                part = self.served.drain(_DRAIN_ROWS)
+                if not len(part[0]):
                     return
-                newest = int(now_us.max())
-                self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
-                first = np.ascontiguousarray(scores[:, 0])
-                if event_time.shape[1]:
-                    self.freshness.add(now_us, event_time, status)
-                if self.performance is not None:
-                    self.performance.record(ids, now_us, first, self.bundle.version)
-                self.log.append(
-                    self.bundle.name,
-                    self.bundle.version,
-                    [name for name, _ in self.bundle.inputs],
-                    ids,
-                    now_us,
-                    rows,
-                    first,
-                    status,
-                )
+                if self.forward is None:
+                    self.take_in(*part)
+                else:
+                    self.forward(self, part)
+
+    def take_in(
+        self,
+        ids: NDArray[np.uint64],
+        now_us: NDArray[np.int64],
+        rows: NDArray[np.float32],
+        scores: NDArray[np.float64],
+        status: NDArray[np.uint8],
+        event_time: NDArray[np.int64],
+        *,
+        counted: bool = True,
+    ) -> None:
+        """Take served rows, as `_core.ServedModel.drain` gives them, into the monitors and the log.
+
+        `counted`: they are in the drift counts already, as those of this process are.
+        """
+        newest = int(now_us.max())
+        self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
+        first = np.ascontiguousarray(scores[:, 0])
+        if not counted:
+            self.drift.add(now_us, rows, first)
+        if event_time.shape[1]:
+            self.freshness.add(now_us, event_time, status)
+        if self.performance is not None:
+            self.performance.record(ids, now_us, first, self.bundle.version)
+        self.log.append(
+            self.bundle.name,
+            self.bundle.version,
+            [name for name, _ in self.bundle.inputs],
+            ids,
+            now_us,
+            rows,
+            first,
+            status,
+        )
 
     def entities(self) -> list[str]:
         """The entity columns of a request; none for a model on bare vectors."""
@@ -135,6 +159,8 @@ class LiveModels:
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
         self._clock = clock
+        self.new_cache: Callable[[str, int], _core.FeatureCache] = self._private_cache  # (view, row words)
+        self.cache_owner = 0
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -287,9 +313,24 @@ class LiveModels:
                     self._finish(model)
         return found
 
-    def clear_caches(self) -> None:
+    def clear_caches(self, stamp: int = 0) -> None:
+        """Empty the feature caches; rows with a stamp below `stamp` are refused from then on."""
         for cache in self.caches.values():
-            cache.clear()
+            cache.clear(self.cache_owner, stamp)
+
+    def cache_settings(self, row_words: int) -> dict[str, Any]:
+        """Arguments of a `_core.FeatureCache` of rows of `row_words`."""
+        settings = self._config.caches.features
+        return {
+            "capacity": settings.capacity,
+            "row_words": row_words,
+            "ttl_ns": int(settings.ttl * 1e9) if settings.ttl else 0,
+            "negative_ttl_ns": int(settings.negative_ttl * 1e9) if settings.negative_ttl else 0,
+            "refresh_ahead": settings.refresh_ahead,
+        }
+
+    def _private_cache(self, view: str, row_words: int) -> _core.FeatureCache:
+        return _core.FeatureCache(**self.cache_settings(row_words))
 
     def stop(self) -> None:
         """Stop every version and take in its last rows."""
@@ -362,16 +403,11 @@ class LiveModels:
 
     def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
         assert self._store is not None
-        settings = self._config.caches.features
         views: list[Mapping[str, Any]] = []
         for view, keys in zip(plan.views, plan.view_keys):
             computer = self._store.computer(view.name)
             if view.name not in self.caches:
-                self.caches[view.name] = _core.FeatureCache(
-                    settings.capacity,
-                    computer.row_schema.row_words,
-                    int(settings.ttl * 1e9) if settings.ttl else 0,
-                )
+                self.caches[view.name] = self.new_cache(view.name, computer.row_schema.row_words)
             # One row of each view is computed here, so that no request waits for a compiler.
             some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
             for now_us in (0, self._clock.now_us()):

@@ -179,7 +179,7 @@ class Server:
         """Listen; return the addresses with their real ports. Raises if any cannot be had."""
         if self.tls is None and any(text.startswith("tls:") for text in self.settings.listen):
             raise InvalidArgumentError("server.tls is not set; expected cert and key for a tls:// address")
-        self._listeners = bind_all(list(self.settings.listen))
+        self._listeners = self._bind()
         self._loop.add_reader(self.core.event_fd, self._wake)
         self._loop.add_reader(self.core.timer_fd, self._expire)
         for listener in self._listeners:
@@ -192,6 +192,9 @@ class Server:
                 server = await self._loop.create_server(self._accept, sock=listener.socket)
             self._servers.append(server)
         return list(dict.fromkeys(str(listener.address) for listener in self._listeners))
+
+    def _bind(self) -> list[Listener]:
+        return bind_all(list(self.settings.listen))
 
     def stop(self) -> None:
         """Begin the shutdown: not ready, no new connections, goaway, answer what is in flight."""
