@@ -44,7 +44,9 @@ bool any_nan(const float* row, size_t n) {
 }  // namespace
 
 TreeEnsemble::Scratch::Scratch(const TreeEnsemble& ensemble)
-    : ranks_(ensemble.plan_.columns_max), leaves_(ensemble.n_trees()) {
+    : ranks_(ensemble.plan_.columns_max),
+      leaves_(ensemble.plan_.ranked_trees_max),
+      float_leaves_(ensemble.plan_.float_trees_max * kLanes) {
   constexpr size_t kMaskBytes = kCheckpointTrees * sizeof(uint64_t);
   masks_.resize(kMaskBytes / sizeof(ByteLine));
 }
@@ -96,6 +98,10 @@ void TreeEnsemble::complete_ranks(const TreeRun& run, const float* rows, size_t 
 
 void TreeEnsemble::find_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, CpuLevel level,
                                Scratch& scratch) const {
+  if (run.kind == RunKind::kFloats) {
+    walk_float_leaves(run, rows, n, stride, scratch.float_leaves_.data());
+  }
+  if (run.kind != RunKind::kRanked) return;
   const Kernels kernels = kernels_of(level);
   auto* ranks = reinterpret_cast<int8_t*>(scratch.ranks_.data());
   uint8_t* leaves = scratch.leaves_.data()->bytes;
@@ -110,14 +116,22 @@ void TreeEnsemble::find_leaves(const TreeRun& run, const float* rows, size_t n, 
   }
 }
 
+// The leaf, in a tree of the run, of row `r` of those that find_leaves was called for.
+uint32_t TreeEnsemble::leaf_at(const TreeRun& run, uint32_t tree, size_t r, const float* row,
+                               const Scratch& scratch) const {
+  if (run.kind == RunKind::kRanked) return scratch.leaves_[tree].bytes[r];
+  if (run.kind == RunKind::kFloats) return scratch.float_leaves_[tree * kLanes + r];
+  return walk(run.first_tree + tree, row);
+}
+
 // Adds the values of a run's trees to the sums of n <= kBlockRows rows.
 void TreeEnsemble::add_run(const TreeRun& run, const float* rows, size_t n, size_t stride, double* sums,
                            Scratch& scratch) const {
   const size_t k_out = header_.n_outputs;
   const CpuLevel level = cpu_level();
   const uint32_t* value_begin = value_begin_.data() + run.first_tree;
-  if (run.ranked) find_leaves(run, rows, n, stride, level, scratch);
-  if (run.ranked && one_output_) {
+  find_leaves(run, rows, n, stride, level, scratch);
+  if (run.kind == RunKind::kRanked && one_output_) {
 #if defined(__x86_64__)
     if (level == CpuLevel::kAvx512 && run.narrow && n > 1) {
       add_leaves_avx512(run, scratch.leaves_.data()->bytes, n, sums);
@@ -130,9 +144,8 @@ void TreeEnsemble::add_run(const TreeRun& run, const float* rows, size_t n, size
   for (uint32_t t = 0; t < run.n_trees; ++t) {
     const double* values = leaf_values_.data() + value_begin[t];
     const int32_t output = tree_output_[run.first_tree + t];
-    const uint8_t* leaves = scratch.leaves_[t].bytes;
     for (size_t r = 0; r < n; ++r) {
-      const size_t leaf = run.ranked ? leaves[r] : walk(run.first_tree + t, rows + r * stride);
+      const size_t leaf = leaf_at(run, t, r, rows + r * stride, scratch);
       if (output >= 0) {
         sums[r * k_out + static_cast<size_t>(output)] += values[leaf];
       } else {
@@ -194,12 +207,11 @@ void TreeEnsemble::predict_leaf(const float* rows, size_t n, size_t stride, int3
     const size_t block = std::min(kBlockRows, n - start);
     const float* of_block = rows + start * stride;
     for (const TreeRun& run : plan_.runs) {
-      if (run.ranked) find_leaves(run, of_block, block, stride, cpu_level(), scratch);
+      find_leaves(run, of_block, block, stride, cpu_level(), scratch);
       for (size_t r = 0; r < block; ++r) {
         int32_t* to = out + (start + r) * header_.n_trees + run.first_tree;
         for (uint32_t t = 0; t < run.n_trees; ++t) {
-          to[t] = static_cast<int32_t>(run.ranked ? scratch.leaves_[t].bytes[r]
-                                                  : walk(run.first_tree + t, of_block + r * stride));
+          to[t] = static_cast<int32_t>(leaf_at(run, t, r, of_block + r * stride, scratch));
         }
       }
     }

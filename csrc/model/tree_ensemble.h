@@ -28,9 +28,10 @@ class TreeEnsemble {
 
    private:
     friend class TreeEnsemble;
-    std::vector<ByteLine> ranks_;   // [column][kLanes], of the run at hand
-    std::vector<ByteLine> leaves_;  // [tree][kLanes], of the run at hand
-    std::vector<ByteLine> masks_;   // bit vectors of one row
+    std::vector<ByteLine> ranks_;         // [column][kLanes], of the run at hand
+    std::vector<ByteLine> leaves_;        // [tree][kLanes], of the run at hand
+    std::vector<ByteLine> masks_;         // bit vectors of one row
+    std::vector<uint32_t> float_leaves_;  // [tree][kLanes], of the run at hand
   };
 
   static Status load(const uint8_t* data, size_t size, std::shared_ptr<const TreeEnsemble>* out);
@@ -54,6 +55,8 @@ class TreeEnsemble {
   void complete_ranks(const TreeRun& run, const float* rows, size_t n, size_t stride, int8_t* ranks) const;
   void find_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, CpuLevel level,
                    Scratch& scratch) const;
+  uint32_t leaf_at(const TreeRun& run, uint32_t tree, size_t r, const float* row,
+                   const Scratch& scratch) const;
   void add_run(const TreeRun& run, const float* rows, size_t n, size_t stride, double* sums,
                Scratch& scratch) const;
   void transform(double* row) const;

@@ -41,6 +41,8 @@ void checkpoint_leaves_avx512(const TreeRun& run, const int8_t* ranks, size_t ro
 
 // Leaves of n <= kLanes rows, several walks at a time; for a run with nodes.
 void walk_leaves(const TreeRun& run, const int8_t* ranks, size_t n, uint8_t* leaves);
+// The same for a run with float_nodes.
+void walk_float_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, uint32_t* leaves);
 
 // Adds to sums[r], r < n, the trees' values in their order: values[value_begin[t] + leaf].
 void add_leaves(const double* values, const uint32_t* value_begin, const uint8_t* leaves, size_t n_trees,

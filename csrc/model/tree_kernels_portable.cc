@@ -33,6 +33,43 @@ uint32_t count_less(const FloatLine& line, float x) {
 }
 #endif
 
+// goes_right(node, row) for single rows, several walks at a time so that their loads overlap.
+template <class Node, class Leaf, class GoesRight>
+void walk_together(const Node* all_nodes, const std::vector<uint32_t>& node_begin, size_t n_trees, size_t n,
+                   Leaf* leaves, GoesRight goes_right) {
+  constexpr size_t kWalks = 8, kSteps = 4;
+  const size_t walks = n_trees * n;
+  size_t tree = 0, row = 0;
+  for (size_t done = 0; done < walks; done += kWalks) {
+    const Node* nodes[kWalks];
+    size_t of_row[kWalks];
+    Leaf* to[kWalks];
+    uint32_t at[kWalks];
+    for (size_t i = 0; i < kWalks; ++i) {
+      nodes[i] = all_nodes + node_begin[tree];
+      of_row[i] = row;
+      to[i] = leaves + tree * kLanes + row;
+      at[i] = 0;
+      // Past the end the last walk is repeated.
+      if (done + i + 1 < walks && ++row == n) row = 0, ++tree;
+    }
+    uint32_t all;
+    do {
+      all = Node::kLeaf;
+      for (size_t step = 0; step < kSteps; ++step) {
+        for (size_t i = 0; i < kWalks; ++i) {
+          // At a leaf the node read is another's, and the step is not taken.
+          const Node& node = nodes[i][at[i] % Node::kLeaf];
+          const uint32_t next = node.child[goes_right(node, of_row[i])];
+          at[i] = at[i] >= Node::kLeaf ? at[i] : next;
+        }
+      }
+      for (size_t i = 0; i < kWalks; ++i) all &= at[i];
+    } while (all < Node::kLeaf);
+    for (size_t i = 0; i < kWalks; ++i) *to[i] = static_cast<Leaf>(at[i] % Node::kLeaf);
+  }
+}
+
 }  // namespace
 
 void rank_portable(const TreePlan& plan, const TreeRun& run, const float* rows, size_t n, size_t stride,
@@ -57,37 +94,19 @@ void checkpoint_leaves_portable(const TreeRun& run, const int8_t* ranks, size_t 
 }
 
 void walk_leaves(const TreeRun& run, const int8_t* ranks, size_t n, uint8_t* leaves) {
-  constexpr size_t kWalks = 8, kSteps = 4;
-  const size_t walks = run.n_trees * n;
-  size_t tree = 0, row = 0;
-  for (size_t done = 0; done < walks; done += kWalks) {
-    const TreeNode* nodes[kWalks];
-    const int8_t* of_row[kWalks];
-    uint8_t* to[kWalks];
-    uint32_t at[kWalks];
-    for (size_t i = 0; i < kWalks; ++i) {
-      nodes[i] = run.nodes.data() + run.node_begin[tree];
-      of_row[i] = ranks + row;
-      to[i] = leaves + tree * kLanes + row;
-      at[i] = 0;
-      // Past the end the last walk is repeated.
-      if (done + i + 1 < walks && ++row == n) row = 0, ++tree;
-    }
-    uint32_t all;
-    do {
-      all = kLeafNode;
-      for (size_t step = 0; step < kSteps; ++step) {
-        for (size_t i = 0; i < kWalks; ++i) {
-          // At a leaf the node read is another's, and the step is not taken.
-          const TreeNode& node = nodes[i][at[i] % kLeafNode];
-          const uint32_t next = node.child[of_row[i][8 * size_t{node.column}] > node.threshold];
-          at[i] = at[i] >= kLeafNode ? at[i] : next;
-        }
-      }
-      for (size_t i = 0; i < kWalks; ++i) all &= at[i];
-    } while (all < kLeafNode);
-    for (size_t i = 0; i < kWalks; ++i) *to[i] = static_cast<uint8_t>(at[i]);
-  }
+  walk_together(run.nodes.data(), run.node_begin, run.n_trees, n, leaves,
+                [ranks](const RankNode& node, size_t row) {
+                  return ranks[8 * size_t{node.column} + row] > node.threshold;
+                });
+}
+
+void walk_float_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, uint32_t* leaves) {
+  walk_together(run.float_nodes.data(), run.node_begin, run.n_trees, n, leaves,
+                [rows, stride](const FloatNode& node, size_t row) {
+                  const float x = rows[row * stride + node.feature];
+                  return static_cast<uint32_t>(x > node.threshold) |
+                         (node.nan_right & static_cast<uint32_t>(x != x));
+                });
 }
 
 void add_leaves(const double* values, const uint32_t* value_begin, const uint8_t* leaves, size_t n_trees,

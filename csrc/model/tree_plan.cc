@@ -50,15 +50,21 @@ class RunBuilder {
     while (first < trees_.n_trees) {
       TreeRun run{};
       run.first_tree = first;
-      run.ranked = leaves(first) <= kByteLeaves;
+      run.kind = kind(first);
       Draft draft;
       uint32_t end = first;
-      while (end < trees_.n_trees && (leaves(end) <= kByteLeaves) == run.ranked) {
-        if (run.ranked && !add_tree(end, draft)) break;
+      while (end < trees_.n_trees && kind(end) == run.kind) {
+        if (run.kind == RunKind::kRanked && !add_tree(end, draft)) break;
         ++end;
       }
       run.n_trees = end - first;
-      if (run.ranked) fill(run, draft);
+      if (run.kind == RunKind::kRanked) {
+        fill(run, draft);
+        plan_->ranked_trees_max = std::max<size_t>(plan_->ranked_trees_max, run.n_trees);
+      } else if (run.kind == RunKind::kFloats) {
+        add_float_nodes(run);
+        plan_->float_trees_max = std::max<size_t>(plan_->float_trees_max, run.n_trees);
+      }
       plan_->runs.push_back(std::move(run));
       first = end;
     }
@@ -68,6 +74,12 @@ class RunBuilder {
   uint32_t n_splits(uint32_t t) const { return trees_.split_begin[t + 1] - trees_.split_begin[t]; }
   uint32_t leaves(uint32_t t) const { return n_splits(t) + 1; }
   const Split* splits(uint32_t t) const { return trees_.splits + trees_.split_begin[t]; }
+  RunKind kind(uint32_t t) const {
+    if (leaves(t) <= kByteLeaves) return RunKind::kRanked;
+    const bool categorical = std::any_of(splits(t), splits(t) + n_splits(t),
+                                         [](const Split& s) { return s.flags & kCategorical; });
+    return categorical ? RunKind::kSplits : RunKind::kFloats;
+  }
 
   // Adds a tree's thresholds, all or none: a tree of at most 255 splits always fits an empty draft.
   bool add_tree(uint32_t t, Draft& draft) {
@@ -136,7 +148,7 @@ class RunBuilder {
       for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_nodes(run, t);
       run.node_begin.push_back(static_cast<uint32_t>(run.nodes.size()));
       // A walk that has ended at the last leaf of the last tree still reads a node by that number.
-      run.nodes.push_back({0, 127, 0, {kLeafNode, kLeafNode}});
+      run.nodes.push_back({0, 0, 0, {RankNode::kLeaf, RankNode::kLeaf}});
     }
     if (run.narrow && trees_.values != nullptr) add_halves(run);
   }
@@ -213,16 +225,39 @@ class RunBuilder {
     }
   }
 
+  template <class Node, class Child>
+  static Child child(int32_t c) {
+    return static_cast<Child>(c < 0 ? Node::kLeaf + static_cast<uint32_t>(~c) : static_cast<uint32_t>(c));
+  }
+
   void add_nodes(TreeRun& run, uint32_t t) {
     run.node_begin.push_back(static_cast<uint32_t>(run.nodes.size()));
-    const auto child = [](int32_t c) { return static_cast<uint16_t>(c < 0 ? kLeafNode + ~c : c); };
     for (uint32_t i = 0; i < n_splits(t); ++i) {
       const Split& s = splits(t)[i];
       const Place where = places(t)[i];
-      run.nodes.push_back({where.column, where.threshold, 0, {child(s.left), child(s.right)}});
+      run.nodes.push_back({where.column,
+                           where.threshold,
+                           0,
+                           {child<RankNode, uint16_t>(s.left), child<RankNode, uint16_t>(s.right)}});
     }
     // A tree of one leaf still has a node to begin with.
-    if (n_splits(t) == 0) run.nodes.push_back({0, 127, 0, {kLeafNode, kLeafNode}});
+    if (n_splits(t) == 0) run.nodes.push_back({0, 0, 0, {RankNode::kLeaf, RankNode::kLeaf}});
+  }
+
+  void add_float_nodes(TreeRun& run) {
+    for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) {
+      run.node_begin.push_back(static_cast<uint32_t>(run.float_nodes.size()));
+      for (uint32_t i = 0; i < n_splits(t); ++i) {
+        const Split& s = splits(t)[i];
+        run.float_nodes.push_back(
+            {s.threshold,
+             s.feature,
+             nan_right(s),
+             {child<FloatNode, uint32_t>(s.left), child<FloatNode, uint32_t>(s.right)}});
+      }
+    }
+    run.node_begin.push_back(static_cast<uint32_t>(run.float_nodes.size()));
+    run.float_nodes.push_back({0, 0, 0, {FloatNode::kLeaf, FloatNode::kLeaf}});  // as in fill
   }
 
   void add_group(TreeRun& run, uint32_t first, uint32_t n) {

@@ -21,7 +21,6 @@ inline constexpr int kRankBias = -128;           // ranks are kept signed, as AV
 inline constexpr size_t kPieceSplits = 4;        // a code of four bits looks up sixteen bytes
 inline constexpr size_t kCheckpointStep = 8;     // splits from one checkpoint of the bit vectors to the next
 inline constexpr size_t kCheckpointTrees = 256;  // trees of a checkpoint, at most
-inline constexpr uint16_t kLeafNode = 0x100;     // child of a TreeNode: kLeafNode + leaf
 
 struct alignas(64) FloatLine {
   float values[16];
@@ -54,14 +53,24 @@ struct alignas(32) TreePiece {
 };
 static_assert(sizeof(TreePiece) == 32);
 
-// A split for walks of one row: child[rank > threshold].
-struct TreeNode {
+// Splits for walks of single rows: child[the row goes right], kLeaf + leaf at the end.
+struct RankNode {
+  static constexpr uint32_t kLeaf = 0x100;
   uint16_t column;  // as in TreePiece
   int8_t threshold;
   uint8_t unused;
   uint16_t child[2];
 };
-static_assert(sizeof(TreeNode) == 8);
+static_assert(sizeof(RankNode) == 8);
+
+struct FloatNode {
+  static constexpr uint32_t kLeaf = 0x80000000;
+  float threshold;
+  uint32_t feature : 31;
+  uint32_t nan_right : 1;
+  uint32_t child[2];
+};
+static_assert(sizeof(FloatNode) == 16);
 
 // Bit vectors (QuickScorer, Lucchese et al. 2015) of a group of trees of at most 64 leaves, with checkpoints:
 // each split that a row fails clears the leaves of its left subtree, and the lowest bit left is the row's
@@ -86,16 +95,23 @@ struct CheckpointGroup {
   std::vector<ByteLine> lines;
 };
 
+enum class RunKind {
+  kRanked,  // no tree has more than 256 leaves
+  kFloats,  // each tree has, and no categorical split: only float_nodes and node_begin are filled
+  kSplits   // each tree has, and a categorical split: nothing is filled
+};
+
 struct TreeRun {
   uint32_t first_tree, n_trees;
-  bool ranked;  // else nothing below is filled
+  RunKind kind;
   bool narrow;  // every tree has at most 32 leaves
   std::vector<RankColumn> columns;
   std::vector<TreePiece> pieces;
   std::vector<uint32_t> piece_begin;    // [n_trees + 1]
   std::vector<CheckpointGroup> groups;  // none if a tree has more than 64 leaves
-  std::vector<TreeNode> nodes;          // none if there are groups
-  std::vector<uint32_t> node_begin;     // [n_trees + 1]
+  std::vector<RankNode> nodes;          // none if there are groups
+  std::vector<FloatNode> float_nodes;
+  std::vector<uint32_t> node_begin;  // [n_trees + 1], of nodes or float_nodes
   // Narrow and one output: by tree, the low then the high halves of the leaf values, 32 of each.
   std::vector<ByteLine> halves;
 };
@@ -103,7 +119,8 @@ struct TreeRun {
 struct TreePlan {
   std::vector<TreeRun> runs;
   std::vector<FloatLine> search;
-  size_t columns_max = 0;  // of any run
+  size_t columns_max = 0;                            // of any run
+  size_t ranked_trees_max = 0, float_trees_max = 0;  // of any run of the kind
 };
 
 struct TreeArrays {

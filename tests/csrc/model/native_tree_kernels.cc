@@ -252,6 +252,7 @@ int main() {
       {"exactly 256 leaves", 1, 5, 256, 256, 1, 0, 0.0, 0.4, false},
       {"more thresholds than a column holds", 2, 40, 20, 60, 1, 0, 0.0, 0.1, false},
       {"more than 256 leaves beside fewer", 5, 12, 1, 600, 1, 0, 0.05, 0.1, false},
+      {"more than 256 leaves", 4, 5, 257, 700, 1, 0, 0.0, 0.3, false},
       {"categorical", 6, 30, 2, 32, 1, 30, 0.4, 0.2, false},
       {"categorical, up to 200 leaves", 6, 10, 2, 200, 1, 30, 0.3, 0.2, false},
       {"several outputs", 6, 30, 1, 31, 3, 40, 0.1, 0.2, false},
