@@ -126,6 +126,8 @@ struct Report {
 // Called a few times a second and at each change of phase; false ends the run.
 using Watch = std::function<bool(const Progress&)>;
 
+// INVALID_ARGUMENT for settings and requests that run() would refuse.
+Status check(const Options& options, const Requests& requests);
 Status run(const Options& options, const Requests& requests, const Watch& watch, Report* report);
 
 }  // namespace penstock::load
