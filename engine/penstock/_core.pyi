@@ -83,17 +83,9 @@ class WireSession(metaclass=_NativeType):
         """
         Append a scores response (scores row-major float64). False: the output limit is hit.
         """
-    def send_output(self) -> bool:
-        """
-        Send to the attached socket what waits. True: look after the rest, with take_output.
-        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
-        """
-    def watch(self) -> None:
-        """
-        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -433,9 +425,17 @@ class Connection(metaclass=_NativeType):
         retryable: bool,
         retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def send_output(self) -> bool:
+        """
+        Send to the attached socket what waits. True: look after the rest, with take_output.
+        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def watch(self) -> None:
+        """
+        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
