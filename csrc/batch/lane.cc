@@ -4,93 +4,177 @@
 #include <limits>
 
 namespace penstock {
+namespace {
 
-Lane::Lane(const LaneConfig& config) : config_(config), run_time_(config.initial_run_ns) {
-  config_.policy.max_batch_rows = std::clamp<size_t>(config.policy.max_batch_rows, 1, kMaxBatchRows);
-  slots_.resize(config.max_requests);
-  free_.reserve(config.max_requests);
-  for (uint32_t slot = config.max_requests; slot-- > 0;) free_.push_back(slot);
-  // Every request may leave one short piece, and every row may be a piece of its own.
-  const size_t most = size_t{config.max_queued_rows} + config.max_requests;
-  work_.reserve(2 * most);
-  pieces_.reserve(2 * most);
-  batch_.reserve(kMaxBatchRows);
-  ended_.reserve(config.max_requests);
-  touched_.reserve(config.max_requests + kMaxBatchRows);
+LaneConfig checked(LaneConfig config) {
+  config.policy.max_batch_rows = std::clamp<size_t>(config.policy.max_batch_rows, 1, kMaxBatchRows);
+  config.policy.low_every = std::max(config.policy.low_every, 2U);
+  config.max_flows = std::max(config.max_flows, 1U);
+  return config;
 }
 
-Lane::Submitted Lane::submit(uint64_t tag, uint32_t rows, int64_t deadline_ns, int64_t now_ns) {
-  ++requests_.submitted;
-  rows_.submitted += rows;
-  const auto reject = [&](int64_t retry_after_ns) {
-    ++requests_.ended[static_cast<size_t>(End::kRejected)];
-    rows_.ended[static_cast<size_t>(End::kRejected)] += rows;
-    return Submitted{kNoSlot, retry_after_ns};
-  };
-  const int64_t drain_ns =
-      std::max<int64_t>(run_time_.predict(config_.policy.max_batch_rows), kMinRetryAfterNs);
-  if (rows == 0 || rows > config_.max_rows_per_request) return reject(0);
-  if (free_.empty() || uint64_t{queued_rows_} + rows > config_.max_queued_rows) return reject(drain_ns);
-  // Later deadlines queue behind this request, so only the rows before it delay it.
-  const auto position =
-      std::upper_bound(work_.begin() + static_cast<ptrdiff_t>(head_), work_.end(), deadline_ns,
-                       [](int64_t d, const QueuedWork& w) { return d < w.deadline_ns; });
-  uint64_t ahead = queued_rows_;
-  for (auto later = position; later != work_.end(); ++later) ahead -= later->rows;
-  const int64_t busy_until = running_batches_ > 0 ? busy_until_ns_ : now_ns;
-  const Admission admission = admit(ahead, rows, deadline_ns, now_ns, busy_until, run_time_, config_.policy);
-  if (!admission.admitted) return reject(admission.retry_after_ns);
+}  // namespace
 
-  const uint32_t slot = free_.back();
-  free_.pop_back();
-  slots_[slot] = Request{tag, deadline_ns, rows, 0, rows, 0, true, false};
-  ++requests_.in_flight;
-  rows_.in_flight += rows;
-  auto at = position - work_.begin();
-  for (uint32_t first = 0; first < rows;) {
-    const uint32_t take =
-        std::min<uint32_t>(rows - first, static_cast<uint32_t>(config_.policy.max_batch_rows));
-    work_.insert(work_.begin() + at, QueuedWork{deadline_ns, take});
-    pieces_.insert(pieces_.begin() + at, Piece{slot, first, take});
-    ++at;
-    first += take;
+Lane::Lane(const LaneConfig& config)
+    : config_(checked(config)),
+      run_time_(config.initial_run_ns),
+      high_(config_.max_requests + low_room(config_.max_requests), config_.max_flows,
+            config_.policy.max_batch_rows, config_.horizon_ns),
+      low_(config_.max_requests + low_room(config_.max_requests), config_.max_flows,
+           config_.policy.max_batch_rows, config_.horizon_ns),
+      high_room_{config_.max_requests, config_.max_queued_rows, 0, std::vector<Held>(config_.max_flows)},
+      low_room_{low_room(config_.max_requests), low_room(config_.max_queued_rows), 0,
+                std::vector<Held>(config_.max_flows)} {
+  const uint32_t slots = high_room_.max_requests + low_room_.max_requests;
+  slots_.resize(slots);
+  free_.reserve(slots);
+  for (uint32_t slot = slots; slot-- > 0;) free_.push_back(slot);
+  batch_.reserve(kMaxBatchRows);
+  ended_.reserve(slots);
+}
+
+Lane::Submitted Lane::check(const Wanted& wanted, int64_t now_ns) {
+  const uint32_t rows = wanted.rows;
+  if (rows == 0 || rows > config_.max_rows_per_request) return {kNoSlot, 0, Refusal::kSize};
+  const Room& room = wanted.low ? low_room_ : high_room_;
+  const Held& held = room.flows[wanted.flow];
+  const FairQueue& queue = wanted.low ? low_ : high_;
+  if (!within_share(held.requests, 1, room.max_requests - room.requests, room.max_requests) ||
+      !within_share(held.rows, rows, room.max_rows - queue.rows(), room.max_rows)) {
+    const int64_t drain_ns = run_time_.predict(config_.policy.max_batch_rows);
+    return {kNoSlot, std::max<int64_t>(drain_ns, kMinRetryAfterNs), Refusal::kRoom};
   }
-  queued_rows_ += rows;
-  return {slot, 0};
+  const Ahead ahead{.rows = queue.rows_ahead(wanted.flow, rows, wanted.deadline_ns, now_ns),
+                    .other_rows = (wanted.low ? high_ : low_).rows(),
+                    .high_batches = high_batches_,
+                    .low = wanted.low,
+                    .busy_until_ns = running_batches_ > 0 ? busy_until_ns_ : now_ns};
+  const Admission admission = admit(ahead, rows, wanted.deadline_ns, now_ns, run_time_, config_.policy);
+  if (!admission.admitted) {
+    if (wanted.deadline_ns >= queue.latest_deadline()) overloaded_ns_[wanted.low] = now_ns;
+    return {kNoSlot, admission.retry_after_ns, Refusal::kTime};
+  }
+  return {free_.back(), 0, Refusal::kNone};
+}
+
+Lane::Submitted Lane::submit(uint64_t tag, const Wanted& wanted, int64_t now_ns) {
+  ++requests_.submitted;
+  rows_.submitted += wanted.rows;
+  const Submitted result = check(wanted, now_ns);
+  if (result.slot == kNoSlot) {
+    ++requests_.ended[static_cast<size_t>(End::kRejected)];
+    rows_.ended[static_cast<size_t>(End::kRejected)] += wanted.rows;
+    return result;
+  }
+  free_.pop_back();
+  Request& request = slots_[result.slot];
+  request.tag = tag;
+  request.deadline_ns = wanted.deadline_ns;
+  request.sequence = ++sequence_;
+  request.rows = wanted.rows;
+  request.rows_taken = request.rows_done = request.pieces_out = 0;
+  request.flow = wanted.flow;
+  request.low = wanted.low;
+  request.used = true;
+  request.answered = false;
+  by_deadline_.push(slots_, result.slot);
+  Room& room = room_of(request);
+  ++room.requests;
+  ++room.flows[wanted.flow].requests;
+  room.flows[wanted.flow].rows += wanted.rows;
+  ++requests_.in_flight;
+  rows_.in_flight += wanted.rows;
+  queue_of(request).push(result.slot, wanted.flow, wanted.rows, wanted.deadline_ns, request.sequence, now_ns);
+  return result;
+}
+
+// The most rows of a batch that begins with this request. It always goes if alone it makes its deadline; what
+// joins it must not make it late.
+size_t Lane::first_limit(const FairQueue& queue, uint32_t slot, int64_t now_ns) const {
+  const size_t most = config_.policy.max_batch_rows;
+  const int64_t slack_ns = queue.deadline_of(slot) - now_ns - config_.policy.guard_ns;
+  return std::max(rows_within(slack_ns, most, run_time_), std::min<size_t>(queue.rows_of(slot), most));
+}
+
+// Does each loss of speed cost some request its deadline? Yes while requests are refused for want of time,
+// and when what waits could not be done in time.
+bool Lane::saturated(const FairQueue& queue, int64_t now_ns) const {
+  const int64_t since_ns = now_ns - overloaded_ns_[&queue == &low_];
+  if (since_ns <= 2 * run_time_.predict(config_.policy.max_batch_rows)) return true;
+  const int64_t all_done_ns = now_ns + run_ns(queue.rows(), run_time_, config_.policy);
+  return all_done_ns + config_.policy.guard_ns >= queue.latest_deadline();
+}
+
+// Ends what is first in the queue and cannot be in time even if it runs alone from now on; on a saturated
+// lane also what would make a poor batch.
+void Lane::drop_hopeless(FairQueue& queue, int64_t now_ns) {
+  const size_t most = config_.policy.max_batch_rows;
+  for (uint32_t slot = queue.top(); slot != FairQueue::kNone; slot = queue.top()) {
+    const uint32_t rows = queue.rows_of(slot);
+    const int64_t full_ns = now_ns + run_time_.predict(most) + config_.policy.guard_ns;
+    if (rows <= most && full_ns < queue.deadline_of(slot)) return;  // it bears a full batch
+    if (now_ns + run_ns(rows, run_time_, config_.policy) < queue.deadline_of(slot)) {
+      const size_t cut = first_limit(queue, slot, now_ns);
+      if (worth_serving(cut, std::min<uint64_t>(queue.rows(), most), run_time_)) return;
+      if (!saturated(queue, now_ns)) return;
+    }
+    end(slot, End::kExpired);
+  }
+}
+
+void Lane::fill(FairQueue& queue, int64_t now_ns, Filling* filling) {
+  for (uint32_t slot = queue.top(); slot != FairQueue::kNone && filling->rows < filling->limit;
+       slot = queue.top()) {
+    const int64_t deadline_ns = queue.deadline_of(slot);
+    if (deadline_ns < filling->earliest_ns) {
+      size_t limit;
+      if (filling->rows == 0) {
+        limit = first_limit(queue, slot, now_ns);
+      } else {
+        limit = rows_within(deadline_ns - now_ns - config_.policy.guard_ns, filling->limit, run_time_);
+        if (limit <= filling->rows) return;
+      }
+      filling->limit = std::min(filling->limit, limit);
+      filling->earliest_ns = deadline_ns;
+    }
+    const auto take =
+        static_cast<uint32_t>(std::min<size_t>(queue.rows_of(slot), filling->limit - filling->rows));
+    Request& request = slots_[slot];
+    if (!batch_.empty() && batch_.back().slot == slot) {
+      batch_.back().rows += take;  // its flow's turn came again
+    } else {
+      batch_.push_back({slot, request.rows_taken, take});
+      ++request.pieces_out;
+    }
+    request.rows_taken += take;
+    room_of(request).flows[request.flow].rows -= take;
+    filling->rows += take;
+    queue.take(take);
+  }
 }
 
 std::span<const Piece> Lane::next_batch(int64_t now_ns) {
   batch_.clear();
-  for (;;) {
-    const BatchDecision decision =
-        form_batch(work_.data() + head_, work_.size() - head_, now_ns, run_time_, config_.policy);
-    if (decision.expired > 0) {
-      // Ending a request kills its other pieces too, so the queue must be looked at again.
-      for (size_t i = 0; i < decision.expired; ++i) {
-        const uint32_t slot = pieces_[head_ + i].slot;
-        if (!slots_[slot].answered) end(slot, End::kExpired);
-      }
-      settle();
-      continue;
-    }
-    for (size_t i = 0; i < decision.take; ++i) {
-      const Piece& piece = pieces_[head_ + i];
-      batch_.push_back(piece);
-      ++slots_[piece.slot].pieces_out;
-      slots_[piece.slot].rows_queued -= piece.rows;
-    }
-    head_ += decision.take;
-    queued_rows_ -= static_cast<uint32_t>(decision.rows);
-    if (decision.take > 0) {
-      ++running_batches_;
-      busy_until_ns_ = now_ns + run_time_.predict(decision.rows);
-    }
-    compact();
-    return batch_;
+  drop_hopeless(high_, now_ns);
+  drop_hopeless(low_, now_ns);
+  if (low_.empty()) high_batches_ = 0;
+  if (high_.empty() && low_.empty()) return batch_;
+  Filling filling{.limit = config_.policy.max_batch_rows, .earliest_ns = std::numeric_limits<int64_t>::max()};
+  if (high_.empty() || (!low_.empty() && low_is_due(high_batches_, config_.policy))) {
+    fill(low_, now_ns, &filling);
+    high_batches_ = 0;
+  } else {
+    fill(high_, now_ns, &filling);
+    filling.limit = std::min(filling.limit, RunTimeModel::bucket_end(filling.rows));
+    if (!low_.empty()) fill(low_, now_ns, &filling);
+    high_batches_ = low_.empty() ? 0 : high_batches_ + 1;
   }
+  ++running_batches_;
+  busy_until_ns_ = now_ns + run_time_.predict(filling.rows);
+  return batch_;
 }
 
-void Lane::finish(std::span<const Piece> pieces, int64_t started_ns, int64_t now_ns, bool ok) {
+void Lane::finish(std::span<const Piece> pieces, int64_t started_ns, int64_t now_ns, bool ok, bool learn) {
   if (pieces.empty()) return;
   size_t rows = 0;
   for (const Piece& piece : pieces) {
@@ -98,96 +182,70 @@ void Lane::finish(std::span<const Piece> pieces, int64_t started_ns, int64_t now
     Request& request = slots_[piece.slot];
     --request.pieces_out;
     request.rows_done += piece.rows;
-    touched_.push_back(piece.slot);
-    if (request.answered) continue;
-    if (!ok) {
+    if (request.answered) {
+      free_if_done(piece.slot);
+    } else if (!ok) {
       end(piece.slot, End::kFailed);
     } else if (request.rows_done == request.rows) {
       end(piece.slot, now_ns < request.deadline_ns ? End::kOk : End::kExpired);
     }
   }
   --running_batches_;
-  if (ok) run_time_.record(rows, now_ns - started_ns);
-  settle();
+  if (ok && learn) run_time_.record(rows, now_ns - started_ns);
 }
 
 void Lane::expire(int64_t now_ns) {
-  for (uint32_t slot = 0; slot < slots_.size(); ++slot) {
-    const Request& request = slots_[slot];
-    if (request.used && !request.answered && request.deadline_ns <= now_ns) end(slot, End::kExpired);
-  }
-  settle();
+  while (next_deadline() <= now_ns) end(by_deadline_.top(slots_), End::kExpired);
 }
 
 int64_t Lane::next_deadline() const {
-  int64_t next = std::numeric_limits<int64_t>::max();
-  for (const Request& request : slots_) {
-    if (request.used && !request.answered) next = std::min(next, request.deadline_ns);
-  }
-  return next;
-}
-
-bool Lane::end_if_unanswered(const Named& named) {
-  if (named.slot >= slots_.size()) return false;
-  const Request& request = slots_[named.slot];
-  if (!request.used || request.answered || request.tag != named.tag) return false;
-  end(named.slot, End::kCancelled);
-  return true;
+  const uint32_t first = by_deadline_.top(slots_);
+  return first == OrderedQueue::kNone ? std::numeric_limits<int64_t>::max() : slots_[first].deadline_ns;
 }
 
 bool Lane::cancel(uint32_t slot, uint64_t tag) {
-  const bool found = end_if_unanswered({slot, tag});
-  settle();
-  return found;
+  if (slot >= slots_.size()) return false;
+  const Request& request = slots_[slot];
+  if (!request.used || request.answered || request.tag != tag) return false;
+  end(slot, End::kCancelled);
+  return true;
 }
 
-void Lane::cancel_all(std::span<const Named> requests) {
-  for (const Named& named : requests) (void)end_if_unanswered(named);
-  settle();
+void Lane::end_all() {
+  while (!by_deadline_.empty()) end(by_deadline_.top(slots_), End::kUnavailable);
+}
+
+void Lane::forget_flow(uint32_t flow) {
+  high_.forget(flow);
+  low_.forget(flow);
 }
 
 void Lane::end(uint32_t slot, End how) {
   Request& request = slots_[slot];
   request.answered = true;
+  by_deadline_.remove(slots_, slot);
   --requests_.in_flight;
   rows_.in_flight -= request.rows;
   ++requests_.ended[static_cast<size_t>(how)];
   rows_.ended[static_cast<size_t>(how)] += request.rows;
   ended_.push_back({slot, request.tag, how});
-  queued_rows_ -= request.rows_queued;
-  if (request.rows_queued > 0) dead_pieces_ = true;
-  request.rows_queued = 0;
-  touched_.push_back(slot);
+  if (request.rows_taken < request.rows) {
+    queue_of(request).remove(slot);
+    room_of(request).flows[request.flow].rows -= request.rows - request.rows_taken;
+    request.rows_taken = request.rows;
+  }
+  free_if_done(slot);
 }
 
-// Takes dead pieces out of the queue, in one pass however many requests ended, then frees their slots.
-void Lane::settle() {
-  if (dead_pieces_) {
-    size_t kept = head_;
-    for (size_t i = head_; i < pieces_.size(); ++i) {
-      if (slots_[pieces_[i].slot].answered) continue;
-      pieces_[kept] = pieces_[i];
-      work_[kept] = work_[i];
-      ++kept;
-    }
-    pieces_.resize(kept);
-    work_.resize(kept);
-    dead_pieces_ = false;
-  }
-  for (const uint32_t slot : touched_) {
-    Request& request = slots_[slot];
-    if (!request.used || !request.answered || request.pieces_out > 0) continue;
-    request.used = false;
-    free_.push_back(slot);
-  }
-  touched_.clear();
-}
-
-void Lane::compact() {
-  if (head_ < 1024 && head_ < pieces_.size()) return;
-  pieces_.erase(pieces_.begin(), pieces_.begin() + static_cast<ptrdiff_t>(head_));
-  work_.erase(work_.begin(), work_.begin() + static_cast<ptrdiff_t>(head_));
-  head_ = 0;
+// Of an answered request.
+void Lane::free_if_done(uint32_t slot) {
+  Request& request = slots_[slot];
+  if (request.pieces_out > 0) return;
+  request.used = false;
+  Room& room = room_of(request);
+  --room.requests;
+  --room.flows[request.flow].requests;
+  free_.push_back(slot);
 }
 
 }  // namespace penstock

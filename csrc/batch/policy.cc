@@ -1,89 +1,91 @@
 #include "batch/policy.h"
 
 #include <algorithm>
-#include <bit>
 #include <limits>
+#include <utility>
 
 namespace penstock {
 
-size_t RunTimeModel::bucket_of(size_t rows) {
-  const size_t bucket = std::bit_width(std::max<size_t>(rows, 1) - 1);  // ceil(log2(rows))
-  return std::min(bucket, kBuckets - 1);
-}
-
 void RunTimeModel::record(size_t rows, int64_t elapsed_ns) {
   Window& window = windows_[bucket_of(rows)];
-  window.runs[window.count % kWindow] = std::max<int64_t>(elapsed_ns, 0);
-  ++window.count;
-  const size_t held = std::min<size_t>(window.count, kWindow);
-  int64_t first = 0;
-  int64_t second = 0;
-  for (size_t i = 0; i < held; ++i) {
-    const int64_t run = window.runs[i];
-    if (run > first) {
-      second = first;
-      first = run;
-    } else if (run > second) {
-      second = run;
+  const int64_t run = std::max<int64_t>(elapsed_ns, 0);
+  const int64_t before = window.second;
+  const int64_t gone = std::exchange(window.runs[window.count % kWindow], run);
+  if (window.count++ == 0) {
+    window.first = window.second = run;
+    return predict_all();
+  }
+  if (window.count == 2) {
+    window.second = std::min(window.first, run);
+    window.first = std::max(window.first, run);
+  } else if (window.count > kWindow && gone >= window.second) {  // one of the two largest leaves
+    window.first = window.second = 0;
+    for (const int64_t held : window.runs) {
+      window.second = std::max(window.second, std::min(window.first, held));
+      window.first = std::max(window.first, held);
     }
+  } else {
+    window.second = std::max(window.second, std::min(window.first, run));
+    window.first = std::max(window.first, run);
   }
-  window.high = held == 1 ? first : second;
+  if (window.second != before) predict_all();
 }
 
-int64_t RunTimeModel::predict(size_t rows) const {
-  const size_t bucket = bucket_of(rows);
-  if (windows_[bucket].count > 0) return windows_[bucket].high;
-  for (size_t larger = bucket + 1; larger < kBuckets; ++larger) {
-    if (windows_[larger].count > 0) return windows_[larger].high;
-  }
-  for (size_t smaller = bucket; smaller-- > 0;) {
-    if (windows_[smaller].count > 0) {
-      const int64_t high = windows_[smaller].high;
-      const int64_t factor = int64_t{1} << (bucket - smaller);
-      return high > std::numeric_limits<int64_t>::max() / factor ? high : high * factor;
+void RunTimeModel::predict_all() {
+  for (size_t bucket = 0; bucket < kBuckets; ++bucket) {
+    size_t from = bucket;
+    while (from < kBuckets && windows_[from].count == 0) ++from;
+    if (from < kBuckets) {
+      predicted_[bucket] = windows_[from].second;
+      continue;
     }
+    from = bucket;
+    while (from > 0 && windows_[from].count == 0) --from;
+    const int64_t high = windows_[from].second;
+    const int64_t factor = int64_t{1} << (bucket - from);
+    predicted_[bucket] = high > std::numeric_limits<int64_t>::max() / factor ? high : high * factor;
   }
-  return initial_ns_;
 }
 
-BatchDecision form_batch(const QueuedWork* queue, size_t n, int64_t now_ns, const RunTimeModel& model,
-                         const PolicyConfig& config) {
-  BatchDecision decision;
-  // A guard larger than the time left would refuse work that could be answered: it holds back rows, not
-  // requests.
-  while (decision.expired < n) {
-    const QueuedWork& head = queue[decision.expired];
-    if (now_ns + model.predict(head.rows) < head.deadline_ns) break;
-    ++decision.expired;
-  }
-  if (decision.expired == n) return decision;
-  const int64_t earliest = queue[decision.expired].deadline_ns;
-  size_t rows = 0;
-  for (size_t i = decision.expired; i < n; ++i) {
-    const size_t grown = rows + queue[i].rows;
-    if (grown > config.max_batch_rows) break;
-    // The head always goes: alone it makes its deadline. What joins it must not make it late.
-    if (i > decision.expired && now_ns + model.predict(grown) + config.guard_ns >= earliest) break;
-    rows = grown;
-    ++decision.take;
-  }
-  decision.rows = rows;
-  return decision;
+int64_t run_ns(uint64_t rows, const RunTimeModel& model, const PolicyConfig& config) {
+  const uint64_t full = rows / config.max_batch_rows;
+  const auto rest = static_cast<size_t>(rows % config.max_batch_rows);
+  return (full == 0 ? 0 : static_cast<int64_t>(full) * model.predict(config.max_batch_rows)) +
+         (rest == 0 ? 0 : model.predict(rest));
 }
 
-Admission admit(uint64_t rows_ahead, uint64_t rows, int64_t deadline_ns, int64_t now_ns,
-                int64_t busy_until_ns, const RunTimeModel& model, const PolicyConfig& config) {
-  const auto run_ns = [&](uint64_t n) {
-    const size_t rest = static_cast<size_t>(n % config.max_batch_rows);
-    return static_cast<int64_t>(n / config.max_batch_rows) * model.predict(config.max_batch_rows) +
-           (rest == 0 ? 0 : model.predict(rest));
+size_t rows_within(int64_t slack_ns, size_t most, const RunTimeModel& model) {
+  if (model.predict(most) < slack_ns) return most;
+  for (size_t bucket = RunTimeModel::bucket_of(most); bucket-- > 0;) {
+    if (model.predict(size_t{1} << bucket) < slack_ns) return size_t{1} << bucket;
+  }
+  return 0;
+}
+
+bool worth_serving(size_t cut, size_t full, const RunTimeModel& model) {
+  const auto rate = [&](size_t rows) {
+    return static_cast<double>(rows) / static_cast<double>(std::max<int64_t>(model.predict(rows), 1));
   };
-  const int64_t start_ns = std::max(now_ns, busy_until_ns);
-  const int64_t end_ns = start_ns + run_ns(rows_ahead + rows);
+  return cut >= full || 10 * rate(cut) >= 9 * rate(full);
+}
+
+Admission admit(const Ahead& ahead, uint64_t rows, int64_t deadline_ns, int64_t now_ns,
+                const RunTimeModel& model, const PolicyConfig& config) {
+  const uint64_t most = config.max_batch_rows;
+  const int64_t start_ns = std::max(now_ns, ahead.busy_until_ns);
+  int64_t others_ns = 0;
+  if (ahead.other_rows > 0) {
+    const uint64_t n = batches_of(ahead.rows + rows, most);
+    const uint64_t turns =
+        ahead.low ? (config.low_every - 1) * n : low_batches_before(n, ahead.high_batches, config);
+    others_ns = run_ns(std::min(ahead.other_rows, turns * most), model, config);
+  }
+  const int64_t end_ns = start_ns + others_ns + run_ns(ahead.rows + rows, model, config);
   if (end_ns + config.guard_ns < deadline_ns) return {};
-  // Alone on an idle lane the guard is waived, as in form_batch: better tried than refused.
-  if (rows_ahead == 0 && start_ns == now_ns && end_ns < deadline_ns) return {};
-  return {false, std::max<int64_t>(start_ns - now_ns + run_ns(rows_ahead), kMinRetryAfterNs)};
+  // Alone on an idle lane the guard is waived, as it is when the batch is formed: better tried than refused.
+  if (ahead.rows == 0 && others_ns == 0 && start_ns == now_ns && end_ns < deadline_ns) return {};
+  const int64_t before_ns = start_ns - now_ns + others_ns + run_ns(ahead.rows, model, config);
+  return {false, std::max<int64_t>(before_ns, kMinRetryAfterNs)};
 }
 
 }  // namespace penstock

@@ -15,5 +15,6 @@ void bind_drift(py::module_& m);
 void bind_features(py::module_& m);
 void bind_backends(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_load(py::module_& m);
 
 }  // namespace penstock::bind

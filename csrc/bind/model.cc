@@ -15,12 +15,15 @@ using EnsemblePtr = std::shared_ptr<const TreeEnsemble>;
 
 struct PyTrees {
   EnsemblePtr trees;
+  // One serves every call: the GIL is held from its first use in a call to the last.
+  std::unique_ptr<TreeEnsemble::Scratch> scratch;
 
   explicit PyTrees(const py::bytes& data) {
     const auto view = static_cast<std::string_view>(data);
     const Status status =
         TreeEnsemble::load(reinterpret_cast<const uint8_t*>(view.data()), view.size(), &trees);
     if (!status.is_ok()) throw py::value_error(status.message);
+    scratch = std::make_unique<TreeEnsemble::Scratch>(*trees);
   }
 
   size_t check(const Rows& rows) const {
@@ -37,8 +40,7 @@ struct PyTrees {
   py::array_t<T> run(const Rows& rows, size_t width, Run call) const {
     const size_t n = check(rows);
     py::array_t<T> out({n, width});
-    TreeEnsemble::Scratch scratch(*trees);
-    (trees.get()->*call)(rows.data(), n, trees->n_features(), out.mutable_data(), scratch);
+    (trees.get()->*call)(rows.data(), n, trees->n_features(), out.mutable_data(), *scratch);
     return out;
   }
 };

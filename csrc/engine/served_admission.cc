@@ -40,6 +40,8 @@ Status ServedModel::check_options(const wire::Options& options, uint32_t rows, i
   admission->deadline_ns = received_ns + limit_ns;
   admission->now_us = options.has_now ? options.now_us : wall_us;
   admission->with_timings = options.timings;
+  admission->low = options.low_priority;
+  admission->trace = options.trace;
   return {};
 }
 
@@ -55,12 +57,57 @@ void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, 
   }
 }
 
-Status ServedModel::refuse(const Status& status, uint32_t rows) {
+void ServedModel::count_refused(Code code, uint32_t rows, bool low) {
+  meter_.ended(code, rows);
+  ++request_counts_[low].submitted;
+  ++request_counts_[low].rejected;
+  row_counts_[low].submitted += rows;
+  row_counts_[low].rejected += rows;
+}
+
+Status ServedModel::refuse(Status status, uint32_t rows, bool low) {
   const std::lock_guard lock(mutex_);
-  ++request_counts_.submitted;
-  ++request_counts_.rejected;
-  row_counts_.submitted += rows;
-  row_counts_.rejected += rows;
+  count_refused(status.code, rows, low);
+  return status;
+}
+
+Status ServedModel::unavailable(int64_t now_ns, int64_t* retry_after_ms) const {
+  *retry_after_ms = to_ms_up(breaker_.retry_after_ns(now_ns));
+  return {Code::kUnavailable, "model '" + config_.name + "' fails or hangs: its circuit breaker is open"};
+}
+
+Status ServedModel::refusal(const Lane::Submitted& submitted, int64_t* retry_after_ms) const {
+  *retry_after_ms = to_ms_up(submitted.retry_after_ns);
+  return exhausted("the queue of model '" + config_.name + "' is " +
+                   (submitted.refusal == Refusal::kTime ? "too long for the request's deadline"
+                                                        : "full for its class or connection"));
+}
+
+Status ServedModel::too_many() const {
+  return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()) +
+                   ", shared by all connections");
+}
+
+// While requests are refused, this one is looked at before anything is done for it. As of its arrival, so
+// that no clock is read: what is admitted here is looked at once more.
+Status ServedModel::refuse_early(const Admission& admission, int64_t* retry_after_ms) {
+  const std::lock_guard lock(mutex_);
+  Status status;
+  if (!breaker_.closed()) {
+    status = unavailable(admission.received_ns, retry_after_ms);
+  } else if (const uint32_t peer = peers_.find(admission.target.connection); peer == kNone) {
+    return {};
+  } else if (!within_share(peers_[peer].held, 1, free_requests_.size(), requests_.size())) {
+    status = too_many();
+  } else {
+    const Lane::Submitted checked =
+        lane_.check({admission.rows, admission.deadline_ns, peer, admission.low}, admission.received_ns);
+    if (checked.slot != Lane::kNoSlot) return {};
+    learn_from_refusal(admission.rows);
+    status = refusal(checked, retry_after_ms);
+  }
+  count_refused(status.code, admission.rows, admission.low);
+  look(admission.received_ns);
   return status;
 }
 
@@ -73,17 +120,24 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
     status = {Code::kFailedPrecondition,
               "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
   }
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
   const bool use_cache = !call.options.no_cache;
-  if (status.is_ok()) {
-    status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
-                           &scratch.gathered, &scratch.misses);
+  scratch.edge.used = false;
+  if (use_cache && edge_in_use() && edge_answers(admission, call, first_id, scratch, &status, tag))
+    return status;
+  scratch.gathered.with_sources = scratch.edge.used;
+  if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
+    if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
-  if (!status.is_ok()) return refuse(status, call.rows);
+  admission.decoded_ns = mono_ns();
+  status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
+                         &scratch.gathered, &scratch.misses);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low);
   if (!scratch.misses.empty())
     return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
   read_request_ids(call.options, call.rows, first_id, scratch);
   return admit(admission, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-               scratch.gathered.event_time.data(), scratch.request_ids.data(), retry_after_ms, tag);
+               scratch.gathered.event_time.data(), scratch, retry_after_ms, tag);
 }
 
 Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target& target, int64_t received_ns,
@@ -96,45 +150,73 @@ Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target&
         Status::invalid("data is of " + std::to_string(call.bytes) + " bytes; expected " +
                         std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
   }
-  if (!status.is_ok()) return refuse(status, call.rows);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
+  scratch.edge.used = false;
+  if (!call.options.no_cache && edge_in_use() &&
+      edge_answers(admission, call, first_id, scratch, &status, tag)) {
+    return status;
+  }
+  if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
+    if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
+  }
   GatheredRows& gathered = scratch.gathered;
   const size_t n = call.rows;
-  if (gathered.rows.size() < n * n_features_) gathered.rows.resize(n * n_features_);
-  if (gathered.status.size() < n) gathered.status.resize(n);
-  if (gathered.event_time.size() < n * n_views_) gathered.event_time.resize(n * n_views_);
+  fit_gathered(gathered, n);
+  gathered.with_sources = false;
   std::memcpy(gathered.rows.data(), call.data, call.bytes);
   std::fill_n(gathered.status.begin(), n, uint8_t{0});
   std::fill_n(gathered.event_time.begin(), n * n_views_, std::numeric_limits<int64_t>::min());
   read_request_ids(call.options, call.rows, first_id, scratch);
-  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(),
-               scratch.request_ids.data(), retry_after_ms, tag);
+  return admit(admission, gathered.rows.data(), gathered.status.data(), gathered.event_time.data(), scratch,
+               retry_after_ms, tag);
 }
 
-Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
-  ++request_counts_.submitted;
-  row_counts_.submitted += admission.rows;
-  if (stopping_ || free_requests_.empty()) {
-    ++request_counts_.rejected;
-    row_counts_.rejected += admission.rows;
+void ServedModel::fit_gathered(GatheredRows& gathered, size_t rows) const {
+  if (gathered.rows.size() < rows * n_features_) gathered.rows.resize(rows * n_features_);
+  if (gathered.status.size() < rows) gathered.status.resize(rows);
+  if (gathered.event_time.size() < rows * n_views_) gathered.event_time.resize(rows * n_views_);
+}
+
+Status ServedModel::new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms,
+                                bool needs_run) {
+  meter_.saw(admission.received_ns);
+  if (stopping_ || (needs_run && !breaker_.closed())) {
+    count_refused(Code::kUnavailable, admission.rows, admission.low);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
-    return exhausted("too many requests are unanswered; at most " + std::to_string(requests_.size()));
+    look(admission.received_ns);
+    return unavailable(admission.received_ns, retry_after_ms);
   }
-  ++request_counts_.in_flight;
-  row_counts_.in_flight += admission.rows;
+  bool fresh;
+  const uint32_t peer = peers_.acquire(admission.target.connection, &fresh);
+  if (peer == kNone || !within_share(peers_[peer].held - 1, 1, free_requests_.size(), requests_.size())) {
+    if (peer != kNone) peers_.release(peer);
+    count_refused(Code::kResourceExhausted, admission.rows, admission.low);
+    look(admission.received_ns);
+    return too_many();
+  }
+  if (fresh) lane_.forget_flow(peer);
+  ++request_counts_[admission.low].submitted;
+  ++request_counts_[admission.low].in_flight;
+  row_counts_[admission.low].submitted += admission.rows;
+  row_counts_[admission.low].in_flight += admission.rows;
   *index = free_requests_.back();
   free_requests_.pop_back();
   Request& request = requests_[*index];
   ++request.generation;
+  request.peer = peer;
   request.target = admission.target;
   request.rows = admission.rows;
   request.first_row = kNone;
   request.lane_slot = Lane::kNoSlot;
   request.received_ns = admission.received_ns;
   request.deadline_ns = admission.deadline_ns;
-  request.formed_ns = request.run_ns = 0;
+  request.formed_ns = request.run_ns = request.admitted_ns = request.finished_ns = 0;
+  request.decoded_ns = admission.decoded_ns;
+  request.trace = admission.trace;
   request.now_us = admission.now_us;
   request.as_bin = admission.as_bin;
   request.with_timings = admission.with_timings;
+  request.low = admission.low;
   request.no_score = false;
   request.status = {};
   request.retry_after_ms = -1;
@@ -142,20 +224,29 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index) {
 }
 
 Status ServedModel::admit(const Admission& admission, const float* rows, const uint8_t* row_status,
-                          const int64_t* event_time, const uint64_t* ids, int64_t* retry_after_ms,
+                          const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms,
                           uint64_t* tag) {
   const std::lock_guard lock(mutex_);
   uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
-  Status status = queue_rows(index, rows, row_status, event_time, ids, retry_after_ms);
-  if (!status.is_ok()) {
-    count_end(requests_[index], status.code);
-    free_request(index);
-    return status;
-  }
+  if (Status status = new_request(admission, &index, retry_after_ms); !status.is_ok()) return status;
   link(index);
   *tag = tag_of(index, requests_[index].generation);
-  return {};
+  Status status = enter(index, rows, row_status, event_time, scratch, retry_after_ms);
+  if (!status.is_ok()) {
+    unlink(index);
+    count_end(requests_[index], status.code);
+    free_request(index);
+  }
+  return status;
+}
+
+// The rows of a request go to the lane, unless an equal request spares it the run.
+Status ServedModel::enter(uint32_t index, const float* rows, const uint8_t* row_status,
+                          const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms) {
+  if (scratch.edge.used && edge_shares(index, rows, row_status, event_time, scratch)) return {};
+  Status status = queue_rows(index, rows, row_status, event_time, scratch.request_ids.data(), retry_after_ms);
+  if (status.is_ok() && scratch.edge.used) edge_queued(index, scratch);
+  return status;
 }
 
 // What an idle lane refuses, it refuses for its predicted run time alone. Were the slow runs behind that
@@ -179,19 +270,37 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
   if (request.rows > free_rows_) {
     return exhausted("too many rows are unanswered; at most " + std::to_string(config_.max_resident_rows));
   }
+  Status status = queue_placed(index, retry_after_ms);
+  if (status.is_ok()) place_rows(index, rows, row_status, event_time, ids);
+  return status;
+}
+
+// A place in the lane for a request whose rows are resident or will be before the lock is given up.
+Status ServedModel::queue_placed(uint32_t index, int64_t* retry_after_ms) {
+  Request& request = requests_[index];
   const int64_t now = mono_ns();
+  request.admitted_ns = now;
+  meter_.saw(now);
   if (now >= request.deadline_ns)
     return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
-  const Lane::Submitted submitted =
-      lane_.submit(tag_of(index, request.generation), request.rows, request.deadline_ns, now);
+  if (!breaker_.closed()) return unavailable(now, retry_after_ms);  // it opened while the request was parked
+  const Lane::Submitted submitted = lane_.submit(
+      tag_of(index, request.generation), {request.rows, request.deadline_ns, request.peer, request.low}, now);
   if (submitted.slot == Lane::kNoSlot) {
+    look(now);
     learn_from_refusal(request.rows);
-    *retry_after_ms = to_ms_up(submitted.retry_after_ns);
-    return exhausted("the queue of model '" + config_.name + "' is too long for the request's deadline");
+    return refusal(submitted, retry_after_ms);
   }
+  if (waits_apart(request.state)) parked_queue_.remove(requests_, index);
   request.lane_slot = submitted.slot;
   slot_tags_[submitted.slot] = tag_of(index, request.generation);
   request.state = State::kQueued;
+  return {};
+}
+
+void ServedModel::place_rows(uint32_t index, const float* rows, const uint8_t* row_status,
+                             const int64_t* event_time, const uint64_t* ids) {
+  Request& request = requests_[index];
   request.first_row = free_row_;
   request.seek_index = 0;
   request.seek_row = free_row_;
@@ -203,11 +312,11 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
     if (n_views_ != 0) std::copy_n(event_time + r * n_views_, n_views_, &event_time_[at * n_views_]);
     row_status_[at] = row_status[r];
     request_ids_[at] = ids[r];
+    if (edge_ != nullptr) edge_->fills[at] = 0;
     last = at;
   }
   next_row_[last] = kNone;
   free_rows_ -= request.rows;
-  return {};
 }
 
 }  // namespace penstock

@@ -31,6 +31,21 @@ constexpr size_t reply_bytes_per_row(size_t outputs) {
   return 9 * outputs + 9 + 2;
 }
 
+constexpr size_t kMaxPeers = 65'536;
+constexpr int64_t kStopLook = 1'000'000'000;  // how often stop() looks at a run that it waits for
+
+// One record for each request that may be held, up to a limit: each may be of another peer.
+size_t peers_of(const LaneConfig& lane) {
+  return std::min(2 * size_t{lane.max_requests} + 1, kMaxPeers);
+}
+
+LaneConfig lane_config(const ServedModelConfig& config) {
+  LaneConfig lane = config.lane;
+  lane.max_flows = static_cast<uint32_t>(peers_of(lane));
+  lane.horizon_ns = config.max_latency_ns;
+  return lane;
+}
+
 }  // namespace
 
 int64_t mono_ns() {
@@ -56,9 +71,11 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       n_outputs_(model_->n_outputs()),
       n_views_(plan_ == nullptr ? 0 : plan_->n_views()),
       may_lack_scores_(model_->may_lack_scores()),
-      lane_(config.lane),
+      lane_(lane_config(config)),
+      breaker_(config.breaker),
       requests_(2 * size_t{config.lane.max_requests}),
-      slot_tags_(config.lane.max_requests),
+      slot_tags_(lane_.slots()),
+      peers_(peers_of(config.lane)),
       next_row_(config.max_resident_rows),
       free_rows_(config.max_resident_rows),
       rows_(config.max_resident_rows * n_features_),
@@ -68,14 +85,15 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       event_time_(config.max_resident_rows * n_views_),
       batch_rows_(kMaxBatchRows * n_features_),
       batch_scores_(kMaxBatchRows * n_outputs_),
+      meter_(mono_ns()),
       served_(config.served_capacity, n_features_, n_outputs_, n_views_) {
+  free_requests_.reserve(requests_.size());
   for (uint32_t i = static_cast<uint32_t>(requests_.size()); i-- > 0;) free_requests_.push_back(i);
   for (uint32_t i = 0; i < config.max_resident_rows; ++i)
     next_row_[i] = i + 1 < config.max_resident_rows ? i + 1 : kNone;
   free_row_ = config.max_resident_rows == 0 ? kNone : 0;
   batch_.reserve(kMaxBatchRows);
   batch_tags_.reserve(kMaxBatchRows);
-  dropped_.reserve(config.lane.max_requests);
 }
 
 ServedModel::~ServedModel() {
@@ -91,28 +109,44 @@ Status ServedModel::warm_up() {
       if (Status status = model_->run(batch_rows_.data(), rows, batch_scores_.data()); !status.is_ok())
         return status;
       // The first run of a size pays for cold memory and says nothing of the next ones.
-      if (round > 0) lane_.record_run(rows, mono_ns() - started);
+      if (round == 0) continue;
+      const int64_t elapsed = mono_ns() - started;
+      lane_.record_run(rows, elapsed);
+      if (edge_ != nullptr) edge_learn(elapsed, rows);
     }
   }
+  edge_warmed_up();
   return {};
 }
 
 void ServedModel::start() {
-  thread_ = std::thread([this] { executor(); });
+  executor_done_ = false;
+  thread_ = std::thread([this] {
+    // The last reference to the model may go with a detached executor, after its last use of it.
+    const std::shared_ptr<ServedModel> last = executor();
+  });
 }
 
 void ServedModel::stop() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (stopping_) return;
-    stopping_ = true;
-    held_ = false;
-    while (oldest_ != kNone) end(oldest_, {Code::kUnavailable, "model '" + config_.name + "' was unloaded"});
-    lane_.clear_ended();
-  }
+  std::unique_lock lock(mutex_);
+  if (stopping_) return;
+  stopping_ = true;
+  held_ = false;
+  end_all({Code::kUnavailable, "model '" + config_.name + "' was unloaded"}, -1);
   work_.notify_all();
+  lock.unlock();
   model_->interrupt();
-  if (thread_.joinable()) thread_.join();
+  lock.lock();
+  if (!thread_.joinable()) return;
+  while (!executor_done_ && !breaker_.hung()) {
+    const int64_t due = std::min(breaker_.due_ns(), mono_ns() + kStopLook);
+    executor_ended_.wait_until(lock, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(due)));
+    (void)breaker_.check(mono_ns());
+  }
+  if (!executor_done_) keep_alive_ = weak_from_this().lock();
+  const bool detached = keep_alive_ != nullptr;
+  lock.unlock();
+  detached ? thread_.detach() : thread_.join();
 }
 
 ServedModel::Request* ServedModel::find(uint64_t tag) {
@@ -122,29 +156,31 @@ ServedModel::Request* ServedModel::find(uint64_t tag) {
   return request.state != State::kFree && request.generation == tag >> 32 ? &request : nullptr;
 }
 
-// Deadlines mostly rise, so the search from the newest end is short.
+// Adds the request to its peer's unanswered ones.
 void ServedModel::link(uint32_t index) {
   Request& request = requests_[index];
-  uint32_t after = newest_;
-  while (after != kNone && requests_[after].deadline_ns > request.deadline_ns) after = requests_[after].older;
-  request.older = after;
-  request.newer = after == kNone ? oldest_ : requests_[after].newer;
-  (request.newer == kNone ? newest_ : requests_[request.newer].older) = index;
-  (after == kNone ? oldest_ : requests_[after].newer) = index;
+  PeerRecord& peer = peers_[request.peer];
+  request.newer = kNone;
+  request.older = peer.newest;
+  if (peer.newest != kNone) requests_[peer.newest].newer = index;
+  peer.newest = index;
 }
 
 void ServedModel::unlink(uint32_t index) {
   const Request& request = requests_[index];
-  (request.newer == kNone ? newest_ : requests_[request.newer].older) = request.older;
-  (request.older == kNone ? oldest_ : requests_[request.older].newer) = request.newer;
+  (request.newer == kNone ? peers_[request.peer].newest : requests_[request.newer].older) = request.older;
+  if (request.older != kNone) requests_[request.older].newer = request.newer;
 }
 
 // The request has its answer: tell whoever takes it. A request whose peer is gone is counted and freed here.
 void ServedModel::end(uint32_t index, Status status) {
   Request& request = requests_[index];
   unlink(index);
+  if (edge_ != nullptr) edge_ended(index, status);
+  if (waits_apart(request.state)) parked_queue_.remove(requests_, index);
   if (request.parked != nullptr) {
     parked_bytes_ -= request.parked->bytes;
+    peers_[request.peer].parked_bytes -= request.parked->bytes;
     request.parked.reset();
   }
   request.state = State::kDone;
@@ -177,10 +213,11 @@ void ServedModel::count_end(const Request& request, Code code) {
         return counters.failed;
     }
   };
-  --request_counts_.in_flight;
-  ++pick(request_counts_);
-  row_counts_.in_flight -= request.rows;
-  pick(row_counts_) += request.rows;
+  meter_.ended(code, request.rows);
+  --request_counts_[request.low].in_flight;
+  ++pick(request_counts_[request.low]);
+  row_counts_[request.low].in_flight -= request.rows;
+  pick(row_counts_[request.low]) += request.rows;
 }
 
 void ServedModel::free_request(uint32_t index) {
@@ -195,6 +232,7 @@ void ServedModel::free_request(uint32_t index) {
   }
   request.state = State::kFree;
   request.target = {};
+  peers_.release(request.peer);
   free_requests_.push_back(index);
 }
 
@@ -232,6 +270,35 @@ void ServedModel::report_ended() {
     }
   }
   lane_.clear_ended();
+  if (edge_ != nullptr) edge_adopt();
+}
+
+// Ends every unanswered request. Seldom: it looks at the whole pool.
+void ServedModel::end_all(const Status& status, int64_t retry_after_ms) {
+  lane_.end_all();
+  lane_.clear_ended();
+  for (uint32_t i = 0; i < requests_.size(); ++i) {
+    if (!waits_apart(requests_[i].state) && requests_[i].state != State::kQueued) continue;
+    requests_[i].retry_after_ms = retry_after_ms;
+    end(i, status);
+  }
+  if (edge_ != nullptr) edge_->orphans.clear();  // all have ended
+}
+
+// The breaker has opened: what waits is told so, and so is what comes, before anything is done for it.
+void ServedModel::trip(int64_t now_ns) {
+  look(now_ns);
+  int64_t retry_after_ms = -1;
+  const Status status = unavailable(now_ns, &retry_after_ms);
+  end_all(status, retry_after_ms);
+}
+
+bool ServedModel::anybody_waits() const {
+  for (const uint64_t tag : batch_tags_) {
+    const Request& request = requests_[static_cast<uint32_t>(tag)];
+    if (request.generation == tag >> 32 && request.state == State::kQueued) return true;
+  }
+  return false;
 }
 
 void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor) {
@@ -242,32 +309,52 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   if (batch_.empty()) return;
   batch_tags_.clear();
   size_t n = 0;
+  int64_t latest = 0;
   for (const Piece& piece : batch_) {
     Request& request = requests_[static_cast<uint32_t>(slot_tags_[piece.slot])];
     batch_tags_.push_back(slot_tags_[piece.slot]);
-    if (request.formed_ns == 0) request.formed_ns = formed;
+    latest = std::max(latest, request.deadline_ns);
+    if (request.formed_ns == 0) {
+      request.formed_ns = formed;
+      max_wait_ns_[request.low] = std::max(max_wait_ns_[request.low], formed - request.received_ns);
+    }
     uint32_t row = row_at(request, piece.first_row);
     for (uint32_t r = 0; r < piece.rows; ++r, ++n) {
       std::copy_n(&rows_[row * n_features_], n_features_, &batch_rows_[n * n_features_]);
       if (r + 1 < piece.rows) row = next_row_[row];
     }
   }
+  breaker_.started(formed, lane_.run_time().predict(n));
+  meter_.run_began(formed);
+  const bool waits = on_executor && !may_run();
+  if (waits) work_.wait(lock, [this] { return may_run(); });
+  const int64_t started = mono_ns();
+  // The thread may have stood still since the batch was formed: no run for those who all would get their
+  // answer too late, or have it.
+  if (started >= latest || (waits && !anybody_waits())) {
+    const bool opened = breaker_.finished(started, true).opened;
+    meter_.ran(started, started);
+    lane_.finish(batch_, started, started, true, false);
+    report_ended();
+    if (opened) trip(started);
+    return;
+  }
   ++batches_[n];
   ++(on_executor ? executor_runs_ : inline_runs_);
-  if (on_executor) work_.wait(lock, [this] { return !held_ || stopping_; });
   lock.unlock();
-  const int64_t started = mono_ns();
   Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
   const bool run_ok = status.is_ok();
   const int64_t finished = mono_ns();
   lock.lock();
   run_.add(finished - started);
+  meter_.ran(started, finished);
   size_t from = 0;
   for (size_t p = 0; p < batch_.size(); ++p) {
     const Piece& piece = batch_[p];
     Request* request = find(batch_tags_[p]);
     if (request != nullptr && request->state == State::kQueued) {
       request->run_ns += finished - started;
+      request->finished_ns = finished;
       uint32_t row = row_at(*request, piece.first_row);
       for (uint32_t r = 0; r < piece.rows; ++r) {
         const double* scores = &batch_scores_[(from + r) * n_outputs_];
@@ -277,12 +364,34 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
           request->no_score = true;
         if (r + 1 < piece.rows) row = next_row_[row];
       }
+      if (edge_ != nullptr && run_ok && !request->no_score) edge_fill(*request, piece, finished);
     }
     from += piece.rows;
   }
-  if (!status.is_ok()) run_failure_ = std::move(status);
-  lane_.finish(batch_, started, finished, run_ok);
+  const Breaker::Outcome outcome = breaker_.finished(finished, run_ok);
+  if (edge_ != nullptr && !outcome.hung) edge_learn(finished - started, n);
+  if (!run_ok) run_failure_ = std::move(status);
+  lane_.finish(batch_, started, finished, run_ok, !outcome.hung);
   report_ended();
+  if (outcome.opened && !stopping_) trip(finished);
+  if (!breaker_.closed()) work_.notify_one();  // the executor probes
+}
+
+// A batch of zeros that nobody waits for: does the model answer again? Nothing else runs meanwhile, since
+// nothing is admitted while the breaker is not closed.
+void ServedModel::probe(std::unique_lock<std::mutex>& lock) {
+  const size_t n = config_.lane.policy.max_batch_rows;
+  breaker_.probe();
+  breaker_.started(mono_ns(), lane_.run_time().predict(n));
+  std::fill(batch_rows_.begin(), batch_rows_.end(), 0.0f);
+  work_.wait(lock, [this] { return may_run(); });
+  lock.unlock();
+  const int64_t started = mono_ns();
+  const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
+  const int64_t finished = mono_ns();
+  lock.lock();
+  const bool hung = breaker_.finished(finished, status.is_ok()).hung;
+  if (status.is_ok() && !hung) lane_.record_run(n, finished - started);
 }
 
 void ServedModel::pump() {
@@ -291,7 +400,8 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns || !model_->inline_ok()) {
+    if (held_ || predicted > budget_ns || !model_->inline_ok() ||
+        (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;
     }
@@ -300,14 +410,30 @@ void ServedModel::pump() {
   }
 }
 
-void ServedModel::executor() {
+// Returns what a detached executor must let go last.
+std::shared_ptr<ServedModel> ServedModel::executor() {
   std::unique_lock lock(mutex_);
-  for (;;) {
-    work_.wait(lock,
-               [this] { return stopping_ || (lane_.queued_rows() > 0 && lane_.running_batches() == 0); });
-    if (stopping_) return;
-    run_batch(lock, true);
+  const auto has_work = [this] {
+    return stopping_ || (lane_.queued_rows() > 0 && lane_.running_batches() == 0);
+  };
+  while (!stopping_) {
+    const int64_t probe_at = breaker_.probe_at_ns();
+    if (probe_at == Breaker::kNever) {
+      work_.wait(lock, [&] { return has_work() || breaker_.probe_at_ns() != Breaker::kNever; });
+    } else {
+      work_.wait_until(lock, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(probe_at)),
+                       has_work);
+    }
+    if (stopping_) break;
+    if (mono_ns() >= breaker_.probe_at_ns()) {
+      probe(lock);
+    } else if (has_work()) {
+      run_batch(lock, true);
+    }
   }
+  executor_done_ = true;
+  executor_ended_.notify_all();
+  return std::move(keep_alive_);
 }
 
 void ServedModel::expire(int64_t now_ns) {
@@ -316,22 +442,31 @@ void ServedModel::expire(int64_t now_ns) {
 }
 
 void ServedModel::expire_locked(int64_t now_ns) {
-  if (oldest_ == kNone || requests_[oldest_].deadline_ns > now_ns) return;
-  lane_.expire(now_ns);
-  report_ended();
-  while (oldest_ != kNone && requests_[oldest_].deadline_ns <= now_ns) {
-    end(oldest_, {Code::kDeadlineExceeded, "the features could not be loaded within the deadline"});
+  if (lane_.next_deadline() <= now_ns) {
+    lane_.expire(now_ns);
+    report_ended();
   }
+  for (uint32_t i = parked_queue_.top(requests_); i != kNone && requests_[i].deadline_ns <= now_ns;
+       i = parked_queue_.top(requests_)) {
+    const bool parked = requests_[i].state == State::kParked;
+    end(i, {Code::kDeadlineExceeded, parked ? "the features could not be loaded within the deadline"
+                                            : "no answer was possible within the deadline"});
+  }
+  if (breaker_.check(now_ns)) trip(now_ns);
 }
 
 int64_t ServedModel::next_deadline() {
   const std::lock_guard lock(mutex_);
-  return oldest_ == kNone ? std::numeric_limits<int64_t>::max() : requests_[oldest_].deadline_ns;
+  const uint32_t parked = parked_queue_.top(requests_);
+  const int64_t next = std::min(lane_.next_deadline(), breaker_.due_ns());
+  return parked == kNone ? next : std::min(next, requests_[parked].deadline_ns);
 }
 
 bool ServedModel::cancel(uint64_t connection, uint32_t msgid) {
   const std::lock_guard lock(mutex_);
-  for (uint32_t i = newest_; i != kNone; i = requests_[i].older) {
+  const uint32_t peer = peers_.find(connection);
+  if (peer == kNone) return false;
+  for (uint32_t i = peers_[peer].newest; i != kNone; i = requests_[i].older) {
     Request& request = requests_[i];
     if (request.target.connection != connection || request.target.msgid != msgid) continue;
     if (request.state == State::kQueued) {
@@ -347,21 +482,19 @@ bool ServedModel::cancel(uint64_t connection, uint32_t msgid) {
 
 void ServedModel::drop(uint64_t connection) {
   const std::lock_guard lock(mutex_);
-  dropped_.clear();
-  for (uint32_t i = newest_; i != kNone;) {
+  const uint32_t peer = peers_.find(connection);
+  if (peer == kNone) return;
+  for (uint32_t i = peers_[peer].newest; i != kNone;) {
     Request& request = requests_[i];
     const uint32_t older = request.older;
-    if (request.target.connection == connection) {
-      request.target = {};
-      if (request.state == State::kQueued) {
-        dropped_.push_back({request.lane_slot, tag_of(i, request.generation)});
-      } else {
-        end(i, {Code::kCancelled, ""});
-      }
+    request.target = {};
+    if (request.state == State::kQueued) {
+      (void)lane_.cancel(request.lane_slot, tag_of(i, request.generation));
+    } else {
+      end(i, {Code::kCancelled, ""});
     }
     i = older;
   }
-  lane_.cancel_all(dropped_);
   report_ended();
 }
 
@@ -370,7 +503,10 @@ void ServedModel::wait(uint64_t tag, Waiter& waiter) {
   while (!waiter.done) {
     const Request* request = find(tag);
     if (request == nullptr) return;
-    const auto due = std::chrono::steady_clock::time_point(std::chrono::nanoseconds(request->deadline_ns));
+    // No run that has yet to begin can hang before that.
+    const int64_t look_ns = std::min(breaker_.due_ns(), mono_ns() + config_.breaker.timeout_ns);
+    const auto due = std::chrono::steady_clock::time_point(
+        std::chrono::nanoseconds(std::min(request->deadline_ns, look_ns)));
     if (waiter.ended.wait_until(lock, due) == std::cv_status::timeout) expire_locked(mono_ns());
   }
 }
@@ -385,11 +521,27 @@ void ServedModel::abandon(uint64_t tag) {
 
 bool ServedModel::idle() {
   const std::lock_guard lock(mutex_);
-  return oldest_ == kNone && lane_.running_batches() == 0;
+  return lane_.requests().in_flight == 0 && parked_queue_.empty() && !breaker_.running();
+}
+
+StageTimes ServedModel::times_of(const Request& request, int64_t now_ns) const {
+  StageTimes times;
+  times.total_ns = now_ns - request.received_ns;
+  if (!request.status.is_ok()) return times;
+  // What another request's run or an edge entry answered was never in the lane.
+  const int64_t finished = request.finished_ns == 0 ? now_ns : request.finished_ns;
+  const int64_t admitted = request.admitted_ns == 0 ? finished : request.admitted_ns;
+  const int64_t decoded = request.decoded_ns == 0 ? admitted : request.decoded_ns;
+  times.receive_ns = decoded - request.received_ns;
+  times.gather_ns = admitted - decoded;
+  times.queue_ns = std::max<int64_t>(0, finished - admitted - request.run_ns);
+  times.run_ns = request.run_ns;
+  times.encode_ns = now_ns - finished;
+  return times;
 }
 
 bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
   const auto index = static_cast<uint32_t>(tag);
@@ -401,15 +553,14 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       request->rows * reply_bytes_per_row(n_outputs_) + kReplyBytes + config_.version.size() > max_bytes) {
     request->status = {Code::kResourceExhausted, "the connection's output buffer is full"};
   }
+  meter_.saw(now);
+  out->times = times_of(*request, now);
   out->status = std::move(request->status);
   out->retry_after_ms = request->retry_after_ms;
   out->target = request->target;
   out->rows = request->rows;
   out->as_bin = request->as_bin;
   out->with_timings = request->with_timings;
-  out->queue_ns = request->formed_ns == 0 ? 0 : request->formed_ns - request->received_ns;
-  out->run_ns = request->run_ns;
-  out->total_ns = now - request->received_ns;
   out->with_status = false;
   if (out->status.is_ok()) {
     out->scores.resize(request->rows * n_outputs_);
@@ -425,21 +576,37 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       served_.push(request_ids_[row], request->now_us, row_status_[row], &scores_[row * n_outputs_],
                    &rows_[row * n_features_], n_views_ == 0 ? nullptr : &event_time_[row * n_views_]);
     }
-    queue_.add(out->queue_ns);
+    meter_.answered(out->times);
   }
-  total_.add(out->total_ns);
+  meter_.took(out->times.total_ns);
+  if (request->trace.sampled && traces_.enabled()) {
+    traces_.push({request->trace, request->received_ns, out->times, request->rows, out->status.code});
+  }
   count_end(*request, out->status.code);
   free_request(index);
+  lock.unlock();
+  if (out->status.is_ok()) served_.help(out->rows);
   return true;
 }
 
 void ServedModel::stats(ServedModelStats* out) {
+  EdgeCacheStats cached{};
+  if (edge_ != nullptr) cached = edge_->cache->stats();  // a walk, so not under the lock
   const std::lock_guard lock(mutex_);
-  out->requests = request_counts_;
-  out->rows = row_counts_;
+  edge_stats(&out->edge);
+  out->edge.cache = cached;
+  for (const bool low : {false, true}) {
+    (low ? out->low : out->high) = {request_counts_[low], row_counts_[low], lane_.queue(low).rows(),
+                                    max_wait_ns_[low]};
+  }
+  out->requests = request_counts_[0];
+  out->requests += request_counts_[1];
+  out->rows = row_counts_[0];
+  out->rows += row_counts_[1];
+  out->breaker = {breaker_.state(), breaker_.running(), breaker_.opens(), breaker_.probes()};
+  out->meter = meter_.read(mono_ns());
   std::copy(std::begin(batches_), std::end(batches_), out->batches);
-  out->total = total_;
-  out->queue = queue_;
+  out->stages = meter_.stages();
   out->run = run_;
   out->inline_runs = inline_runs_;
   out->executor_runs = executor_runs_;
@@ -447,6 +614,17 @@ void ServedModel::stats(ServedModelStats* out) {
   out->missed_rows = missed_rows_;
   out->queued_rows = lane_.queued_rows();
   out->served_dropped = served_.dropped();
+  out->traces_dropped = traces_.dropped();
+}
+
+void ServedModel::trace(size_t capacity) {
+  const std::lock_guard lock(mutex_);
+  traces_.set_capacity(capacity);
+}
+
+void ServedModel::take_traces(std::vector<TraceRecord>& out) {
+  const std::lock_guard lock(mutex_);
+  traces_.take(out);
 }
 
 void ServedModel::hold_for_test(bool held) {

@@ -1,4 +1,6 @@
 // Requests of a ServedModel that wait for rows which the caches lack.
+#include <algorithm>
+
 #include "engine/served_model.h"
 
 namespace penstock {
@@ -8,11 +10,13 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
                          uint64_t first_id) {
   const std::lock_guard lock(mutex_);
   uint32_t index = kNone;
-  if (Status status = new_request(admission, &index); !status.is_ok()) return status;
+  if (Status status = new_request(admission, &index, retry_after_ms); !status.is_ok()) return status;
   Request& request = requests_[index];
   const size_t bytes =
       params.size() + misses.size() * sizeof(FeatureMiss) + n_views_ * request.rows * sizeof(int64_t);
-  if (parked_bytes_ + bytes > config_.max_parked_bytes) {
+  PeerRecord& peer = peers_[request.peer];
+  if (!within_share(peer.parked_bytes, bytes, config_.max_parked_bytes - parked_bytes_,
+                    config_.max_parked_bytes)) {
     *retry_after_ms = 1;
     Status status{Code::kResourceExhausted, "too many requests wait for the feature store"};
     count_end(request, status.code);
@@ -28,8 +32,10 @@ Status ServedModel::park(const Admission& admission, std::string_view params, bo
   request.state = State::kParked;
   request.parked->bytes = bytes;
   parked_bytes_ += bytes;
+  peer.parked_bytes += bytes;
   ++parked_;
   missed_rows_ += misses.size();
+  parked_queue_.push(requests_, index);
   link(index);
   *tag = tag_of(index, request.generation);
   events_->missed(shared_from_this(), *tag);
@@ -59,6 +65,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     if (request == nullptr || request->state != State::kParked) return;
     parked = std::move(request->parked);
     parked_bytes_ -= parked->bytes;
+    peers_[request->peer].parked_bytes -= parked->bytes;
     rows = request->rows;
     now_us = request->now_us;
   }
@@ -72,6 +79,16 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
   ++parked->loads;
   const auto* bytes = reinterpret_cast<const uint8_t*>(parked->params.data());
   Status status = decode_predict({bytes, bytes + parked->params.size()}, &scratch.resumed);
+  scratch.edge.used = false;
+  if (status.is_ok() && parked->use_cache && edge_in_use() && edge_->service) {
+    scratch.edge.keys.resize(std::max<size_t>(scratch.edge.keys.size(), rows));
+    scratch.edge.used = plan_
+                            ->fingerprint(scratch.resumed, now_us, edge_->service_start, scratch.plan,
+                                          scratch.edge.keys.data())
+                            .is_ok();
+    scratch.edge.puts = ServedEdge::kNeverLooked;
+  }
+  scratch.gathered.with_sources = scratch.edge.used;
   if (status.is_ok()) {
     status = plan_->gather(scratch.resumed, now_us, mono_ns(), parked->use_cache, &parked->overlay,
                            scratch.plan, &scratch.gathered, &scratch.misses);
@@ -91,14 +108,14 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     missed_rows_ += scratch.misses.size();
     parked->misses = scratch.misses;
     parked_bytes_ += parked->bytes;
+    peers_[request->peer].parked_bytes += parked->bytes;
     request->parked = std::move(parked);
     events_->missed(shared_from_this(), tag);
     return;
   }
   if (status.is_ok()) {
-    status =
-        queue_rows(index, scratch.gathered.rows.data(), scratch.gathered.status.data(),
-                   scratch.gathered.event_time.data(), scratch.request_ids.data(), &request->retry_after_ms);
+    status = enter(index, scratch.gathered.rows.data(), scratch.gathered.status.data(),
+                   scratch.gathered.event_time.data(), scratch, &request->retry_after_ms);
   }
   if (!status.is_ok()) {
     end(index, status);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <limits>
 
@@ -107,6 +108,7 @@ void ServicePlan::fit(Scratch& scratch) const {
   scratch.ints.resize(spec_.entities.size() * kBlockRows);
   scratch.text.resize(spec_.entities.size() * kBlockRows);
   scratch.nulls.resize(spec_.entities.size());
+  scratch.now_buckets.resize(spec_.program->n_now_buckets());
   scratch.plan_id = id_;
 }
 
@@ -193,6 +195,7 @@ void ServicePlan::read_view(size_t view, uint32_t from, size_t n, uint32_t total
   Key128 keys[kBlockRows];
   RowMeta meta[kBlockRows];
   ReadStatus read[kBlockRows];
+  uint64_t versions[kBlockRows];
   size_t n_keys = 0;
   uint64_t null_keys = 0;
   for (const uint32_t e : plan.key_columns) null_keys |= scratch.nulls[e];
@@ -219,7 +222,8 @@ void ServicePlan::read_view(size_t view, uint32_t from, size_t n, uint32_t total
   // Rows of the cache come in key order; with null keys between them they move up to their places, last
   // first.
   if (use_cache) {
-    plan.cache->get_many(keys, n_keys, now_us, mono_ns, rows, read, meta, nullptr);
+    plan.cache->get_many(keys, n_keys, now_us, mono_ns, rows, read, meta,
+                         out->with_sources ? versions : nullptr);
   } else {
     std::fill_n(read, n_keys, ReadStatus::kMiss);
   }
@@ -236,6 +240,14 @@ void ServicePlan::read_view(size_t view, uint32_t from, size_t n, uint32_t total
       --k;
       const int64_t entry = overlay == nullptr ? -1 : overlay->index[view * total + from + r];
       if (entry >= 0) {
+        // A loaded row is one that the cache holds if that has the same bits.
+        const RowMeta& loaded = overlay->meta[static_cast<size_t>(entry)];
+        if (out->with_sources &&
+            (read[k] != ReadStatus::kHit || std::memcmp(&meta[k], &loaded, sizeof loaded) != 0 ||
+             std::memcmp(rows + k * words, overlay->words[static_cast<size_t>(entry)].data(),
+                         words * sizeof(uint64_t)) != 0)) {
+          out->valid_until[from + r] = std::numeric_limits<int64_t>::min();
+        }
         std::memcpy(row, overlay->words[static_cast<size_t>(entry)].data(), words * sizeof(uint64_t));
         *event_time = overlay->meta[static_cast<size_t>(entry)].event_time;
       } else if (read[k] == ReadStatus::kHit) {
@@ -244,6 +256,12 @@ void ServicePlan::read_view(size_t view, uint32_t from, size_t n, uint32_t total
       } else {
         misses->push_back({static_cast<uint32_t>(view), static_cast<uint32_t>(from + r), keys[k]});
         continue;
+      }
+      if (out->with_sources && read[k] == ReadStatus::kHit) {
+        out->valid_from[from + r] = std::max(out->valid_from[from + r], meta[k].valid_from);
+        out->valid_until[from + r] = std::min(out->valid_until[from + r], meta[k].valid_until);
+        out->row_keys[(from + r) * views + view] = keys[k];
+        out->row_versions[(from + r) * views + view] = versions[k];
       }
     }
     const auto status = static_cast<uint8_t>(row[0] & 0xff);
@@ -271,6 +289,12 @@ Status ServicePlan::gather(const wire::PredictCall& call, int64_t now_us, int64_
   if (out->event_time.size() < call.rows * n_views()) out->event_time.resize(call.rows * n_views());
   if (out->status.size() < call.rows) out->status.resize(call.rows);
   std::fill_n(out->status.begin(), call.rows, kPresent);
+  if (out->with_sources) {
+    out->valid_from.assign(call.rows, std::numeric_limits<int64_t>::min());
+    out->valid_until.assign(call.rows, std::numeric_limits<int64_t>::max());
+    out->row_keys.assign(call.rows * n_views(), Key128{});
+    out->row_versions.assign(call.rows * n_views(), 0);
+  }
 
   Block request[wire::Columns::kMax];
   for (uint32_t from = 0; from < call.rows; from += kBlockRows) {
@@ -308,6 +332,63 @@ Status ServicePlan::gather(const wire::PredictCall& call, int64_t now_us, int64_
       if (out->status[r] != kPresent) {
         return Status::not_found("row " + std::to_string(r) + " has an entity that is unknown or expired");
       }
+    }
+  }
+  return {};
+}
+
+// Bytes: the calendar fields; which keys and inputs are null, a bit each; every integer key or length of a
+// string key; every input; then the string keys. All but the last of a fixed size for one plan.
+Status ServicePlan::fingerprint(const wire::PredictCall& call, int64_t now_us, const SipHash128& start,
+                                Scratch& scratch, Key128* keys) const {
+  fit(scratch);
+  const wire::Column* entities[wire::Columns::kMax];
+  const wire::Column* inputs[wire::Columns::kMax];
+  wire::Cursor entity_at[wire::Columns::kMax];
+  wire::Cursor input_at[wire::Columns::kMax];
+  if (Status status = match(call.entities, "entities", spec_.entities, entities); !status.is_ok())
+    return status;
+  if (Status status = match(call.inputs, "inputs", spec_.inputs, inputs); !status.is_ok()) return status;
+  const size_t n_entities = spec_.entities.size(), n_inputs = spec_.inputs.size();
+  for (size_t e = 0; e < n_entities; ++e) entity_at[e] = entities[e]->cursor();
+  for (size_t i = 0; i < n_inputs; ++i) input_at[i] = inputs[i]->cursor();
+  SipHash128 common = start;
+  spec_.program->now_buckets(now_us, scratch.program, scratch.now_buckets.data());
+  common.add(scratch.now_buckets.data(), scratch.now_buckets.size() * sizeof(int64_t));
+  Block request[wire::Columns::kMax];
+  for (uint32_t from = 0; from < call.rows; from += kBlockRows) {
+    const size_t n = std::min<size_t>(kBlockRows, call.rows - from);
+    if (Status status = read_keys(entity_at, entities, from, n, scratch); !status.is_ok()) return status;
+    for (size_t i = 0; i < n_inputs; ++i) {
+      Status status = read_input(i, input_at[i], *inputs[i], from, n, &request[i]);
+      if (!status.is_ok()) return status;
+    }
+    for (size_t r = 0; r < n; ++r) {
+      uint64_t words[2 + 2 * wire::Columns::kMax] = {};
+      size_t at = 2;
+      for (size_t e = 0; e < n_entities; ++e, ++at) {
+        const bool null = (scratch.nulls[e] >> r & 1) != 0;
+        words[0] |= uint64_t{null} << e;
+        if (null) continue;
+        words[at] = spec_.entities[e].dtype == FeatureDtype::kI64
+                        ? static_cast<uint64_t>(scratch.ints[e * kBlockRows + r])
+                        : scratch.text[e * kBlockRows + r].size();
+      }
+      for (size_t i = 0; i < n_inputs; ++i, ++at) {
+        const bool valid = (request[i].valid >> r & 1) != 0;
+        words[1] |= uint64_t{valid} << i;
+        if (!valid) continue;
+        words[at] = is_float(spec_.inputs[i].dtype) ? std::bit_cast<uint64_t>(request[i].f64[r])
+                                                    : static_cast<uint64_t>(request[i].i64[r]);
+      }
+      SipHash128 hash = common;
+      hash.add(words, at * sizeof(uint64_t));
+      for (size_t e = 0; e < n_entities; ++e) {
+        if (spec_.entities[e].dtype == FeatureDtype::kI64 || (scratch.nulls[e] >> r & 1) != 0) continue;
+        const std::string_view text = scratch.text[e * kBlockRows + r];
+        hash.add(text.data(), text.size());
+      }
+      hash.finish(&keys[from + r].lo, &keys[from + r].hi);
     }
   }
   return {};

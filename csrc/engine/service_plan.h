@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/key.h"
+#include "base/siphash.h"
 #include "base/status.h"
 #include "cache/feature_cache.h"
 #include "features/program.h"
@@ -60,6 +61,11 @@ struct GatheredRows {
   std::vector<float> rows;          // [n * n_features]
   std::vector<uint8_t> status;      // [n]: the worst row status of the row's views
   std::vector<int64_t> event_time;  // [n * n_views]; INT64_MIN: no value
+  // Of what the rows were made, when `with_sources` asks for it.
+  bool with_sources = false;
+  std::vector<int64_t> valid_from, valid_until;  // [n]: no time is in it when a row is in no cache
+  std::vector<Key128> row_keys;                  // [n * n_views]
+  std::vector<uint64_t> row_versions;            // [n * n_views]: slot versions; 0: the row has a null key
 };
 
 class ServicePlan {
@@ -72,6 +78,7 @@ class ServicePlan {
     std::vector<int64_t> ints;           // [entity][kBlockRows]
     std::vector<std::string_view> text;  // [entity][kBlockRows]
     std::vector<uint64_t> nulls;         // [entity], bit per row
+    std::vector<int64_t> now_buckets;
     uint64_t plan_id = 0;  // the plan that it fits; not its address, which a later plan may have
   };
 
@@ -88,6 +95,15 @@ class ServicePlan {
   Status gather(const wire::PredictCall& call, int64_t now_us, int64_t mono_ns, bool use_cache,
                 const Overlay* overlay, Scratch& scratch, GatheredRows* out,
                 std::vector<FeatureMiss>* misses) const;
+
+  // Whether what a call says decides its rows, but for the feature rows: no use of the time of the request
+  // that is not a calendar field of it.
+  bool fingerprintable() const { return spec_.program->now_is_bucketed(); }
+  // keys[r]: fingerprint of all that decides row r, but for the feature rows: keys and inputs as typed
+  // values, and calendar fields of now_us. `start` has taken in what tells the model versions apart. Two
+  // different rows are never the same bytes to the hash.
+  Status fingerprint(const wire::PredictCall& call, int64_t now_us, const SipHash128& start, Scratch& scratch,
+                     Key128* keys) const;
 
  private:
   enum class Source : uint8_t { kStored, kRequest, kNow };

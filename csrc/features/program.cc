@@ -244,8 +244,60 @@ Status FeatureProgram::parse(const uint8_t* data, size_t size, std::shared_ptr<c
     if (reg >= kinds.size() || kinds[reg] != kind) return corrupt("register of output " + std::to_string(i));
   }
   if (in.left() != 0) return corrupt(std::to_string(in.left()) + " bytes follow its end");
+  program->find_now_uses();
   *out = std::move(program);
   return Status::ok();
+}
+
+void FeatureProgram::find_now_uses() {
+  enum Kind : uint8_t { kOther, kConstant, kNow };
+  std::vector<Kind> kinds;  // of each register
+  for (uint32_t i = 0; i < inputs_.size(); ++i) {
+    kinds.push_back(inputs_[i].name == "now" ? kNow : kOther);
+    if (kinds.back() == kNow) now_input_ = i;
+  }
+  kinds.insert(kinds.end(), constants_.size(), kConstant);
+  for (uint32_t i = 0; i < code_.size(); ++i) {
+    const std::string_view signature = kSignatures[code_[i].op];
+    const uint32_t operands[3] = {code_[i].a, code_[i].b, code_[i].c};
+    bool now = false, other = false;
+    for (size_t k = 1; k < signature.size(); ++k) {
+      if (signature[k] != 'f' && signature[k] != 'i') continue;
+      now = now || kinds[operands[k - 1]] == kNow;
+      other = other || kinds[operands[k - 1]] == kOther;
+    }
+    kinds.push_back(kOther);
+    if (!now) continue;
+    if (other) {
+      now_bucketed_ = false;
+      return;
+    }
+    now_steps_.push_back(i);
+    if (code_[i].op >= kMinute && code_[i].op <= kMonth) {
+      now_buckets_.push_back(i);
+    } else {
+      kinds.back() = kNow;
+    }
+  }
+  for (const uint32_t output : output_registers_) now_bucketed_ = now_bucketed_ && kinds[output] != kNow;
+}
+
+void FeatureProgram::now_buckets(int64_t now_us, Scratch& scratch, int64_t* buckets) const {
+  if (now_buckets_.empty()) return;
+  Block now;
+  now.i64[0] = now_us;
+  now.valid = 1;
+  const size_t first = inputs_.size() + constants_.size();
+  scratch.refs[now_input_] = &now;
+  for (size_t i = 0; i < constants_.size(); ++i) scratch.refs[inputs_.size() + i] = &constants_[i];
+  for (const uint32_t i : now_steps_) {
+    step(code_[i], 1, scratch.refs, &scratch.registers[i]);
+    scratch.refs[first + i] = &scratch.registers[i];
+  }
+  for (size_t b = 0; b < now_buckets_.size(); ++b) {
+    const Block& field = scratch.registers[now_buckets_[b]];
+    buckets[b] = (field.valid & 1) != 0 ? field.i64[0] : std::numeric_limits<int64_t>::min();
+  }
 }
 
 FeatureProgram::Scratch FeatureProgram::make_scratch() const {

@@ -27,6 +27,14 @@ class FeatureProgram {
   const std::vector<Field>& outputs() const { return outputs_; }
   Scratch make_scratch() const;
 
+  // Whether the input "now" decides the outputs through calendar fields of itself, or of it and constants,
+  // alone (hour(now), weekday(now + 2h), ...), so that times with equal now_buckets() give equal outputs.
+  // True when it is not read.
+  bool now_is_bucketed() const { return now_bucketed_; }
+  size_t n_now_buckets() const { return now_buckets_.size(); }
+  // The fields at now_us; INT64_MIN for null.
+  void now_buckets(int64_t now_us, Scratch& scratch, int64_t* buckets) const;
+
   // inputs: inputs().size() blocks; outputs: outputs().size() blocks, not aliasing the inputs; n <= 64.
   // The value of a null output is zero.
   void run(const Block* inputs, size_t n, Block* outputs, Scratch& scratch) const;
@@ -41,6 +49,7 @@ class FeatureProgram {
     std::vector<double> f64;
     std::vector<int64_t> i64;
   };
+  void find_now_uses();
   void step(const Instruction& code, size_t n, const std::vector<const Block*>& refs, Block* out) const;
 
   std::vector<Field> inputs_;
@@ -49,6 +58,10 @@ class FeatureProgram {
   std::vector<Block> constants_;
   std::vector<Table> tables_;
   std::vector<Instruction> code_;
+  bool now_bucketed_ = true;
+  uint32_t now_input_ = 0;
+  std::vector<uint32_t> now_steps_;    // of code_: those of `now` and constants alone
+  std::vector<uint32_t> now_buckets_;  // of code_: calendar fields, among now_steps_
 };
 
 }  // namespace penstock

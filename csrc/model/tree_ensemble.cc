@@ -1,27 +1,63 @@
-// Prediction: leaves of a block of rows by one of two traversals, then one summation in tree order.
+// Prediction: the leaves of a block of rows by the kernel that is the fastest for it, then one summation in
+// tree order. All kernels find the same leaves.
 #include "model/tree_ensemble.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "base/cpu.h"
+#include "model/tree_kernels.h"
 
 namespace penstock {
 
 namespace {
 
-constexpr size_t kAlign = 64;
+// Fewest rows for which the pieces are the fastest, where every tree has at most 32 leaves, and elsewhere:
+// the same on every instruction set within one row (bench/README.md).
+constexpr size_t kPiecesFromNarrow = 3, kPiecesFrom = 4;
+
+struct Kernels {
+  RankKernel rank;
+  PieceKernel pieces;  // null where there are none
+  CheckpointKernel checkpoints;
+};
+
+Kernels kernels_of(CpuLevel level) {
+#if defined(__x86_64__)
+  if (level == CpuLevel::kAvx512) return {rank_avx512, piece_leaves_avx512, checkpoint_leaves_avx512};
+  if (level == CpuLevel::kAvx2) return {rank_avx2, piece_leaves_avx2, checkpoint_leaves_avx2};
+#endif
+#if defined(__SSE4_1__)
+  return {rank_portable, piece_leaves_sse4, checkpoint_leaves_portable};
+#else
+  return {rank_portable, nullptr, checkpoint_leaves_portable};
+#endif
+}
+
+// No branch on the values, for a compiler to turn into vectors.
+bool any_nan(const float* row, size_t n) {
+  int any = 0;
+  for (size_t i = 0; i < n; ++i) any |= row[i] != row[i];
+  return any != 0;
+}
 
 }  // namespace
 
 TreeEnsemble::Scratch::Scratch(const TreeEnsemble& ensemble)
-    : leaves_(ensemble.n_trees() * kBlockRows), columns_(ensemble.n_features() * kMaxLanes) {
-  if (ensemble.plan_.usable) masks_.resize((ensemble.n_trees() * kMaxMaskBytes + kAlign) / sizeof(uint64_t));
+    : ranks_(ensemble.plan_.columns_max), leaves_(ensemble.n_trees()) {
+  constexpr size_t kMaskBytes = kCheckpointTrees * sizeof(uint64_t);
+  masks_.resize(kMaskBytes / sizeof(ByteLine));
 }
 
-uint64_t* TreeEnsemble::Scratch::aligned_masks() {
-  const auto at = reinterpret_cast<uintptr_t>(masks_.data());
-  return reinterpret_cast<uint64_t*>((at + kAlign - 1) / kAlign * kAlign);
+bool TreeEnsemble::goes_left(const Split& s, float x) const {
+  if (std::isnan(x)) return s.flags & kDefaultLeft;
+  if (!(s.flags & kCategorical)) return x <= s.threshold;
+  bool match = false;
+  if (x > ((s.flags & kTruncateToZero) ? -1.0f : -0x1p-149f) && x < 2147483648.0f) {
+    const uint32_t code = static_cast<uint32_t>(static_cast<int32_t>(x));
+    match = code / 32 < s.cat_count && (cat_words_[s.cat_begin + code / 32] >> (code % 32) & 1);
+  }
+  return match == static_cast<bool>(s.flags & kMatchLeft);
 }
 
 uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
@@ -29,92 +65,92 @@ uint32_t TreeEnsemble::walk(uint32_t tree, const float* row) const {
   int32_t node = split_begin_[tree] == split_begin_[tree + 1] ? ~0 : 0;
   while (node >= 0) {
     const Split& s = splits[node];
-    const float x = row[s.feature];
-    bool left;
-    if (std::isnan(x)) {
-      left = s.flags & kDefaultLeft;
-    } else if (s.flags & kCategorical) {
-      bool match = false;
-      if (x > ((s.flags & kTruncateToZero) ? -1.0f : -0x1p-149f) && x < 2147483648.0f) {
-        const uint32_t code = static_cast<uint32_t>(static_cast<int32_t>(x));
-        match = code / 32 < s.cat_count && (cat_words_[s.cat_begin + code / 32] >> (code % 32) & 1);
-      }
-      left = match == static_cast<bool>(s.flags & kMatchLeft);
-    } else {
-      left = x <= s.threshold;
-    }
-    node = left ? s.left : s.right;
+    node = goes_left(s, row[s.feature]) ? s.left : s.right;
   }
   return static_cast<uint32_t>(~node);
 }
 
-// Rows that a vector kernel takes at once: the fewest that hold `left`. 1: the row-by-row kernel, which is
-// the faster for one row alone.
-size_t TreeEnsemble::lanes_for(size_t left, CpuLevel level) const {
-  if (level == CpuLevel::kPortable || left == 1) return 1;
-  if (level == CpuLevel::kAvx512) return left > 32 && plan_.narrow ? 64 : left > 16 ? 32 : 16;
-  return left > 16 ? 32 : left > 8 ? 16 : 8;
+// What the rank kernels leave out: twins, missing values that go right, categorical splits.
+void TreeEnsemble::complete_ranks(const TreeRun& run, const float* rows, size_t n, size_t stride,
+                                  int8_t* ranks) const {
+  bool missing = false;
+  for (size_t r = 0; r < n; ++r) missing = missing || any_nan(rows + r * stride, header_.n_features);
+  for (const RankColumn& column : run.columns) {
+    if (column.twin) std::copy_n(ranks - kLanes, kLanes, ranks);
+    if (column.categorical) {
+      const Split& split = splits_[column.split];
+      for (size_t r = 0; r < n; ++r) {
+        const bool right = !goes_left(split, rows[r * stride + column.feature]);
+        ranks[r] = static_cast<int8_t>(kRankBias + right);
+      }
+    } else if (missing && column.nan_right) {
+      for (size_t r = 0; r < n; ++r) {
+        if (std::isnan(rows[r * stride + column.feature])) {
+          ranks[r] = static_cast<int8_t>(int{kRankMax} + kRankBias);
+        }
+      }
+    }
+    ranks += kLanes;
+  }
 }
 
-void TreeEnsemble::find_leaves(const float* rows, size_t n, size_t stride, CpuLevel level,
+void TreeEnsemble::find_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, CpuLevel level,
                                Scratch& scratch) const {
-  if (!plan_.usable) {
-    for (uint32_t t = 0; t < header_.n_trees; ++t) {
-      for (size_t r = 0; r < n; ++r) scratch.leaves_[t * kBlockRows + r] = walk(t, rows + r * stride);
+  const Kernels kernels = kernels_of(level);
+  auto* ranks = reinterpret_cast<int8_t*>(scratch.ranks_.data());
+  uint8_t* leaves = scratch.leaves_.data()->bytes;
+  kernels.rank(plan_, run, rows, n, stride, ranks);
+  complete_ranks(run, rows, n, stride, ranks);
+  if (kernels.pieces != nullptr && n >= (run.narrow ? kPiecesFromNarrow : kPiecesFrom)) {
+    kernels.pieces(run, ranks, n, leaves);
+  } else if (run.groups.empty()) {
+    walk_leaves(run, ranks, n, leaves);
+  } else {
+    for (size_t r = 0; r < n; ++r) kernels.checkpoints(run, ranks, r, scratch.masks_.data(), leaves);
+  }
+}
+
+// Adds the values of a run's trees to the sums of n <= kBlockRows rows.
+void TreeEnsemble::add_run(const TreeRun& run, const float* rows, size_t n, size_t stride, double* sums,
+                           Scratch& scratch) const {
+  const size_t k_out = header_.n_outputs;
+  const CpuLevel level = cpu_level();
+  const uint32_t* value_begin = value_begin_.data() + run.first_tree;
+  if (run.ranked) find_leaves(run, rows, n, stride, level, scratch);
+  if (run.ranked && one_output_) {
+#if defined(__x86_64__)
+    if (level == CpuLevel::kAvx512 && run.narrow && n > 1) {
+      add_leaves_avx512(run, scratch.leaves_.data()->bytes, n, sums);
+      return;
     }
+#endif
+    add_leaves(leaf_values_.data(), value_begin, scratch.leaves_.data()->bytes, run.n_trees, n, sums);
     return;
   }
-  uint64_t* masks = scratch.aligned_masks();
-  size_t lanes;
-  for (size_t done = 0; done < n; done += lanes) {
-    lanes = lanes_for(n - done, level);
-    uint32_t* leaves = scratch.leaves_.data() + done;
-    if (lanes == 1) {
-      bitvector_leaves_row(plan_, header_.n_features, header_.n_trees, rows + done * stride, masks, leaves,
-                           kBlockRows);
-      continue;
+  for (uint32_t t = 0; t < run.n_trees; ++t) {
+    const double* values = leaf_values_.data() + value_begin[t];
+    const int32_t output = tree_output_[run.first_tree + t];
+    const uint8_t* leaves = scratch.leaves_[t].bytes;
+    for (size_t r = 0; r < n; ++r) {
+      const size_t leaf = run.ranked ? leaves[r] : walk(run.first_tree + t, rows + r * stride);
+      if (output >= 0) {
+        sums[r * k_out + static_cast<size_t>(output)] += values[leaf];
+      } else {
+        for (size_t k = 0; k < k_out; ++k) sums[r * k_out + k] += values[leaf * k_out + k];
+      }
     }
-#if defined(__x86_64__)
-    // Lanes past the last row repeat it; their leaves are never used.
-    for (size_t lane = 0; lane < lanes; ++lane) {
-      const float* row = rows + std::min(done + lane, n - 1) * stride;
-      for (size_t f = 0; f < header_.n_features; ++f) scratch.columns_[f * lanes + lane] = row[f];
-    }
-    const auto kernel = level == CpuLevel::kAvx512 ? bitvector_leaves_avx512 : bitvector_leaves_avx2;
-    kernel(plan_, header_.n_features, header_.n_trees, lanes, scratch.columns_.data(), masks, leaves,
-           kBlockRows);
-#endif
   }
 }
 
 void TreeEnsemble::predict_margin(const float* rows, size_t n, size_t stride, double* out,
                                   Scratch& scratch) const {
   const size_t k_out = header_.n_outputs;
+  std::fill_n(out, n * k_out, 0.0);
   for (size_t start = 0; start < n; start += kBlockRows) {
     const size_t block = std::min(kBlockRows, n - start);
-    const CpuLevel level = cpu_level();
-    find_leaves(rows + start * stride, block, stride, level, scratch);
     double* sums = out + start * k_out;
-    std::fill_n(sums, block * k_out, 0.0);
-    uint32_t first_tree = 0;
-#if defined(__x86_64__)
-    if (level == CpuLevel::kAvx512 && k_out == 1 && block >= 4) {
-      sum_leaves_avx512(leaf_values_.data(), value_begin_.data(), scratch.leaves_.data(), header_.n_trees,
-                        block, kBlockRows, sums);
-      first_tree = header_.n_trees;
-    }
-#endif
-    for (uint32_t t = first_tree; t < header_.n_trees; ++t) {
-      const double* values = leaf_values_.data() + value_begin_[t];
-      const uint32_t* leaves = scratch.leaves_.data() + t * kBlockRows;
-      if (tree_output_[t] >= 0) {
-        double* column = sums + tree_output_[t];
-        for (size_t r = 0; r < block; ++r) column[r * k_out] += values[leaves[r]];
-      } else {
-        for (size_t r = 0; r < block; ++r) {
-          for (size_t k = 0; k < k_out; ++k) sums[r * k_out + k] += values[leaves[r] * k_out + k];
-        }
-      }
+    for (const TreeRun& run : plan_.runs) {
+      add_run(run, rows + start * stride, block, stride, sums, scratch);
     }
     for (size_t r = 0; r < block; ++r) {
       for (size_t k = 0; k < k_out; ++k) sums[r * k_out + k] = sums[r * k_out + k] / divisor_[k] + base_[k];
@@ -156,10 +192,15 @@ void TreeEnsemble::predict_leaf(const float* rows, size_t n, size_t stride, int3
                                 Scratch& scratch) const {
   for (size_t start = 0; start < n; start += kBlockRows) {
     const size_t block = std::min(kBlockRows, n - start);
-    find_leaves(rows + start * stride, block, stride, cpu_level(), scratch);
-    for (size_t r = 0; r < block; ++r) {
-      for (size_t t = 0; t < header_.n_trees; ++t) {
-        out[(start + r) * header_.n_trees + t] = static_cast<int32_t>(scratch.leaves_[t * kBlockRows + r]);
+    const float* of_block = rows + start * stride;
+    for (const TreeRun& run : plan_.runs) {
+      if (run.ranked) find_leaves(run, of_block, block, stride, cpu_level(), scratch);
+      for (size_t r = 0; r < block; ++r) {
+        int32_t* to = out + (start + r) * header_.n_trees + run.first_tree;
+        for (uint32_t t = 0; t < run.n_trees; ++t) {
+          to[t] = static_cast<int32_t>(run.ranked ? scratch.leaves_[t].bytes[r]
+                                                  : walk(run.first_tree + t, of_block + r * stride));
+        }
       }
     }
   }

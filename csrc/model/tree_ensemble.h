@@ -12,14 +12,14 @@
 
 #include "base/cpu.h"
 #include "base/status.h"
-#include "model/bitvector.h"
 #include "model/tree_format.h"
+#include "model/tree_plan.h"
 
 namespace penstock {
 
 class TreeEnsemble {
  public:
-  static constexpr size_t kBlockRows = 64;
+  static constexpr size_t kBlockRows = kLanes;
 
   // Working memory of one thread; made for one ensemble.
   class Scratch {
@@ -28,11 +28,9 @@ class TreeEnsemble {
 
    private:
     friend class TreeEnsemble;
-    std::vector<uint32_t> leaves_;  // [tree][kBlockRows]
-    std::vector<float> columns_;    // [feature][lanes]
-    std::vector<uint64_t> masks_;   // room for kMaxMaskBytes a tree from a boundary of 64 bytes
-
-    uint64_t* aligned_masks();
+    std::vector<ByteLine> ranks_;   // [column][kLanes], of the run at hand
+    std::vector<ByteLine> leaves_;  // [tree][kLanes], of the run at hand
+    std::vector<ByteLine> masks_;   // bit vectors of one row
   };
 
   static Status load(const uint8_t* data, size_t size, std::shared_ptr<const TreeEnsemble>* out);
@@ -50,10 +48,14 @@ class TreeEnsemble {
 
  private:
   Status check_tree(uint32_t tree) const;
-  void build_bitvector();
+  void build_plan();
+  bool goes_left(const Split& split, float x) const;
   uint32_t walk(uint32_t tree, const float* row) const;
-  size_t lanes_for(size_t left, CpuLevel level) const;
-  void find_leaves(const float* rows, size_t n, size_t stride, CpuLevel level, Scratch& scratch) const;
+  void complete_ranks(const TreeRun& run, const float* rows, size_t n, size_t stride, int8_t* ranks) const;
+  void find_leaves(const TreeRun& run, const float* rows, size_t n, size_t stride, CpuLevel level,
+                   Scratch& scratch) const;
+  void add_run(const TreeRun& run, const float* rows, size_t n, size_t stride, double* sums,
+               Scratch& scratch) const;
   void transform(double* row) const;
 
   TreeHeader header_{};
@@ -65,7 +67,8 @@ class TreeEnsemble {
   std::vector<uint32_t> value_begin_;  // [n_trees] first leaf value of the tree
   std::vector<uint32_t> cat_words_;
   std::vector<double> divisor_;  // [n_outputs]
-  BitvectorPlan plan_;           // empty if a tree has a categorical split or more than 64 leaves
+  bool one_output_ = false;      // every tree adds to the only output
+  TreePlan plan_;
 };
 
 }  // namespace penstock

@@ -1,5 +1,6 @@
 // Loading of trees.bin: every count and index is checked before anything is kept. Any thread.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -10,12 +11,35 @@
 namespace penstock {
 namespace {
 
-uint32_t crc32(const uint8_t* data, size_t size) {
-  uint32_t crc = ~0u;
-  for (size_t i = 0; i < size; ++i) {
-    crc ^= data[i];
+// Tables for eight bytes at a time: [k][b] is the crc of byte b followed by k zero bytes.
+using CrcTables = std::array<std::array<uint32_t, 256>, 8>;
+constexpr CrcTables crc_tables() {
+  CrcTables tables{};
+  for (uint32_t b = 0; b < 256; ++b) {
+    uint32_t crc = b;
     for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ (0xedb88320u & (0u - (crc & 1u)));
+    tables[0][b] = crc;
   }
+  for (size_t k = 1; k < 8; ++k) {
+    for (size_t b = 0; b < 256; ++b) {
+      const uint32_t before = tables[k - 1][b];
+      tables[k][b] = (before >> 8) ^ tables[0][before & 0xff];
+    }
+  }
+  return tables;
+}
+
+uint32_t crc32(const uint8_t* data, size_t size) {
+  static constexpr CrcTables kTables = crc_tables();
+  uint32_t crc = ~0u;
+  for (; size >= 8; data += 8, size -= 8) {
+    uint64_t word;
+    std::memcpy(&word, data, 8);
+    word ^= crc;
+    crc = 0;
+    for (size_t i = 0; i < 8; ++i) crc ^= kTables[7 - i][word >> (8 * i) & 0xff];
+  }
+  for (; size > 0; ++data, --size) crc = (crc >> 8) ^ kTables[0][(crc ^ *data) & 0xff];
   return ~crc;
 }
 
@@ -90,7 +114,7 @@ Status TreeEnsemble::load(const uint8_t* data, size_t size, std::shared_ptr<cons
   }
   if (values != h.n_leaf_values) return bad("too many leaf values");
   for (double& d : made->divisor_) d = h.average != 0 && d > 0.0 ? d : 1.0;
-  made->build_bitvector();
+  made->build_plan();
   *out = std::move(made);
   return Status::ok();
 }
@@ -127,52 +151,11 @@ Status TreeEnsemble::check_tree(uint32_t tree) const {
   return Status::ok();
 }
 
-void TreeEnsemble::build_bitvector() {
-  plan_.narrow = true;
-  for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    const uint32_t leaves = leaf_begin_[t + 1] - leaf_begin_[t];
-    if (leaves > 64) return;
-    plan_.narrow = plan_.narrow && leaves <= 32;
-  }
-  for (const Split& s : splits_) {
-    if (s.flags & kCategorical) return;
-  }
-  struct Keyed {
-    uint32_t group;
-    BitvectorEntry entry;
-  };
-  std::vector<Keyed> keyed;
-  keyed.reserve(splits_.size());
-  for (uint32_t t = 0; t < header_.n_trees; ++t) {
-    const Split* splits = splits_.data() + split_begin_[t];
-    for (uint32_t i = 0; i < split_begin_[t + 1] - split_begin_[t]; ++i) {
-      // Leaves of the left subtree: from its leftmost leaf up to the leftmost of the right one.
-      const auto leftmost = [&](int32_t node) {
-        while (node >= 0) node = splits[node].left;
-        return static_cast<uint32_t>(~node);
-      };
-      const uint32_t low = leftmost(splits[i].left), high = leftmost(splits[i].right);
-      const uint64_t cleared = ((1ull << (high - low)) - 1) << low;
-      const uint32_t group = 2 * splits[i].feature + ((splits[i].flags & kDefaultLeft) ? 0 : 1);
-      keyed.push_back({group, {splits[i].threshold, t, ~cleared}});
-    }
-  }
-  std::stable_sort(keyed.begin(), keyed.end(), [](const Keyed& a, const Keyed& b) {
-    return a.group != b.group ? a.group < b.group : a.entry.threshold < b.entry.threshold;
-  });
-  plan_.begin.assign(2 * size_t{header_.n_features} + 1, 0);
-  for (const Keyed& k : keyed) {
-    ++plan_.begin[k.group + 1];
-    plan_.entries.push_back(k.entry);
-    plan_.thresholds.push_back(k.entry.threshold);
-    if (plan_.narrow) {
-      plan_.narrow_keeps.push_back({k.entry.tree, static_cast<uint32_t>(k.entry.keep)});
-    } else {
-      plan_.wide_keeps.push_back({k.entry.tree, k.entry.keep});
-    }
-  }
-  for (size_t g = 1; g < plan_.begin.size(); ++g) plan_.begin[g] += plan_.begin[g - 1];
-  plan_.usable = true;
+void TreeEnsemble::build_plan() {
+  one_output_ = header_.n_outputs == 1 &&
+                std::all_of(tree_output_.begin(), tree_output_.end(), [](int32_t o) { return o == 0; });
+  plan_ = plan_trees({header_.n_trees, splits_.data(), split_begin_.data(),
+                      one_output_ ? leaf_values_.data() : nullptr, value_begin_.data()});
 }
 
 }  // namespace penstock

@@ -83,17 +83,9 @@ class WireSession(metaclass=_NativeType):
         """
         Append a scores response (scores row-major float64). False: the output limit is hit.
         """
-    def send_output(self) -> bool:
-        """
-        Send to the attached socket what waits. True: look after the rest, with take_output.
-        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
-        """
-    def watch(self) -> None:
-        """
-        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -103,6 +95,8 @@ class WireSession(metaclass=_NativeType):
     def in_flight(self) -> int: ...
     @property
     def input_capacity(self) -> int: ...
+    @property
+    def unfinished_bytes(self) -> int: ...
     @property
     def pending_output_bytes(self) -> int: ...
 
@@ -213,9 +207,41 @@ class FeatureCache(metaclass=_NativeType):
         capacity: typing.SupportsInt | typing.SupportsIndex,
         row_words: typing.SupportsInt | typing.SupportsIndex,
         ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
     ) -> None:
         """
-        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0; negative_ttl_ns: a shorter one of rows that say NOT_FOUND; refresh_ahead: last part of a row's life, 0 to 0.5, in which a read queues it for take_refreshes. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        """
+    @staticmethod
+    def open_shared(
+        path: str,
+        capacity: typing.SupportsInt | typing.SupportsIndex,
+        row_words: typing.SupportsInt | typing.SupportsIndex,
+        ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        identity: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> FeatureCache:
+        """
+        The cache in the file at `path`, which several processes share and the first one makes. identity: uint64 of the key hash and row layout. Raises RuntimeError, naming what differs, where the file holds another kind of arena.
+        """
+    @staticmethod
+    def attach(fd: typing.SupportsInt | typing.SupportsIndex) -> FeatureCache:
+        """
+        The cache in an open file, whatever its geometry. Raises RuntimeError if it is no arena.
+        """
+    @property
+    def row_words(self) -> int: ...
+    def take_refreshes(
+        self, n: typing.SupportsInt | typing.SupportsIndex
+    ) -> tuple[
+        numpy.typing.NDArray[numpy.uint64],
+        numpy.typing.NDArray[numpy.int64],
+        numpy.typing.NDArray[numpy.bool_],
+    ]:
+        """
+        Up to n rows that were read shortly before their end: keys uint64[k, 2], request times to load them for int64[k], and hold bool[k]: not to be stored before that time.
         """
     def _abandon_put(
         self,
@@ -230,9 +256,13 @@ class FeatureCache(metaclass=_NativeType):
         """
         For tests: a put that stops after `words` words with the bucket locked.
         """
-    def clear(self, owner: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def clear(
+        self,
+        owner: typing.SupportsInt | typing.SupportsIndex = 0,
+        stamp: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
         """
-        Remove every row; the stamps are remembered.
+        Remove every row; the stamps are remembered, and lesser ones than `stamp` are refused from then on.
         """
     def discard_many(
         self,
@@ -310,6 +340,45 @@ class HistogramCounts(metaclass=_NativeType):
         A copy of all counts, uint64 [slots].
         """
 
+class DriftPanes(metaclass=_NativeType):
+    """
+    Drift counts of served rows by pane of request time. Any thread; the GIL is not held while it counts.
+    """
+    def __init__(
+        self,
+        columns: list,
+        score: list,
+        *,
+        pane_us: typing.SupportsInt | typing.SupportsIndex,
+        window_us: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        columns, score: as of HistogramCounts; one column of score. Raises ValueError.
+        """
+    def add(
+        self,
+        now_us: numpy.typing.NDArray[numpy.int64],
+        rows: numpy.typing.NDArray[numpy.float32],
+        scores: numpy.typing.NDArray[numpy.float64],
+    ) -> int:
+        """
+        Count rows float32 [n, columns] with request times int64 [n] >= 0 and float64 scores [n]; returns
+        how many came too late. Raises ValueError.
+        """
+    def merge(self, other: DriftPanes) -> None:
+        """
+        Add what other holds. Raises ValueError, unchanged, where they do not fit.
+        """
+    def window(
+        self,
+        last: typing.SupportsInt | typing.SupportsIndex | None,
+        panes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        (last, n, rows, late, expired, inputs uint64 [slots], score uint64 [slots]) of the panes up to
+        `last` (None: the newest held; -1 when there is none). rows, late and expired are since the start.
+        """
+
 class FeatureProgram(metaclass=_NativeType):
     """
     A compiled feature program; immutable.
@@ -365,6 +434,16 @@ class RowSchema(metaclass=_NativeType):
         64-bit words in a row.
         """
 
+class HotInputs(metaclass=_NativeType):
+    """
+    Requests, encoded, most frequent first.
+    """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
+    def __len__(self) -> int: ...
+
 class ServedModel(metaclass=_NativeType):
     """
     One live version of a model: lane, executor thread, counters.
@@ -381,7 +460,36 @@ class ServedModel(metaclass=_NativeType):
         """
         Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
-        One thread at a time.
+        One thread at a time. Drift has counted them.
+        """
+    def count_drift(self, panes: DriftPanes) -> None:
+        """
+        Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
+        """
+    def drain_traces(self) -> list:
+        """
+        Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, then
+        ns of receive, gather, queue, run, encode, total, then rows, code)].
+        """
+    def hot_inputs(self) -> HotInputs:
+        """
+        The most frequent requests of one row that the edge cache saw.
+        """
+    def hot_misses(
+        self, hot: HotInputs, now_us: typing.SupportsInt | typing.SupportsIndex
+    ) -> list[tuple[str, numpy.typing.NDArray[numpy.uint64]]]:
+        """
+        [(view, keys uint64 [n, 2])]: the feature rows that these requests lack.
+        """
+    def precompute(
+        self,
+        hot: HotInputs,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        limit_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> int:
+        """
+        Compute those that the edge cache lacks and whose features are cached; how many. Waits for an
+        idle lane, limit_s at most.
         """
     def stats(self) -> dict:
         """
@@ -394,6 +502,10 @@ class ServedModel(metaclass=_NativeType):
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.
+        """
+    def trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and counted.
         """
     @property
     def n_features(self) -> int: ...
@@ -416,6 +528,11 @@ class Connection(metaclass=_NativeType):
         """
         Replies go straight to this connected socket from now on; its descriptor is duplicated. False:
         no descriptor is free.
+        """
+    def authorize(self, until_us: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they are,
+        received stops after each `auth` request: decide on it, then call received(0).
         """
     def drop(self) -> None:
         """
@@ -453,9 +570,21 @@ class Connection(metaclass=_NativeType):
         retryable: bool,
         retry_after_ms: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> bool: ...
+    def send_output(self) -> bool:
+        """
+        Send to the attached socket what waits. True: look after the rest, with take_output.
+        """
     def take_output(self) -> typing.Any:
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
+        """
+    def touch(self) -> None:
+        """
+        The peer was kept waiting by us: its silence counts from now on.
+        """
+    def watch(self) -> None:
+        """
+        Have wake tell of every output of this connection.
         """
     @property
     def closed(self) -> bool: ...
@@ -486,7 +615,15 @@ class ServingCore(metaclass=_NativeType):
     """
     Live models, connections and the loader's queue.
     """
-    def __init__(self) -> None: ...
+    def __init__(
+        self,
+        worker: typing.SupportsInt | typing.SupportsIndex = 0,
+        cache_owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        worker: index among the processes that serve together, 0 to 63: their request ids are apart.
+        cache_owner: the process's number as a writer of shared feature caches.
+        """
     def call(self, vectors: bool, params: bytes, timings: bool = True) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores
@@ -536,12 +673,27 @@ class ServingCore(metaclass=_NativeType):
         max_queued_rows: typing.SupportsInt | typing.SupportsIndex = 16384,
         allow_replay: bool = False,
         served_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+        low_share: typing.SupportsFloat | typing.SupportsIndex = 0.125,
+        breaker_timeout_ms: typing.SupportsFloat | typing.SupportsIndex | None = None,
+        breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
+        breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
+        edge: typing.Any = None,
     ) -> ServedModel:
         """
         Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
         is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
-        fields, key_columns}], program, key_seed, error_on_missing. ValueError says what is wrong.
+        fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
+        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
+        """
+    def overdue(
+        self,
+        idle_s: typing.SupportsFloat | typing.SupportsIndex,
+        read_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> tuple[list[int], list[int]]:
+        """
+        Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose unfinished
+        message made no progress for read_s.
         """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
@@ -568,6 +720,8 @@ class ServingCore(metaclass=_NativeType):
         event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids of
         connections whose output somebody else must look after.
         """
+    @property
+    def unauthenticated(self) -> int: ...
     @property
     def event_fd(self) -> int: ...
     @property
@@ -606,4 +760,63 @@ def wire_decode_predict_vectors(params: str) -> dict:
 def wire_transcode(message: str) -> bytes:
     """
     Re-encode one MessagePack value (bytes) in smallest form. ValueError if it is not one whole value.
+    """
+
+class HdrHistogram(metaclass=_NativeType):
+    """
+    Latencies in nanoseconds, exact to three significant digits. One thread.
+    """
+    def __init__(self) -> None: ...
+    def add(self, ns: numpy.typing.ArrayLike) -> None:
+        """
+        Add every value of an int64 array.
+        """
+    def count_up_to(self, ns: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Values in the buckets up to that of `ns`.
+        """
+    def quantile(self, q: typing.SupportsFloat | typing.SupportsIndex) -> int:
+        """
+        The largest value of the bucket that holds the ceil(q * count)-th smallest; 0 if empty.
+        """
+    @property
+    def count(self) -> int: ...
+    @property
+    def max(self) -> int: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def min(self) -> int: ...
+
+def run_load(
+    address: str,
+    requests: bytes | bytearray | memoryview,
+    offsets: numpy.typing.NDArray[numpy.uint64],
+    *,
+    protocol: str = "rpc",
+    order: numpy.typing.NDArray[numpy.uint32] | None = None,
+    expected: numpy.typing.NDArray[numpy.float64] | None = None,
+    scores_per_request: typing.SupportsInt | typing.SupportsIndex = 1,
+    tolerance: typing.SupportsFloat | typing.SupportsIndex = 1e-05,
+    body_format: str = "none",
+    json_key: str = "",
+    fixed_reply: bytes = b"",
+    greeting: bytes = b"",
+    connections: typing.SupportsInt | typing.SupportsIndex = 1,
+    in_flight: typing.SupportsInt | typing.SupportsIndex = 1,
+    rate: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+    poisson: bool = False,
+    shed: bool = False,
+    seed: typing.SupportsInt | typing.SupportsIndex = 0,
+    warmup_s: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    duration_s: typing.SupportsFloat | typing.SupportsIndex = 5.0,
+    drain_s: typing.SupportsFloat | typing.SupportsIndex = 2.0,
+    tick_us: typing.SupportsFloat | typing.SupportsIndex = 50.0,
+    goodput_ms: typing.SupportsFloat | typing.SupportsIndex = 50.0,
+    reconnect_s: typing.SupportsFloat | typing.SupportsIndex = 0.1,
+    series: bool = False,
+    watch: collections.abc.Callable[[str, float, int, int], bool | None] | None = None,
+) -> dict[str, typing.Any]:
+    """
+    Load a server (csrc/load/load.h) and return what came of it. ValueError: an option is wrong; ConnectionError: no connection. watch(phase, seconds, ok, failed): False ends the run.
     """

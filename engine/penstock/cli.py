@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import penstock
-from penstock import cli_demo, cli_features, cli_models, cli_report, cli_serving
+from penstock import cli_bench, cli_demo, cli_features, cli_models, cli_report, cli_serving
 
 app = typer.Typer(
     name="penstock",
@@ -63,6 +63,7 @@ cli_features.register(app)
 cli_serving.register(app)
 app.add_typer(cli_models.app, name="models")
 cli_report.register(app)
+cli_bench.register(app)
 cli_demo.register(app)
 
 

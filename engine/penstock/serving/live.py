@@ -7,13 +7,15 @@ together stay within `caches.models.memory`: previous versions are dropped to ma
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
@@ -30,6 +32,7 @@ from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
 _IDLE_POLL_S = 0.001
+_PRECOMPUTE_S = 5.0  # beside a busy lane, which goes first
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
@@ -47,7 +50,9 @@ class LiveModel:
     freshness: FreshnessMonitor
     performance: PerformanceTracker | None
     log: ServedLog
+    ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
+    forward: Callable[[LiveModel, tuple[Any, ...]], None] | None = None  # instead of the monitors here
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def memory_bytes(self) -> int:
@@ -68,30 +73,55 @@ class LiveModel:
         self.drain()
 
     def drain(self) -> None:
-        """Take every row served so far into the monitors and the log. Any thread."""
+        """Take every row served so far into the monitors and the log. Any thread.
+
+        Drift is native and has counted them then. At most as many as can have waited: those that come
+        meanwhile, perhaps faster than they are taken, must not keep it from ending.
+        """
         with self._draining:
-            while True:
-                ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
-                if not len(ids):
+            for _ in range(-(-self.ring_rows // _DRAIN_ROWS)):
+                part = self.served.drain(_DRAIN_ROWS)
+                if not len(part[0]):
                     return
-                newest = int(now_us.max())
-                self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
-                first = np.ascontiguousarray(scores[:, 0])
-                self.drift.add(now_us, rows, first)
-                if event_time.shape[1]:
-                    self.freshness.add(now_us, event_time, status)
-                if self.performance is not None:
-                    self.performance.record(ids, now_us, first, self.bundle.version)
-                self.log.append(
-                    self.bundle.name,
-                    self.bundle.version,
-                    [name for name, _ in self.bundle.inputs],
-                    ids,
-                    now_us,
-                    rows,
-                    first,
-                    status,
-                )
+                if self.forward is None:
+                    self.take_in(*part)
+                else:
+                    self.forward(self, part)
+
+    def take_in(
+        self,
+        ids: NDArray[np.uint64],
+        now_us: NDArray[np.int64],
+        rows: NDArray[np.float32],
+        scores: NDArray[np.float64],
+        status: NDArray[np.uint8],
+        event_time: NDArray[np.int64],
+        *,
+        counted: bool = True,
+    ) -> None:
+        """Take served rows, as `_core.ServedModel.drain` gives them, into the monitors and the log.
+
+        `counted`: they are in the drift counts already, as those of this process are.
+        """
+        newest = int(now_us.max())
+        self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
+        first = np.ascontiguousarray(scores[:, 0])
+        if not counted:
+            self.drift.add(now_us, rows, first)
+        if event_time.shape[1]:
+            self.freshness.add(now_us, event_time, status)
+        if self.performance is not None:
+            self.performance.record(ids, now_us, first, self.bundle.version)
+        self.log.append(
+            self.bundle.name,
+            self.bundle.version,
+            [name for name, _ in self.bundle.inputs],
+            ids,
+            now_us,
+            rows,
+            first,
+            status,
+        )
 
     def entities(self) -> list[str]:
         """The entity columns of a request; none for a model on bare vectors."""
@@ -129,6 +159,8 @@ class LiveModels:
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
         self._clock = clock
+        self.new_cache: Callable[[str, int], _core.FeatureCache] = self._private_cache  # (view, row words)
+        self.cache_owner = 0
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -181,6 +213,11 @@ class LiveModels:
                 max_queued_rows=serving.max_queued_rows,
                 allow_replay=serving.allow_replay,
                 served_capacity=monitoring.ring_rows,
+                low_share=serving.low_share,
+                breaker_timeout_ms=serving.breaker_timeout_ms,
+                breaker_probe_ms=serving.breaker_probe_ms,
+                breaker_failures=serving.breaker_failures,
+                edge=self._edge(),
             )
             self._make_room(bundle, backend.bytes_now() + lane_bytes)
         except BaseException as error:
@@ -203,6 +240,10 @@ class LiveModels:
                 ),
             )
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
+        served.count_drift(drift.panes)
+        if monitoring.tracing is not None:
+            served.trace(monitoring.tracing.capacity)
         return LiveModel(
             bundle,
             plan,
@@ -210,10 +251,11 @@ class LiveModels:
             backend,
             settings.isolation,
             lane_bytes,
-            DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us),
+            drift,
             FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
             performance,
             self._log,
+            monitoring.ring_rows,
         )
 
     def publish(self, model: LiveModel) -> None:
@@ -222,6 +264,8 @@ class LiveModels:
         before = self.live.get(name)
         if before is model:
             return
+        if before is not None:
+            self.precompute(model, before)
         self._core.publish(model.served)
         self.live[name] = model
         if before is None:
@@ -230,6 +274,21 @@ class LiveModels:
         self.previous[name] = before
         if stale is not None and stale is not model:
             self._finish(stale)
+
+    def precompute(self, model: LiveModel, source: LiveModel | None = None, now_us: int | None = None) -> int:
+        """Compute what the edge cache of `model` lacks of the most frequent inputs of `source` (default: its
+        own), as of request time `now_us` (default: now). Loads the features that they need.
+
+        Returns how many were computed: none where the cache is not in use.
+        """
+        hot = (source or model).served.hot_inputs()
+        now_us = self._clock.now_us() if now_us is None else now_us
+        for view, keys in model.served.hot_misses(hot, now_us):
+            assert self._store is not None
+            stamp = self._store.stamp()
+            rows, meta = self._store.load_rows(view, keys, np.full(len(keys), now_us, np.int64))
+            self.caches[view].put_many(keys, rows, meta, stamp, self._clock.mono_ns())
+        return model.served.precompute(hot, now_us, _PRECOMPUTE_S)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
         """The previous version of `name`, if it is that one."""
@@ -254,9 +313,24 @@ class LiveModels:
                     self._finish(model)
         return found
 
-    def clear_caches(self) -> None:
+    def clear_caches(self, stamp: int = 0) -> None:
+        """Empty the feature caches; rows with a stamp below `stamp` are refused from then on."""
         for cache in self.caches.values():
-            cache.clear()
+            cache.clear(self.cache_owner, stamp)
+
+    def cache_settings(self, row_words: int) -> dict[str, Any]:
+        """Arguments of a `_core.FeatureCache` of rows of `row_words`."""
+        settings = self._config.caches.features
+        return {
+            "capacity": settings.capacity,
+            "row_words": row_words,
+            "ttl_ns": int(settings.ttl * 1e9) if settings.ttl else 0,
+            "negative_ttl_ns": int(settings.negative_ttl * 1e9) if settings.negative_ttl else 0,
+            "refresh_ahead": settings.refresh_ahead,
+        }
+
+    def _private_cache(self, view: str, row_words: int) -> _core.FeatureCache:
+        return _core.FeatureCache(**self.cache_settings(row_words))
 
     def stop(self) -> None:
         """Stop every version and take in its last rows."""
@@ -301,6 +375,16 @@ class LiveModels:
         """Every request it still has was to be answered within the limit."""
         model.finish(self._config.serving.max_latency_ms / 1000)
 
+    def _edge(self) -> dict[str, Any]:
+        settings = self._config.caches.edge
+        return {
+            "mode": settings.mode,
+            "capacity": settings.capacity,
+            "ttl_ns": int(settings.ttl * 1e9),
+            "precompute": settings.precompute,
+            "seed": os.urandom(16) if self._store is None else self._store.key_seed,
+        }
+
     def _plan(self, bundle: ModelBundle) -> ServicePlan | None:
         if bundle.service is None:
             return None
@@ -319,16 +403,11 @@ class LiveModels:
 
     def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
         assert self._store is not None
-        settings = self._config.caches.features
         views: list[Mapping[str, Any]] = []
         for view, keys in zip(plan.views, plan.view_keys):
             computer = self._store.computer(view.name)
             if view.name not in self.caches:
-                self.caches[view.name] = _core.FeatureCache(
-                    settings.capacity,
-                    computer.row_schema.row_words,
-                    int(settings.ttl * 1e9) if settings.ttl else 0,
-                )
+                self.caches[view.name] = self.new_cache(view.name, computer.row_schema.row_words)
             # One row of each view is computed here, so that no request waits for a compiler.
             some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
             for now_us in (0, self._clock.now_us()):

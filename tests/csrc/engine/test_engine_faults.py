@@ -91,6 +91,13 @@ def conserved(stats: dict[str, Any]) -> None:
         ("max_requests", 0),
         ("max_queued_rows", 0),
         ("max_queued_rows", 1 << 31),
+        ("low_share", 0.0),
+        ("low_share", 0.6),
+        ("low_share", float("nan")),
+        ("breaker_timeout_ms", 0.0),
+        ("breaker_timeout_ms", float("inf")),
+        ("breaker_probe_ms", 0.0),
+        ("breaker_failures", 0),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(
@@ -231,3 +238,132 @@ def test_an_unknown_entity_is_counted_alike_whether_it_was_loaded_or_cached(core
     stats = served.stats()
     conserved(stats)
     assert stats["requests"]["rejected"] == 2
+
+
+def request_of(msgid: int, priority: str, rows: int = 1) -> bytes:
+    options = {"priority": priority}
+    return msgpack.packb([0, msgid, "predict_vectors", ["m", bytes(4 * F * rows), rows, options]])
+
+
+def test_low_requests_wait_for_high_ones_but_for_their_share(core: Any, image: bytes) -> None:
+    served = core.load(
+        "m", "1", image, max_latency_ms=60_000, max_batch_rows=1, low_share=0.25, inline_limit_us=10**6
+    )
+    core.publish(served)
+    served._hold(True)
+    connection = connect(core)
+    send(connection, request(100))
+    while not served.stats()["breaker"]["busy"]:  # the first batch is out, and holds the others up
+        pass
+    send(connection, b"".join(request_of(i, "low") for i in range(4)))
+    send(connection, b"".join(request_of(i, "high") for i in range(10, 22)))
+    waiting = served.stats()["classes"]
+    assert waiting["low"]["queued_rows"] == 4 and waiting["high"]["queued_rows"] == 12
+    served._hold(False)
+    order = [reply[1] for reply in wait_replies(core, connection, 17)]
+    assert order == [100, 10, 11, 12, 0, 13, 14, 15, 1, 16, 17, 18, 2, 19, 20, 21, 3]
+    stats = served.stats()
+    conserved(stats)
+    for name, requests in (("high", 13), ("low", 4)):
+        conserved(stats["classes"][name])
+        assert stats["classes"][name]["requests"]["ok"] == requests
+        assert stats["classes"][name]["queued_rows"] == 0
+        assert stats["classes"][name]["max_wait_ns"] > 0
+
+
+def test_a_flood_of_low_requests_does_not_refuse_a_high_one(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_latency_ms=60_000, max_requests=8)
+    core.publish(served)
+    served._hold(True)
+    connection = connect(core)
+    send(connection, b"".join(request_of(i, "low") for i in range(50)))
+    refused = replies(connection)
+    assert 40 < len(refused) < 50 and {r[2]["code"] for r in refused} == {"RESOURCE_EXHAUSTED"}
+    for i in range(100, 104):
+        send(connection, request_of(i, "high"))
+    assert replies(connection) == []
+    served._hold(False)
+    assert all(reply[2] is None for reply in wait_replies(core, connection, 50 - len(refused) + 4))
+    conserved(served.stats())
+
+
+def test_a_connection_is_served_beside_one_that_floods(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_latency_ms=60_000, max_batch_rows=2, inline_limit_us=10**6)
+    core.publish(served)
+    served._hold(True)
+    greedy, modest = connect(core, max_in_flight=10_000), connect(core)
+    send(greedy, request(0))
+    while not served.stats()["breaker"]["busy"]:
+        pass
+    send(greedy, b"".join(request(i) for i in range(1, 10_000)))
+    flood = len(replies(greedy))
+    assert 0 < flood < 9_000  # more is refused than the lane may hold of one connection
+    send(modest, request(1))
+    served._hold(False)
+    # Less than three rounds of the greedy one come before it.
+    assert wait_replies(core, modest, 1)[0][2] is None
+    stats = served.stats()["classes"]["high"]
+    conserved(stats)
+
+
+def test_a_hung_run_opens_the_breaker_and_its_end_closes_it(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_latency_ms=60_000, breaker_timeout_ms=20, breaker_probe_ms=77)
+    core.publish(served)
+    core.publish(core.load("well", "1", image, max_latency_ms=60_000))
+    served._hold(True)
+    connection = connect(core)
+    send(connection, request(1) + request(2))
+    # The run in progress and what queues behind it, long before their deadlines.
+    first, second = wait_replies(core, connection, 2)
+    assert first[2]["code"] == second[2]["code"] == "UNAVAILABLE"
+    assert first[2]["retryable"] and first[2]["retry_after_ms"] == 77
+    assert served.stats()["breaker"] == {"state": "open", "busy": True, "opens": 1, "probes": 0}
+    send(connection, request(3))
+    (third,) = replies(connection)  # at once
+    assert third[2]["code"] == "UNAVAILABLE" and third[2]["retry_after_ms"] == 77
+    well = core.call(True, msgpack.packb(["well", bytes(4 * F), 1]))
+    assert isinstance(well[0], np.ndarray)
+    runs = served.stats()["run"]["count"]
+    served._hold(False)
+    while served.stats()["breaker"]["state"] != "closed":
+        pass
+    assert served.stats()["breaker"] == {"state": "closed", "busy": False, "opens": 1, "probes": 1}
+    assert served.stats()["run"]["count"] == runs  # no run for those who had their answer
+    send(connection, request(4))
+    assert wait_replies(core, connection, 1)[0][2] is None
+    stats = served.stats()
+    conserved(stats)
+    assert stats["requests"]["failed"] == 2 and stats["requests"]["rejected"] == 1
+
+
+def test_stopping_does_not_wait_for_a_run_that_hangs(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_latency_ms=60_000, breaker_timeout_ms=20)
+    core.publish(served)
+    served._hold(True)
+    connection = connect(core)
+    send(connection, request(1))
+    served.stop()
+    (reply,) = wait_replies(core, connection, 1)
+    assert reply[2]["code"] == "UNAVAILABLE"
+
+
+def test_a_lost_connection_costs_only_its_own_requests(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_latency_ms=60_000)
+    core.publish(served)
+    served._hold(True)
+    lost, kept = connect(core), connect(core)
+    for i in range(20):
+        send(lost, request(i))
+        send(kept, request(i))
+    send(kept, msgpack.packb([2, "cancel", [7]]))
+    send(kept, msgpack.packb([2, "cancel", [99]]))
+    lost.drop()
+    served._hold(False)
+    answers = {reply[1]: reply[2] for reply in wait_replies(core, kept, 20)}
+    assert answers.pop(7)["code"] == "CANCELLED"
+    assert all(error is None for error in answers.values()) and len(answers) == 19
+    while served.stats()["requests"]["in_flight"]:
+        core.wake()
+    stats = served.stats()
+    conserved(stats)
+    assert stats["requests"]["cancelled"] == 21 and stats["requests"]["ok"] == 19

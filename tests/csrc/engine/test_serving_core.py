@@ -132,10 +132,11 @@ def test_a_hung_model_is_answered_at_the_deadline_and_others_do_not_notice(core:
     got = core.call(True, vectors("hung", np.zeros((3, F))))
     assert got[0] == "DEADLINE_EXCEEDED"
     assert core.call(True, vectors("well", np.zeros((3, F))))[1] == "1"
-    # The next one queues behind the run that hangs, and is answered too.
+    # The next one queues behind the run that hangs, or meets the open breaker, and is answered too.
     assert core.call(True, vectors("hung", np.zeros((1, F))))[0] in (
         "DEADLINE_EXCEEDED",
         "RESOURCE_EXHAUSTED",
+        "UNAVAILABLE",
     )
     hung._hold(False)
     while hung.stats()["queued_rows"] or core.call(True, vectors("hung", np.zeros((1, F))))[1] != "1":
@@ -342,10 +343,14 @@ def test_a_full_lane_refuses_and_recovers(core: Any, image: bytes) -> None:
     for i in range(8):
         peer.send(request(i, "predict_vectors", ["m", bytes(4 * F), 1]))
     refused = peer.replies()
-    assert len(refused) == 4 and all(r[2]["code"] == "RESOURCE_EXHAUSTED" for r in refused)
+    assert len(refused) == 5 and all(r[2]["code"] == "RESOURCE_EXHAUSTED" for r in refused)
     assert all(r[2]["retry_after_ms"] >= 1 for r in refused)
+    newcomer = Peer(core)  # a quarter of the room is kept for connections that have nothing in the lane
+    for i in range(2):
+        newcomer.send(request(i, "predict_vectors", ["m", bytes(4 * F), 1]))
+    assert [r[1] for r in newcomer.replies()] == [1]
     served._hold(False)
-    assert all(r[2] is None for r in peer.wait_replies(4))
+    assert all(r[2] is None for r in [*peer.wait_replies(3), *newcomer.wait_replies(1)])
     conserved(served.stats())
 
 
