@@ -135,6 +135,7 @@ class PythonModel final : public Model {
   size_t n_features() const override { return calls_->n_features(); }
   size_t n_outputs() const override { return calls_->rule().n_outputs(); }
   Status run(const float* rows, size_t n, double* scores) override { return calls_->run(rows, n, scores); }
+  bool may_lack_scores() const override { return true; }
   bool inline_ok() const override { return false; }
   void interrupt() override { calls_->interrupt(); }
 

@@ -106,6 +106,7 @@ class ChildModel final : public Model {
   size_t n_features() const override { return channel_->n_features(); }
   size_t n_outputs() const override { return channel_->rule().n_outputs(); }
   Status run(const float* rows, size_t n, double* scores) override { return channel_->run(rows, n, scores); }
+  bool may_lack_scores() const override { return true; }
   bool inline_ok() const override { return false; }
   void interrupt() override { channel_->close(); }
   int64_t retry_after_ms() const override { return channel_->retry_after_ms(); }

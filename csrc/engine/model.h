@@ -17,9 +17,11 @@ class Model {
   virtual ~Model() = default;
   virtual size_t n_features() const = 0;
   virtual size_t n_outputs() const = 0;
-  // rows [n, n_features], n in 1..64; scores [n, n_outputs]. A score that is NaN or infinite is no score: its
-  // request fails, the others of the batch do not. A status that is not OK fails the whole batch.
+  // rows [n, n_features], n in 1..64; scores [n, n_outputs]. A status that is not OK fails the whole batch.
   virtual Status run(const float* rows, size_t n, double* scores) = 0;
+  // A score that is NaN or infinite is no score: the request of its row fails, the others of the batch do
+  // not.
+  virtual bool may_lack_scores() const { return false; }
   // False where a run waits for what its thread may not wait for: another process, or the GIL.
   virtual bool inline_ok() const { return true; }
   // Makes a run in progress return soon, where the backend can; no run follows.

@@ -70,6 +70,7 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       n_features_(model_->n_features()),
       n_outputs_(model_->n_outputs()),
       n_views_(plan_ == nullptr ? 0 : plan_->n_views()),
+      may_lack_scores_(model_->may_lack_scores()),
       lane_(lane_config(config)),
       breaker_(config.breaker),
       requests_(2 * size_t{config.lane.max_requests}),
@@ -357,10 +358,10 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
       uint32_t row = row_at(*request, piece.first_row);
       for (uint32_t r = 0; r < piece.rows; ++r) {
         const double* scores = &batch_scores_[(from + r) * n_outputs_];
-        for (size_t k = 0; k < n_outputs_; ++k) {
-          scores_[row * n_outputs_ + k] = scores[k];
-          request->no_score |= !std::isfinite(scores[k]);
-        }
+        std::copy_n(scores, n_outputs_, &scores_[row * n_outputs_]);
+        if (may_lack_scores_ &&
+            !std::all_of(scores, scores + n_outputs_, [](double s) { return std::isfinite(s); }))
+          request->no_score = true;
         if (r + 1 < piece.rows) row = next_row_[row];
       }
       if (edge_ != nullptr && run_ok && !request->no_score) edge_fill(*request, piece, finished);

@@ -357,6 +357,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   const std::shared_ptr<const ServicePlan> plan_;
   ModelEvents* const events_;
   const size_t n_features_, n_outputs_, n_views_;
+  const bool may_lack_scores_;
 
   std::mutex mutex_;
   std::condition_variable work_;

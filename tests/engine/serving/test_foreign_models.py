@@ -276,8 +276,8 @@ def test_hung_child_is_killed_and_replaced(opened):
         engine.predict_vectors("py", hung)
     until(lambda: not Path(f"/proc/{before}").exists())
     assert until(lambda: process_of(engine)) != before
-    ends = until(lambda: _ok_once(engine))
-    assert ends == 1
+    assert until(lambda: _ok_once(engine)) == 1
+    assert engine.live.get("py").backend.process.restarts >= 1
     assert_conserved(engine, "py")
 
 
@@ -288,19 +288,18 @@ def _ok_once(engine: Engine) -> int:
     return 0
 
 
-def test_child_that_exits_is_replaced_and_callers_are_told_when(opened):
-    engine = opened({"py": "process: {restart_backoff: 300ms}"})
+def test_callers_are_told_when_a_child_that_exited_will_be_back(opened):
+    engine = opened({"py": "process: {restart_backoff: 30s, restart_backoff_max: 60s}"})
     row = rows_of(1)
     row[0, 0] = EXIT
     with pytest.raises(UnavailableError, match="its process died") as failed:
         engine.predict_vectors("py", row)
     assert failed.value.retryable
-    assert failed.value.retry_after_ms >= 300
+    assert failed.value.retry_after_ms >= 25_000
     with pytest.raises(UnavailableError, match="cannot run now: its process died") as failed:
         engine.predict_vectors("py", rows_of(1))
     assert failed.value.retry_after_ms >= 1
-    np.testing.assert_allclose(served_again(engine), expected(rows_of(1)), rtol=1e-6)
-    assert engine.live.get("py").backend.process.restarts == 1
+    engine.close()  # does not wait for the pause to end
 
 
 def test_other_models_do_not_notice_a_child_that_hangs_or_dies(opened):
