@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
 
-.PHONY: build demo test test-long bench lint format gpu clean
+.PHONY: build demo test test-long bench bench-serving lint format gpu clean
 
 build: $(STAMP)
 
@@ -48,6 +48,12 @@ bench: $(STAMP)
 	for peer in onnxruntime onnxmltools tl2cgen cachetools cachebox; do \
 	  $(BIN)/pip install --quiet --disable-pip-version-check $$peer || echo "$$peer: cannot be installed"; done
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/run.py
+
+# Beside its peers, each in an environment of its own under build/peers; QUICK=1 takes about two minutes.
+bench-serving: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check onnxruntime onnxmltools || echo "onnxruntime: cannot be installed"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/serving/bench.py $(if $(QUICK),--quick)
+	$(BIN)/python bench/tables.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -156,8 +156,14 @@ def write(
     packages: Iterable[str],
     absent: Iterable[str] = (),
     notes: Iterable[str] = (),
+    targets: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write bench/results/NAME.json; `facts` are those of machine(), read before the measurement."""
+    """Write bench/results/NAME.json.
+
+    Args:
+        facts: those of machine(), read before the measurement.
+        targets: lines with the keys of bench/serving/lines.Line, shown above the rows.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     script = Path(sys.argv[0]).resolve()
@@ -173,6 +179,8 @@ def write(
         "absent": list(absent),
         "notes": list(notes),
     }
+    if targets is not None:
+        document["targets"] = [dict(line) for line in targets]
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path

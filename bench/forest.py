@@ -1,4 +1,4 @@
-"""The model of the benchmarks (LightGBM, 200 trees of 31 leaves over 32 features) and rows to score."""
+"""The models of the benchmarks (LightGBM, 32 features) and rows to score."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TREES, LEAVES, FEATURES = 200, 31, 32
 ROWS = 4096
 
 
-def train() -> tuple[Any, np.ndarray, np.ndarray]:
+def train(trees: int = TREES, leaves: int = LEAVES) -> tuple[Any, np.ndarray, np.ndarray]:
     """The booster, its training columns with the label last (float32 [20000, 33]), and rows to score."""
     lightgbm = import_peer("lightgbm")
     rng = np.random.default_rng(0)
     x = rng.standard_normal((20_000, FEATURES), np.float32)
     y = (x[:, 0] + x[:, 1] * x[:, 2] + 0.5 * np.sin(3 * x[:, 3:12]).sum(1) + rng.standard_normal(20_000)) > 0
-    parameters = {"objective": "binary", "num_leaves": LEAVES, "verbose": -1, "num_threads": 1, "seed": 0}
-    booster = lightgbm.train(parameters, lightgbm.Dataset(x, y), num_boost_round=TREES)
+    parameters = {"objective": "binary", "num_leaves": leaves, "verbose": -1, "num_threads": 1, "seed": 0}
+    booster = lightgbm.train(parameters, lightgbm.Dataset(x, y), num_boost_round=trees)
     rows = rng.standard_normal((ROWS, FEATURES), np.float32)
     return booster, np.column_stack([x, y.astype(np.float32)]), rows
 

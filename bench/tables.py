@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import RESULTS, ROOT
+from serving.lines import row_of
 
 README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -29,8 +30,15 @@ def cell(figure: dict[str, float] | None) -> str:
     return f"{number(figure['median'])} ({number(figure['p10'])}-{number(figure['p90'])})"
 
 
+def targets(lines: list[dict[str, Any]]) -> str:
+    """The target table of the serving benchmark."""
+    head = ("measure", "Penstock", "beside it", "ratio", "target", "", "")
+    rows = [head, ("---",) * len(head), *(row_of(line) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def table(document: dict[str, Any]) -> str:
-    """A Markdown table and the line that says what it rests on."""
+    """Markdown tables and the line that says what they rest on."""
     columns: list[str] = []
     for row in document["rows"]:
         columns += [column for column in row["figures"] if column not in columns]
@@ -48,6 +56,8 @@ def table(document: dict[str, Any]) -> str:
         f"{versions}; commit {document['commit']}; `{document['command']}`."
     )
     parts = ["\n".join(lines), "", under]
+    if document.get("targets"):
+        parts = [targets(document["targets"]), "", *parts]
     if document["absent"]:
         parts.append(f"Left out: {'; '.join(document['absent'])}.")
     parts += document["notes"]

@@ -38,9 +38,10 @@ void FairQueue::order(uint32_t index) {
 
 void FairQueue::push(uint32_t slot, uint32_t flow_index, uint32_t rows, int64_t deadline_ns,
                      uint64_t sequence, int64_t now_ns) {
-  const int64_t slice = std::min(deadline_ns >> bucket_shift_, (now_ns >> bucket_shift_) + kBuckets - 1);
-  last_bucket_ = std::max(last_bucket_, slice);
-  const auto bucket = static_cast<uint8_t>(slice & (kBuckets - 1));
+  const int64_t slice = deadline_ns >> bucket_shift_;
+  const bool within = slice - (now_ns >> bucket_shift_) < kBuckets;
+  if (within) last_bucket_ = std::max(last_bucket_, slice);
+  const auto bucket = static_cast<uint8_t>(within ? slice & (kBuckets - 1) : kBuckets);
   Request& request = requests_[slot];
   request = {deadline_ns, sequence, rows, flow_index, bucket, {}};
   by_deadline_[bucket] += rows;

@@ -126,8 +126,8 @@ class FairQueue {
   uint32_t waiting_ = 0;
   int64_t latest_ = 0;
   // Waiting rows by deadline, in a ring of time slices, so that admission need not walk the queue. A deadline
-  // beyond the ring counts as of its end.
-  std::array<uint64_t, kBuckets> by_deadline_{};
+  // beyond the ring goes to the last place, which always counts as due before.
+  std::array<uint64_t, kBuckets + 1> by_deadline_{};
   int64_t last_bucket_ = 0;  // the latest slice in use
 };
 

@@ -13,6 +13,7 @@ void bind_model(py::module_& m);
 void bind_cache(py::module_& m);
 void bind_drift(py::module_& m);
 void bind_features(py::module_& m);
+void bind_backends(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_load(py::module_& m);
 

@@ -143,12 +143,47 @@ py::bytes siphash128(const py::bytes& data, const py::bytes& seed) {
   return {reinterpret_cast<const char*>(words), sizeof words};
 }
 
-std::unique_ptr<FeatureCache> make_cache(uint64_t capacity, uint32_t row_words, int64_t ttl_ns) {
-  std::unique_ptr<FeatureCache> cache;
-  const Status status = FeatureCache::create({capacity, row_words, ttl_ns}, &cache);
+void require(const Status& status) {
   if (status.code == Code::kInvalidArgument) throw py::value_error(status.message);
   if (!status.is_ok()) throw std::runtime_error(status.message);
+}
+
+std::unique_ptr<FeatureCache> make_cache(uint64_t capacity, uint32_t row_words, int64_t ttl_ns,
+                                         int64_t negative_ttl_ns, double refresh_ahead) {
+  std::unique_ptr<FeatureCache> cache;
+  require(FeatureCache::create({capacity, row_words, ttl_ns, negative_ttl_ns, refresh_ahead}, &cache));
   return cache;
+}
+
+std::unique_ptr<FeatureCache> open_shared(const std::string& path, uint64_t capacity, uint32_t row_words,
+                                          int64_t ttl_ns, int64_t negative_ttl_ns, double refresh_ahead,
+                                          uint64_t identity) {
+  std::unique_ptr<FeatureCache> cache;
+  require(FeatureCache::open_shared(
+      path, {capacity, row_words, ttl_ns, negative_ttl_ns, refresh_ahead, identity}, &cache));
+  return cache;
+}
+
+std::unique_ptr<FeatureCache> attach(int fd) {
+  std::unique_ptr<FeatureCache> cache;
+  require(FeatureCache::attach(fd, nullptr, &cache));
+  return cache;
+}
+
+py::tuple take_refreshes(FeatureCache& self, size_t n) {
+  std::vector<RefreshQueue::Item> items(n);
+  const auto size = static_cast<py::ssize_t>(self.take_refreshes(n, items.data()));
+  py::array_t<uint64_t> keys({size, py::ssize_t{2}});
+  py::array_t<int64_t> at_us(size);
+  py::array_t<bool> hold(size);
+  for (py::ssize_t i = 0; i < size; ++i) {
+    const RefreshQueue::Item& item = items[static_cast<size_t>(i)];
+    keys.mutable_data()[2 * i] = item.key.lo;
+    keys.mutable_data()[2 * i + 1] = item.key.hi;
+    at_us.mutable_data()[i] = item.at_us;
+    hold.mutable_data()[i] = item.hold;
+  }
+  return py::make_tuple(keys, at_us, hold);
 }
 
 size_t get_many(FeatureCache& self, const py::object& keys, int64_t now_us, int64_t mono_ns,
@@ -206,7 +241,8 @@ py::dict stats(const FeatureCache& self) {
   return py::dict("hits"_a = s.hits, "misses"_a = s.misses, "expired"_a = s.expired, "busy"_a = s.busy,
                   "puts"_a = s.puts, "superseded"_a = s.superseded, "evictions"_a = s.evictions,
                   "lock_takeovers"_a = s.lock_takeovers, "size"_a = s.size, "capacity"_a = s.capacity,
-                  "bytes"_a = s.bytes);
+                  "bytes"_a = s.bytes, "negative_puts"_a = s.negative_puts,
+                  "refreshes_queued"_a = s.refreshes_queued, "refreshes_dropped"_a = s.refreshes_dropped);
 }
 
 }  // namespace
@@ -223,10 +259,26 @@ void bind_cache(py::module_& m) {
   py::class_<FeatureCache, py::smart_holder>(
       m, "FeatureCache",
       "Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.")
-      .def(py::init(&make_cache), py::arg("capacity"), py::arg("row_words"), py::arg("ttl_ns") = 0,
-           "capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; "
-           "ttl_ns: "
-           "memory TTL, none if <= 0. Raises ValueError, or RuntimeError if the memory cannot be mapped.")
+      .def(
+          py::init(&make_cache), py::arg("capacity"), py::arg("row_words"), py::arg("ttl_ns") = 0,
+          py::arg("negative_ttl_ns") = 0, py::arg("refresh_ahead") = 0.0,
+          "capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; "
+          "ttl_ns: memory TTL, none if <= 0; negative_ttl_ns: a shorter one of rows that say NOT_FOUND; "
+          "refresh_ahead: last part of a row's life, 0 to 0.5, in which a read queues it for take_refreshes. "
+          "Raises ValueError, or RuntimeError if the memory cannot be mapped.")
+      .def_static(
+          "open_shared", &open_shared, py::arg("path"), py::arg("capacity"), py::arg("row_words"),
+          py::arg("ttl_ns") = 0, py::arg("negative_ttl_ns") = 0, py::arg("refresh_ahead") = 0.0,
+          py::arg("identity") = 0,
+          "The cache in the file at `path`, which several processes share and the first one makes. "
+          "identity: uint64 of the key hash and row layout. Raises RuntimeError, naming what differs, "
+          "where the file holds another kind of arena.")
+      .def_static("attach", &attach, py::arg("fd"),
+                  "The cache in an open file, whatever its geometry. Raises RuntimeError if it is no arena.")
+      .def_property_readonly("row_words", &FeatureCache::row_words)
+      .def("take_refreshes", &take_refreshes, py::arg("n"),
+           "Up to n rows that were read shortly before their end: keys uint64[k, 2], request times to load "
+           "them for int64[k], and hold bool[k]: not to be stored before that time.")
       .def("get_many", &get_many, py::arg("keys"), py::arg("now_us"), py::arg("mono_ns"), py::arg("out"),
            py::arg("status"), py::arg("meta") = py::none(), py::arg("slot_versions") = py::none(),
            "Read keys uint64[n, 2] into out uint64[n, row_words], status uint8[n] (0 hit, 1 miss, 2 expired, "
@@ -245,8 +297,9 @@ void bind_cache(py::module_& m) {
           "discard_many", &discard_many, py::arg("keys"), py::arg("stamp"), py::arg("owner") = 0,
           "Remove keys uint64[n, 2] whose rows have no greater stamp, and refuse lesser stamps from then on. "
           "Returns how many were removed.")
-      .def("clear", &FeatureCache::clear, py::arg("owner") = 0,
-           "Remove every row; the stamps are remembered.")
+      .def("clear", &FeatureCache::clear, py::arg("owner") = 0, py::arg("stamp") = 0,
+           "Remove every row; the stamps are remembered, and lesser ones than `stamp` are refused from then "
+           "on.")
       .def("reclaim_owner", &FeatureCache::reclaim_owner, py::arg("dead"), py::arg("survivor") = 0,
            "Take over the bucket locks of a writer known to have ended and empty what it left half-written. "
            "Returns the number of locks.")

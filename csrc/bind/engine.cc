@@ -3,12 +3,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "bind/backends.h"
 #include "bind/bind.h"
 #include "engine/serving_core.h"
 
@@ -74,7 +76,7 @@ EdgeConfig edge_config(const py::dict& given) {
 }
 
 std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, const std::string& version,
-                                  const py::bytes& trees, const py::object& plan, size_t max_batch_rows,
+                                  const py::object& given, const py::object& plan, size_t max_batch_rows,
                                   double max_latency_ms, double guard_ms, int64_t inline_limit_us,
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
@@ -116,9 +118,13 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.breaker.timeout_ns = static_cast<int64_t>(timeout_ms * 1e6);
   config.breaker.probe_ns = static_cast<int64_t>(breaker_probe_ms * 1e6);
   config.breaker.failures = breaker_failures;
-  const auto data = static_cast<std::string_view>(trees);
   std::unique_ptr<Model> model;
-  require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
+  if (py::isinstance<py::bytes>(given)) {
+    const auto data = static_cast<std::string_view>(py::reinterpret_borrow<py::bytes>(given));
+    require(make_tree_model(reinterpret_cast<const uint8_t*>(data.data()), data.size(), &model));
+  } else {
+    model = make_backend_model(given);
+  }
   std::shared_ptr<const ServicePlan> compiled;
   if (!plan.is_none()) {
     compiled = make_plan(py::cast<py::dict>(plan));
@@ -127,7 +133,18 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
                             " features; the model takes " + std::to_string(model->n_features()));
     }
   }
-  auto served = std::make_shared<ServedModel>(config, std::move(model), std::move(compiled), &core);
+  // The last owner may hold the GIL, for which a run in progress may wait: it lets go of it to stop the
+  // model.
+  const auto destroy = [](ServedModel* model) {
+    if (PyGILState_Check() == 0) {
+      delete model;
+      return;
+    }
+    const py::gil_scoped_release release;
+    delete model;
+  };
+  std::shared_ptr<ServedModel> served(new ServedModel(config, std::move(model), std::move(compiled), &core),
+                                      destroy);
   require(served->make_edge());
   const py::gil_scoped_release release;
   require(served->warm_up());
@@ -142,9 +159,35 @@ py::dict counters(const EndCounters& c) {
 }
 
 py::dict latency(const LatencyHistogram& h) {
+  py::list at_most;  // 1, 2, 5, 10, ... 1e6 us
+  for (uint64_t decade = 1; decade <= 1'000'000; decade *= 10) {
+    for (const uint64_t edge_us : {decade, 2 * decade, 5 * decade}) {
+      if (edge_us <= 1'000'000) at_most.append(py::make_tuple(edge_us, h.count_at_most(1000 * edge_us)));
+    }
+  }
   return py::dict("count"_a = h.count(), "sum_ns"_a = h.sum(), "p50_ns"_a = h.quantile(0.5),
                   "p90_ns"_a = h.quantile(0.9), "p99_ns"_a = h.quantile(0.99),
-                  "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max());
+                  "p999_ns"_a = h.quantile(0.999), "max_ns"_a = h.max(), "le_us"_a = at_most);
+}
+
+py::object ratio(uint64_t part, uint64_t whole) {
+  if (whole == 0) return py::none();
+  return py::float_(static_cast<double>(part) / static_cast<double>(whole));
+}
+
+py::dict objectives(const MeterReading& m) {
+  const MeterWindow &s = m.short_window, &l = m.long_window;
+  return py::dict("met"_a = m.met, "due"_a = m.due, "attainment"_a = ratio(m.met, m.due),
+                  "attainment_10s"_a = ratio(s.met, s.due), "attainment_60s"_a = ratio(l.met, l.due));
+}
+
+py::dict goodput(const MeterReading& m) {
+  const auto rate = [](uint64_t count, const MeterWindow& window) {
+    return window.seconds > 0 ? static_cast<double>(count) / window.seconds : 0.0;
+  };
+  const MeterWindow &s = m.short_window, &l = m.long_window;
+  return py::dict("requests_per_s_10s"_a = rate(s.met, s), "requests_per_s_60s"_a = rate(l.met, l),
+                  "rows_per_s_10s"_a = rate(s.met_rows, s), "rows_per_s_60s"_a = rate(l.met_rows, l));
 }
 
 py::dict class_stats(const ClassStats& c) {
@@ -178,11 +221,19 @@ py::dict stats(ServedModel& self) {
   for (size_t n = 1; n <= kMaxBatchRows; ++n) {
     if (s->batches[n] != 0) batches[py::int_(n)] = s->batches[n];
   }
+  const StageHistograms& h = s->stages;
+  const py::dict stages("receive"_a = latency(h.receive), "gather"_a = latency(h.gather),
+                        "queue"_a = latency(h.queue), "run"_a = latency(h.run),
+                        "encode"_a = latency(h.encode), "total"_a = latency(h.total));
+  const double limit_ns = static_cast<double>(self.config().max_latency_ns);
   return py::dict("requests"_a = counters(s->requests), "rows"_a = counters(s->rows), "batches"_a = batches,
-                  "latency"_a = latency(s->total), "queue"_a = latency(s->queue), "run"_a = latency(s->run),
+                  "latency"_a = stages["total"], "stages"_a = stages, "run"_a = latency(s->run),
+                  "slo"_a = objectives(s->meter), "goodput"_a = goodput(s->meter),
+                  "busy_ratio"_a = s->meter.busy_ratio,
+                  "queue_delay_ratio"_a = static_cast<double>(s->meter.queue_delay_p95_ns) / limit_ns,
                   "inline_runs"_a = s->inline_runs, "executor_runs"_a = s->executor_runs,
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
-                  "served_dropped"_a = s->served_dropped,
+                  "served_dropped"_a = s->served_dropped, "traces_dropped"_a = s->traces_dropped,
                   "classes"_a = py::dict("high"_a = class_stats(s->high), "low"_a = class_stats(s->low)),
                   "breaker"_a = breaker_stats(s->breaker), "edge"_a = edge_stats(s->edge));
 }
@@ -210,6 +261,18 @@ py::list hot_misses(const ServedModel& self, const PyHotInputs& hot, int64_t now
     views.append(py::make_tuple(self.plan()->view(v).name, array));
   }
   return views;
+}
+
+py::list drain_traces(ServedModel& self) {
+  std::vector<TraceRecord> records;
+  self.take_traces(records);
+  py::list found;
+  for (const TraceRecord& r : records) {
+    found.append(py::make_tuple(r.parent.trace_high, r.parent.trace_low, r.parent.span, r.received_ns,
+                                r.times.receive_ns, r.times.gather_ns, r.times.queue_ns, r.times.run_ns,
+                                r.times.encode_ns, r.times.total_ns, r.rows, code_name(r.code)));
+  }
+  return found;
 }
 
 py::tuple drain(ServedModel& self, size_t n) {
@@ -265,7 +328,9 @@ py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params, b
   if (result.with_status) row_status = array_of(result.row_status, result.rows);
   py::object stages = py::none();
   if (timings)
-    stages = py::dict("queue"_a = result.queue_ns, "run"_a = result.run_ns, "total"_a = result.total_ns);
+    stages = py::dict("receive"_a = result.times.receive_ns, "gather"_a = result.times.gather_ns,
+                      "queue"_a = result.times.queue_ns, "run"_a = result.times.run_ns,
+                      "total"_a = result.times.total_ns);
   return py::make_tuple(std::move(scores), call.model->config().version,
                         array_of(result.request_ids, result.rows), std::move(row_status), std::move(stages));
 }
@@ -406,7 +471,12 @@ void bind_connection(py::module_& m) {
       .def_property_readonly("closed", &Connection::closed)
       .def_property_readonly("dropped_notifications",
                              [](Connection& self) { return self.session().dropped(); })
-      .def("drop", &Connection::drop, "The peer is gone: its requests are cancelled.");
+      .def("drop", &Connection::drop, "The peer is gone: its requests are cancelled.")
+      .def("authorize", &Connection::authorize, py::arg("until_us"),
+           "Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they "
+           "are,\n"
+           "received stops after each `auth` request: decide on it, then call received(0).")
+      .def("touch", &Connection::touch, "The peer was kept waiting by us: its silence counts from now on.");
 }
 
 }  // namespace
@@ -424,7 +494,26 @@ void bind_engine(py::module_& m) {
       .def("drain", &drain, py::arg("n") = size_t{65536},
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
-           "One thread at a time.")
+           "One thread at a time. Drift has counted them.")
+      .def(
+          "count_drift",
+          [](ServedModel& self, std::shared_ptr<DriftPanes> panes) {
+            if (panes->inputs().n_columns() != self.n_features()) {
+              throw py::value_error("panes have " + std::to_string(panes->inputs().n_columns()) +
+                                    " inputs; expected " + std::to_string(self.n_features()));
+            }
+            self.served().count_drift(std::move(panes));
+          },
+          py::arg("panes"),
+          "Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.")
+      .def("trace", &ServedModel::trace, py::arg("capacity"),
+           "Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and "
+           "counted.")
+      .def("drain_traces", &drain_traces,
+           "Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, "
+           "then\n"
+           "ns of receive, gather, queue, run, encode, total, then rows, code)].")
+      .def("idle", &ServedModel::idle, "Every request has its answer, and nothing runs.")
       .def(
           "hot_inputs", [](const ServedModel& self) { return PyHotInputs{self.hot_inputs()}; },
           "The most frequent requests of one row that the edge cache saw.")
@@ -446,10 +535,12 @@ void bind_engine(py::module_& m) {
   bind_connection(m);
   py::class_<PyMisses>(m, "MissBatch", "Rows that parked requests lack.")
       .def_property_readonly("views", &miss_views,
-                             "[(view, keys uint64 [n, 2], now_us int64 [n])], pairs distinct in a view.");
+                             "[(view, keys uint64 [n, 2], now_us int64 [n])] to load; n may be 0.");
   py::class_<ServingCore>(m, "ServingCore", "Live models, connections and the loader's queue.")
-      .def(py::init<>())
-      .def("load", &load, py::arg("name"), py::arg("version"), py::arg("trees"), py::arg("plan") = py::none(),
+      .def(py::init<uint32_t, uint32_t>(), py::arg("worker") = 0, py::arg("cache_owner") = 0,
+           "worker: index among the processes that serve together, 0 to 63: their request ids are apart.\n"
+           "cache_owner: the process's number as a writer of shared feature caches.")
+      .def("load", &load, py::arg("name"), py::arg("version"), py::arg("model"), py::arg("plan") = py::none(),
            py::kw_only(), py::arg("max_batch_rows") = kMaxBatchRows, py::arg("max_latency_ms") = 50.0,
            py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,
            py::arg("max_rows_per_request") = 4096, py::arg("max_requests") = 4096,
@@ -457,7 +548,9 @@ void bind_engine(py::module_& m) {
            py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
            py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
            py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
-           "Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.\n"
+           "Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start "
+           "it; it\n"
+           "is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
            "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
            "auto\n"
@@ -496,6 +589,19 @@ void bind_engine(py::module_& m) {
            "of\n"
            "connections whose output somebody else must look after.")
       .def("expire", &ServingCore::expire, "timer_fd is readable: answer what is due, then as wake.")
+      .def_property_readonly("unauthenticated", &ServingCore::unauthenticated)
+      .def(
+          "overdue",
+          [](const ServingCore& core, double idle_s, double read_s) {
+            constexpr double kMost = 1e9;  // seconds; also what infinity becomes
+            const auto found = core.overdue(mono_ns(), static_cast<int64_t>(std::min(idle_s, kMost) * 1e9),
+                                            static_cast<int64_t>(std::min(read_s, kMost) * 1e9));
+            return py::make_tuple(found.idle, found.stuck);
+          },
+          py::arg("idle_s"), py::arg("read_s"),
+          "Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose "
+          "unfinished\n"
+          "message made no progress for read_s.")
       .def("drain", &ServingCore::drain, "Refuse new predict calls from now on.")
       .def("call", &call_local, py::arg("vectors"), py::arg("params"), py::arg("timings") = true,
            "predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores\n"

@@ -66,6 +66,7 @@ py::dict dict_of(const Report& report) {
   result["unsent"] = report.unsent;
   result["unanswered"] = report.unanswered;
   result["transport_errors"] = report.transport_errors;
+  result["shed"] = report.shed;
   result["held_back"] = report.held_back;
   result["answers_in_window"] = report.answers_in_window;
   result["good"] = report.good;
@@ -86,7 +87,7 @@ py::dict run_load(const std::string& address, const py::buffer& requests, const 
                   const std::optional<Array<double>>& expected, uint32_t scores_per_request, double tolerance,
                   const std::string& body_format, const std::string& json_key, const py::bytes& fixed_reply,
                   const py::bytes& greeting, uint32_t connections, uint32_t in_flight, double rate,
-                  bool poisson, uint64_t seed, double warmup_s, double duration_s, double drain_s,
+                  bool poisson, bool shed, uint64_t seed, double warmup_s, double duration_s, double drain_s,
                   double tick_us, double goodput_ms, double reconnect_s, bool series,
                   const std::optional<py::function>& watch) {
   Options options;
@@ -108,6 +109,7 @@ py::dict run_load(const std::string& address, const py::buffer& requests, const 
   options.depth = in_flight;
   options.rate = rate;
   options.poisson = poisson;
+  options.shed = shed;
   options.seed = seed;
   options.warmup_s = warmup_s;
   options.duration_s = duration_s;
@@ -172,7 +174,7 @@ void bind_load(py::module_& m) {
         py::arg("scores_per_request") = 1, py::arg("tolerance") = 1e-5, py::arg("body_format") = "none",
         py::arg("json_key") = "", py::arg("fixed_reply") = py::bytes(), py::arg("greeting") = py::bytes(),
         py::arg("connections") = 1, py::arg("in_flight") = 1, py::arg("rate") = 0.0,
-        py::arg("poisson") = false, py::arg("seed") = 0, py::arg("warmup_s") = 1.0,
+        py::arg("poisson") = false, py::arg("shed") = false, py::arg("seed") = 0, py::arg("warmup_s") = 1.0,
         py::arg("duration_s") = 5.0, py::arg("drain_s") = 2.0, py::arg("tick_us") = 50.0,
         py::arg("goodput_ms") = 50.0, py::arg("reconnect_s") = 0.1, py::arg("series") = false,
         py::arg("watch") = py::none(),

@@ -145,6 +145,9 @@ py::dict options_of(const Options& options) {
                                               : py::object(py::none());
   result["timings"] = options.timings;
   result["no_cache"] = options.no_cache;
+  result["traceparent"] = py::none();
+  if (const TraceParent& trace = options.trace; trace.span != 0)
+    result["traceparent"] = py::make_tuple(trace.trace_high, trace.trace_low, trace.span, trace.sampled);
   return result;
 }
 
@@ -306,6 +309,7 @@ void bind_wire(py::module_& m) {
           "Bytes to send, or None when there are none or earlier ones are not sent yet.")
       .def("output_sent", &Session::output_sent, "The bytes of take_output are sent.")
       .def_property_readonly("pending_output_bytes", &Session::pending_output_bytes)
+      .def_property_readonly("unfinished_bytes", &Session::unfinished_bytes)
       .def_property_readonly("in_flight", &Session::in_flight)
       .def_property_readonly("closed", &Session::closed)
       .def_property_readonly("dropped", &Session::dropped)

@@ -1,22 +1,18 @@
 #include "cache/feature_cache.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <thread>
 
+#include "cache/feature_cache_layout.h"
 #include "cache/slot_protocol.h"
 #include "cache/wide_reads.h"
 
 namespace penstock {
 namespace {
 
-constexpr uint64_t kMagic = 0x3143'4b43'4f54'5350U;
-constexpr uint64_t kLayoutVersion = 2;
+constexpr int64_t kMostAheadUs = 60'000'000;  // a row is not loaded for a time further ahead
 constexpr int kReadAttempts = 16;  // then kBusy: a get ends in bounded steps whatever a writer does
 
 // Control word of a bucket: visited bits 0..14 | hand 15..18 | owner + 1 in 19..51, 0 when unlocked.
@@ -38,10 +34,6 @@ constexpr uint64_t mix(uint64_t x) {
   return x ^ (x >> 32);
 }
 
-constexpr uint64_t align_up(uint64_t value, uint64_t to) {
-  return (value + to - 1) / to * to;
-}
-
 // To the second-level cache, which has more outstanding misses than the first (measured: 10 % a batch).
 void prefetch(const void* at, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
@@ -53,43 +45,7 @@ int64_t expiry(int64_t mono_ns, int64_t ttl_ns) {
   return at;
 }
 
-// Words of a slot's metadata: one cache line, followed by the row's.
-enum MetaWord : size_t {
-  kKeyLo,
-  kKeyHi,
-  kValidFrom,
-  kValidUntil,
-  kEventTime,
-  kKnownAt,
-  kExpires,
-  kStamp,
-  kMetaWords
-};
-
 }  // namespace
-
-struct FeatureCache::Header {
-  // Written once by create.
-  uint64_t magic, layout_version, n_buckets, row_words, slot_stride;
-  int64_t ttl_ns;
-  uint64_t bytes;
-  // Counters: relaxed adds, read by stats; they publish nothing.
-  alignas(64) sync::Word hits;
-  sync::Word misses, expired, busy;
-  alignas(64) sync::Word puts;
-  sync::Word superseded, evictions, lock_takeovers;
-};
-
-struct alignas(128) FeatureCache::Bucket {
-  sync::Word control;
-  sync::Word slots[kWays];
-};
-
-// What only writers need; under the bucket's lock.
-struct FeatureCache::Side {
-  sync::Word floor;     // greatest stamp ever evicted or discarded
-  sync::Word sequence;  // last version given to a slot of this bucket: no word recurs in a bucket
-};
 
 // Holds a bucket's lock for a scope. `abandon` leaves it locked.
 struct FeatureCache::Lock {
@@ -135,65 +91,6 @@ struct FeatureCache::Lock {
   uint32_t hand = 0;
   bool abandoned = false;
 };
-
-constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older C libraries do not name
-
-Status FeatureCache::create(const FeatureCacheConfig& config, std::unique_ptr<FeatureCache>* out) {
-  constexpr uint64_t kMaxCapacity = uint64_t{1} << 40;
-  if (config.capacity == 0 || config.capacity > kMaxCapacity) {
-    return Status::invalid("capacity is " + std::to_string(config.capacity) + "; expected 1 to 2**40 rows");
-  }
-  if (config.row_words == 0 || config.row_words > kMaxRowWords) {
-    return Status::invalid("row_words is " + std::to_string(config.row_words) + "; expected 1 to " +
-                           std::to_string(kMaxRowWords));
-  }
-  // At most 2^40 slots of 2^14 + 64 bytes: no sum below overflows 64 bits.
-  const uint64_t n_buckets = (config.capacity + kWays - 1) / kWays;
-  const uint64_t slot_stride = align_up(kMetaWords + config.row_words, 8);
-  const uint64_t bytes = align_up(sizeof(Header), 128) + n_buckets * sizeof(Bucket) +
-                         align_up(n_buckets * sizeof(Side), 64) +
-                         n_buckets * kWays * slot_stride * sizeof(uint64_t);
-  void* arena = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (arena == MAP_FAILED) {
-    return {Code::kResourceExhausted, "cannot map " + std::to_string(bytes) + " bytes for capacity " +
-                                          std::to_string(config.capacity) + " and row_words " +
-                                          std::to_string(config.row_words)};
-  }
-  (void)madvise(arena, bytes, MADV_HUGEPAGE);  // advice: small pages only cost speed
-  // The pages are had now: the first touch of a huge page takes milliseconds, which no request should pay.
-  if (madvise(arena, bytes, kPopulateWrite) != 0) {
-    if (errno == ENOMEM) {
-      (void)munmap(arena, bytes);
-      return {Code::kResourceExhausted,
-              "there is no memory for the cache's " + std::to_string(bytes) + " bytes"};
-    }
-    std::memset(arena, 0, bytes);  // a kernel before 5.14
-  }
-  auto* header = new (arena) Header{};
-  header->magic = kMagic;
-  header->layout_version = kLayoutVersion;
-  header->n_buckets = n_buckets;
-  header->row_words = config.row_words;
-  header->slot_stride = slot_stride;
-  header->ttl_ns = config.ttl_ns;
-  header->bytes = bytes;
-  out->reset(new FeatureCache(arena, bytes));
-  return Status::ok();
-}
-
-FeatureCache::FeatureCache(void* arena, size_t bytes) : base_(static_cast<uint8_t*>(arena)), bytes_(bytes) {
-  n_buckets_ = header().n_buckets;
-  row_words_ = static_cast<uint32_t>(header().row_words);
-  slot_stride_ = header().slot_stride;
-  ttl_ns_ = header().ttl_ns;
-  buckets_at_ = align_up(sizeof(Header), 128);
-  sides_at_ = buckets_at_ + n_buckets_ * sizeof(Bucket);
-  slots_at_ = sides_at_ + align_up(n_buckets_ * sizeof(Side), 64);
-}
-
-FeatureCache::~FeatureCache() {
-  munmap(base_, bytes_);
-}
 
 FeatureCache::Header& FeatureCache::header() const {
   return *reinterpret_cast<Header*>(base_);
@@ -287,7 +184,7 @@ size_t FeatureCache::get_many(const Key128* keys, size_t n, int64_t now_us, int6
         const size_t i = at % R::kRing;
         uint64_t version = 0;
         status[at] = read_one(keys[at], ring.places[i], ring.ways[i], now_us, mono_ns, wide,
-                              rows + at * row_words_, meta == nullptr ? nullptr : meta + at, &version);
+                              rows + at * row_words_, meta == nullptr ? nullptr : meta + at, &version, false);
         if (slot_versions != nullptr) slot_versions[at] = version;
         ++counts[static_cast<uint8_t>(status[at])];
       }
@@ -311,7 +208,7 @@ bool FeatureCache::copy_confirmed(sync::Word* from, uint64_t* row, sync::Word& w
 
 ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_t ways, int64_t now_us,
                                   int64_t mono_ns, const WideReads* wide, uint64_t* row, RowMeta* meta,
-                                  uint64_t* version) {
+                                  uint64_t* version, bool peeking) {
   uint64_t head[kMetaWords];
   Bucket& b = bucket(place.bucket);
   const bool fits = wide != nullptr && row_words_ <= WideReads::kMaxWords;
@@ -340,6 +237,8 @@ ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_
                      static_cast<int64_t>(head[kEventTime]), static_cast<int64_t>(head[kKnownAt])};
           }
           *version = seen;
+          if (peeking) return ReadStatus::kHit;
+          if (refreshes_ != nullptr) offer_refresh(key, head, row, seen, now_us, mono_ns);
           // Relaxed, and only when clear: a hint for the lock's holder, which rereads the word to unlock.
           const uint64_t bit = uint64_t{1} << way;
           if ((sync::load(b.control, sync::kRelaxed) & bit) == 0) sync::set_bits(b.control, bit);
@@ -350,6 +249,32 @@ ReadStatus FeatureCache::read_one(const Key128& key, const Place& place, uint32_
     }
   }
   return ReadStatus::kMiss;
+}
+
+bool FeatureCache::peek(const Key128& key, int64_t now_us, int64_t mono_ns, uint64_t* row, RowMeta* meta) {
+  const Place at = place(key);
+  uint64_t version;
+  return read_one(key, at, candidates(at), now_us, mono_ns, wide_reads(), row, meta, &version, true) ==
+         ReadStatus::kHit;
+}
+
+// Unknown keys are left to expire: each is one load a negative TTL, however often it is asked for. A row that
+// ends by request time is loaded for that time, when it will hold; a row whose memory TTL ends, for now.
+void FeatureCache::offer_refresh(const Key128& key, const uint64_t* head, const uint64_t* row,
+                                 uint64_t version, int64_t now_us, int64_t mono_ns) {
+  if ((row[0] & 0xff) == kNotFound) return;
+  const auto from = static_cast<int64_t>(head[kValidFrom]), until = static_cast<int64_t>(head[kValidUntil]);
+  const double length = static_cast<double>(until) - static_cast<double>(from);
+  const double left = static_cast<double>(until) - static_cast<double>(now_us);
+  if (left < std::min(refresh_ahead_ * length, static_cast<double>(kMostAheadUs))) {
+    refreshes_->offer(key, version, until, true);
+  } else if (static_cast<int64_t>(head[kExpires]) - mono_ns < refresh_ahead_ns_) {
+    refreshes_->offer(key, version, now_us, false);
+  }
+}
+
+size_t FeatureCache::take_refreshes(size_t n, RefreshQueue::Item* out) {
+  return refreshes_ == nullptr ? 0 : refreshes_->take(n, out);
 }
 
 // The functions below run under the bucket's lock; their relaxed accesses are ordered by it.
@@ -420,6 +345,12 @@ uint64_t FeatureCache::next_version(uint64_t index) {
   return next;
 }
 
+int64_t FeatureCache::expires_at(const uint64_t* row, int64_t mono_ns) const {
+  const bool negative = negative_ttl_ns_ > 0 && (row[0] & 0xff) == kNotFound;
+  const bool shorter = negative && (ttl_ns_ == 0 || negative_ttl_ns_ < ttl_ns_);
+  return expiry(mono_ns, shorter ? negative_ttl_ns_ : ttl_ns_);
+}
+
 // The stamp word of a half-written slot is the old one or the new one; either keeps an older value out.
 void FeatureCache::empty_slot(uint64_t index, uint32_t way) {
   raise_floor(index, sync::load(slot_meta(index, way)[kStamp], sync::kRelaxed));
@@ -470,7 +401,7 @@ FeatureCache::PutResult FeatureCache::put_words(const Key128& key, const uint64_
                                      static_cast<uint64_t>(meta.valid_until),
                                      static_cast<uint64_t>(meta.event_time),
                                      static_cast<uint64_t>(meta.known_at),
-                                     static_cast<uint64_t>(expiry(mono_ns, ttl_ns_)),
+                                     static_cast<uint64_t>(expires_at(row, mono_ns)),
                                      stamp};
   slot::write_begin(b.slots[way]);
   slot::copy_in(slot_meta(at.bucket, way), head, kMetaWords);
@@ -478,6 +409,7 @@ FeatureCache::PutResult FeatureCache::put_words(const Key128& key, const uint64_
   if (complete) {
     slot::publish(b.slots[way], next);
     sync::add(header().puts, 1);
+    if ((row[0] & 0xff) == kNotFound) sync::add(header().negative_puts, 1);
   }
   return found >= 0 ? PutResult::kReplaced : PutResult::kStored;
 }
@@ -495,13 +427,14 @@ bool FeatureCache::discard(const Key128& key, uint64_t stamp, uint32_t owner) {
   return found >= 0;
 }
 
-void FeatureCache::clear(uint32_t owner) {
+void FeatureCache::clear(uint32_t owner, uint64_t stamp) {
   for (uint64_t index = 0; index < n_buckets_; ++index) {
     Bucket& b = bucket(index);
     Lock lock(b, owner);
     for (uint32_t way = 0; way < kWays; ++way) {
       if (slot::tag_of(sync::load(b.slots[way], sync::kRelaxed)) != 0) empty_slot(index, way);
     }
+    raise_floor(index, stamp);
   }
 }
 
@@ -546,7 +479,10 @@ FeatureCacheStats FeatureCache::stats() const {
           read(h.lock_takeovers),
           size,
           n_buckets_ * kWays,
-          bytes_};
+          bytes_,
+          read(h.negative_puts),
+          refreshes_ == nullptr ? 0 : refreshes_->queued(),
+          refreshes_ == nullptr ? 0 : refreshes_->dropped()};
 }
 
 }  // namespace penstock

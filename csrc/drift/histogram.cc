@@ -9,22 +9,7 @@
 namespace penstock {
 namespace {
 
-constexpr size_t kTogether = 8;
-
-// Number of edges below each of kTogether values: binary searches in step, so that their loads overlap, with
-// masks in place of branches that no predictor would learn. For NaN: any number up to n.
-void edges_below(const float* edges, size_t n, const float* values, uint32_t* below) {
-  std::fill_n(below, kTogether, 0u);
-  if (n == 0) return;
-  while (n > 1) {
-    const auto half = static_cast<uint32_t>(n / 2);
-    for (size_t k = 0; k < kTogether; ++k) {
-      below[k] += half & -static_cast<uint32_t>(edges[below[k] + half - 1] < values[k]);
-    }
-    n -= half;
-  }
-  for (size_t k = 0; k < kTogether; ++k) below[k] += edges[below[k]] < values[k] ? 1u : 0u;
-}
+constexpr size_t kTogether = 64;  // values of one column searched at once
 
 }  // namespace
 
@@ -49,8 +34,13 @@ Status HistogramSpec::create(const std::vector<HistogramColumn>& columns,
       }
     }
     const size_t n_bins = column.n_codes > 0 ? column.n_codes : column.edges.size() + 1;
-    spec->columns_.push_back({spec->n_slots_, n_bins, spec->edges_.size(), column.n_codes > 0});
+    spec->columns_.push_back({spec->n_slots_, n_bins, spec->edges_.size(), 0, 0, column.n_codes > 0});
     spec->edges_.insert(spec->edges_.end(), column.edges.begin(), column.edges.end());
+    spec->columns_.back().lines_offset = spec->lines_.size();
+    if (column.n_codes == 0) {
+      spec->columns_.back().pivot_lines =
+          EdgeIndex::append(column.edges.data(), column.edges.size(), &spec->lines_);
+    }
     spec->n_slots_ += n_bins + kExtraSlots;
   }
   *out = std::move(spec);
@@ -64,15 +54,17 @@ bool HistogramSpec::same_as(const HistogramSpec& other) const {
 HistogramCounts::HistogramCounts(std::shared_ptr<const HistogramSpec> spec)
     : spec_(std::move(spec)), counts_(spec_->n_slots(), 0) {}
 
-void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
+template <class Count>
+void count_rows(const HistogramSpec& spec, const float* rows, size_t n, size_t stride, Count* counts) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
+  const EdgeSearch search = edge_search();
   // Column by column: one column's edges and slots stay in the first-level cache for the whole batch.
-  for (size_t j = 0; j < spec_->n_columns(); ++j) {
-    uint64_t* const bins = counts_.data() + spec_->offset(j);
-    const size_t n_bins = spec_->n_bins(j);
-    uint64_t* const extra = bins + n_bins;
+  for (size_t j = 0; j < spec.n_columns(); ++j) {
+    Count* const bins = counts + spec.offset(j);
+    const size_t n_bins = spec.n_bins(j);
+    Count* const extra = bins + n_bins;
     const float* value = rows + j;
-    if (spec_->is_categorical(j)) {
+    if (spec.is_categorical(j)) {
       for (size_t i = 0; i < n; ++i) {
         const float v = value[i * stride];
         if (v != v) {
@@ -85,23 +77,34 @@ void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
       }
       continue;
     }
-    const float* const edges = spec_->edges(j);
+    const EdgeIndex index = spec.edge_index(j);
+    size_t missing = 0, neg_inf = 0, pos_inf = 0;
     float values[kTogether];
     uint32_t below[kTogether];
     for (size_t i = 0; i < n; i += kTogether) {
       const size_t have = std::min(kTogether, n - i);
-      for (size_t k = 0; k < kTogether; ++k) values[k] = value[(i + std::min(k, have - 1)) * stride];
-      edges_below(edges, n_bins - 1, values, below);
+      for (size_t k = 0; k < have; ++k) values[k] = value[(i + k) * stride];
+      search(index, values, have, below);
       for (size_t k = 0; k < have; ++k) {
         const float v = values[k];
-        const bool missing = v != v;
-        bins[below[k]] += missing ? 0 : 1;
-        extra[0] += missing;
-        extra[2] += v == -kInf;
-        extra[3] += v == kInf;
+        missing += v != v;
+        neg_inf += v == -kInf;
+        pos_inf += v == kInf;
+        bins[below[k]] = static_cast<Count>(bins[below[k]] + (v == v));
       }
     }
+    extra[0] = static_cast<Count>(extra[0] + missing);
+    extra[2] = static_cast<Count>(extra[2] + neg_inf);
+    extra[3] = static_cast<Count>(extra[3] + pos_inf);
   }
+}
+
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint16_t*);
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint32_t*);
+template void count_rows(const HistogramSpec&, const float*, size_t, size_t, uint64_t*);
+
+void HistogramCounts::count(const float* rows, size_t n, size_t stride) {
+  count_rows(*spec_, rows, n, stride, counts_.data());
 }
 
 Status HistogramCounts::merge(const HistogramCounts& other) {

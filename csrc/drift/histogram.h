@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "drift/edge_search.h"
 
 namespace penstock {
 
@@ -40,18 +41,30 @@ class HistogramSpec {
   size_t n_bins(size_t column) const { return columns_[column].n_bins; }
   bool is_categorical(size_t column) const { return columns_[column].categorical; }
   const float* edges(size_t column) const { return edges_.data() + columns_[column].edges_offset; }
+  EdgeIndex edge_index(size_t column) const {
+    const Column& c = columns_[column];
+    const EdgeLine* const lines = lines_.data() + c.lines_offset;
+    return {lines, c.pivot_lines, lines + c.pivot_lines, edges(column), c.n_bins - 1};
+  }
   bool same_as(const HistogramSpec& other) const;
 
  private:
   struct Column {
-    size_t offset, n_bins, edges_offset;
+    size_t offset, n_bins, edges_offset, lines_offset, pivot_lines;
     bool categorical;
     bool operator==(const Column&) const = default;
   };
   std::vector<Column> columns_;
   std::vector<float> edges_;
+  std::vector<EdgeLine> lines_;  // of the numeric columns, for edge_search()
   size_t n_slots_ = 0;
 };
+
+// Adds n rows of spec.n_columns() floats, row i at rows + i * stride, to spec.n_slots() counts of uint16_t,
+// uint32_t or uint64_t. A row adds at most 1 to a slot; the caller sees to it that none overflows. Allocates
+// nothing.
+template <class Count>
+void count_rows(const HistogramSpec& spec, const float* rows, size_t n, size_t stride, Count* counts);
 
 class HistogramCounts {
  public:

@@ -23,6 +23,13 @@ class LatencyHistogram {
   uint64_t sum() const { return sum_; }
   uint64_t max() const { return max_; }
 
+  // How many values are at most `edge`; one up to 1/16 below it may count as above.
+  uint64_t count_at_most(uint64_t edge) const {
+    uint64_t seen = 0;
+    for (size_t b = 0; b < kBuckets && upper(b) <= edge; ++b) seen += counts_[b];
+    return seen;
+  }
+
   // The upper edge of the bucket that holds the ceil(q * count)-th smallest value, at most max(); 0 if empty.
   uint64_t quantile(double q) const {
     if (count_ == 0) return 0;

@@ -41,6 +41,7 @@ Status ServedModel::check_options(const wire::Options& options, uint32_t rows, i
   admission->now_us = options.has_now ? options.now_us : wall_us;
   admission->with_timings = options.timings;
   admission->low = options.low_priority;
+  admission->trace = options.trace;
   return {};
 }
 
@@ -56,7 +57,8 @@ void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, 
   }
 }
 
-void ServedModel::count_refused(uint32_t rows, bool low) {
+void ServedModel::count_refused(Code code, uint32_t rows, bool low) {
+  meter_.ended(code, rows);
   ++request_counts_[low].submitted;
   ++request_counts_[low].rejected;
   row_counts_[low].submitted += rows;
@@ -65,7 +67,7 @@ void ServedModel::count_refused(uint32_t rows, bool low) {
 
 Status ServedModel::refuse(Status status, uint32_t rows, bool low) {
   const std::lock_guard lock(mutex_);
-  count_refused(rows, low);
+  count_refused(status.code, rows, low);
   return status;
 }
 
@@ -104,7 +106,7 @@ Status ServedModel::refuse_early(const Admission& admission, int64_t* retry_afte
     learn_from_refusal(admission.rows);
     status = refusal(checked, retry_after_ms);
   }
-  count_refused(admission.rows, admission.low);
+  count_refused(status.code, admission.rows, admission.low);
   look(admission.received_ns);
   return status;
 }
@@ -127,6 +129,7 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
   if (received_ns < look_until_ns_.load(std::memory_order_relaxed)) {
     if (status = refuse_early(admission, retry_after_ms); !status.is_ok()) return status;
   }
+  admission.decoded_ns = mono_ns();
   status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
                          &scratch.gathered, &scratch.misses);
   if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low);
@@ -176,8 +179,9 @@ void ServedModel::fit_gathered(GatheredRows& gathered, size_t rows) const {
 
 Status ServedModel::new_request(const Admission& admission, uint32_t* index, int64_t* retry_after_ms,
                                 bool needs_run) {
+  meter_.saw(admission.received_ns);
   if (stopping_ || (needs_run && !breaker_.closed())) {
-    count_refused(admission.rows, admission.low);
+    count_refused(Code::kUnavailable, admission.rows, admission.low);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
     look(admission.received_ns);
     return unavailable(admission.received_ns, retry_after_ms);
@@ -186,7 +190,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
   const uint32_t peer = peers_.acquire(admission.target.connection, &fresh);
   if (peer == kNone || !within_share(peers_[peer].held - 1, 1, free_requests_.size(), requests_.size())) {
     if (peer != kNone) peers_.release(peer);
-    count_refused(admission.rows, admission.low);
+    count_refused(Code::kResourceExhausted, admission.rows, admission.low);
     look(admission.received_ns);
     return too_many();
   }
@@ -206,11 +210,14 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
   request.lane_slot = Lane::kNoSlot;
   request.received_ns = admission.received_ns;
   request.deadline_ns = admission.deadline_ns;
-  request.formed_ns = request.run_ns = 0;
+  request.formed_ns = request.run_ns = request.admitted_ns = request.finished_ns = 0;
+  request.decoded_ns = admission.decoded_ns;
+  request.trace = admission.trace;
   request.now_us = admission.now_us;
   request.as_bin = admission.as_bin;
   request.with_timings = admission.with_timings;
   request.low = admission.low;
+  request.no_score = false;
   request.status = {};
   request.retry_after_ms = -1;
   return {};
@@ -272,6 +279,8 @@ Status ServedModel::queue_rows(uint32_t index, const float* rows, const uint8_t*
 Status ServedModel::queue_placed(uint32_t index, int64_t* retry_after_ms) {
   Request& request = requests_[index];
   const int64_t now = mono_ns();
+  request.admitted_ns = now;
+  meter_.saw(now);
   if (now >= request.deadline_ns)
     return {Code::kDeadlineExceeded, "the deadline passed before the request could be queued"};
   if (!breaker_.closed()) return unavailable(now, retry_after_ms);  // it opened while the request was parked

@@ -8,6 +8,7 @@
 // they; if it ends without a run (expired, cancelled), the first of them takes its place in the lane.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <thread>
 
@@ -283,7 +284,10 @@ void ServedModel::edge_ended(uint32_t index, const Status& status) {
       if (!ran) continue;  // stop() ends each
       Request& follower = requests_[f];
       follower.formed_ns = std::max(leader.formed_ns, follower.received_ns);
-      follower.run_ns = leader.run_ns;
+      follower.finished_ns = leader.finished_ns;
+      follower.admitted_ns = std::max(follower.received_ns, follower.decoded_ns);
+      follower.run_ns =
+          std::clamp<int64_t>(leader.finished_ns - follower.admitted_ns, 0, leader.run_ns);
       if (status.is_ok()) {
         edge_end_with(f, &scores_[leader.first_row * n_outputs_]);
       } else {
@@ -425,6 +429,8 @@ size_t ServedModel::precompute(const std::vector<HotInputs::Input>& inputs, int6
           return true;
         });
       }
+      const auto finite = [](double score) { return std::isfinite(score); };
+      if (!std::all_of(row.scores, row.scores + n_outputs_, finite)) continue;  // a run of it fails
       const EdgePut put = edge.cache->put(made.key, row, mono_ns());
       if (put == EdgePut::kStored || put == EdgePut::kReplaced) ++filled;
       edge.puts.fetch_add(1, std::memory_order_relaxed);

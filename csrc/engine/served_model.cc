@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 #include "model/tree_ensemble.h"
 
@@ -83,6 +84,7 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       event_time_(config.max_resident_rows * n_views_),
       batch_rows_(kMaxBatchRows * n_features_),
       batch_scores_(kMaxBatchRows * n_outputs_),
+      meter_(mono_ns()),
       served_(config.served_capacity, n_features_, n_outputs_, n_views_) {
   free_requests_.reserve(requests_.size());
   for (uint32_t i = static_cast<uint32_t>(requests_.size()); i-- > 0;) free_requests_.push_back(i);
@@ -131,6 +133,9 @@ void ServedModel::stop() {
   held_ = false;
   end_all({Code::kUnavailable, "model '" + config_.name + "' was unloaded"}, -1);
   work_.notify_all();
+  lock.unlock();
+  model_->interrupt();
+  lock.lock();
   if (!thread_.joinable()) return;
   while (!executor_done_ && !breaker_.hung()) {
     const int64_t due = std::min(breaker_.due_ns(), mono_ns() + kStopLook);
@@ -207,6 +212,7 @@ void ServedModel::count_end(const Request& request, Code code) {
         return counters.failed;
     }
   };
+  meter_.ended(code, request.rows);
   --request_counts_[request.low].in_flight;
   ++pick(request_counts_[request.low]);
   row_counts_[request.low].in_flight -= request.rows;
@@ -245,7 +251,11 @@ void ServedModel::report_ended() {
     const auto index = static_cast<uint32_t>(ended.tag);
     switch (ended.end) {
       case End::kOk:
-        end(index, {});
+        end(index, !request->no_score
+                       ? Status{}
+                       : Status{Code::kInternal, "model '" + config_.name +
+                                                     "' gave a row no score that is finite and "
+                                                     "of its output's kind"});
         break;
       case End::kExpired:
         end(index, {Code::kDeadlineExceeded, "no answer was possible within the deadline"});
@@ -254,7 +264,8 @@ void ServedModel::report_ended() {
         end(index, {Code::kCancelled, "the request was cancelled"});
         break;
       default:
-        end(index, {Code::kInternal, "the run of model '" + config_.name + "' failed"});
+        if (run_failure_.code == Code::kUnavailable) request->retry_after_ms = model_->retry_after_ms();
+        end(index, run_failure_);
     }
   }
   lane_.clear_ended();
@@ -313,6 +324,7 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
     }
   }
   breaker_.started(formed, lane_.run_time().predict(n));
+  meter_.run_began(formed);
   const bool waits = on_executor && !may_run();
   if (waits) work_.wait(lock, [this] { return may_run(); });
   const int64_t started = mono_ns();
@@ -320,6 +332,7 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   // answer too late, or have it.
   if (started >= latest || (waits && !anybody_waits())) {
     const bool opened = breaker_.finished(started, true).opened;
+    meter_.ran(started, started);
     lane_.finish(batch_, started, started, true, false);
     report_ended();
     if (opened) trip(started);
@@ -328,28 +341,36 @@ void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor
   ++batches_[n];
   ++(on_executor ? executor_runs_ : inline_runs_);
   lock.unlock();
-  const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
+  Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
+  const bool run_ok = status.is_ok();
   const int64_t finished = mono_ns();
   lock.lock();
   run_.add(finished - started);
+  meter_.ran(started, finished);
   size_t from = 0;
   for (size_t p = 0; p < batch_.size(); ++p) {
     const Piece& piece = batch_[p];
     Request* request = find(batch_tags_[p]);
     if (request != nullptr && request->state == State::kQueued) {
       request->run_ns += finished - started;
+      request->finished_ns = finished;
       uint32_t row = row_at(*request, piece.first_row);
       for (uint32_t r = 0; r < piece.rows; ++r) {
-        std::copy_n(&batch_scores_[(from + r) * n_outputs_], n_outputs_, &scores_[row * n_outputs_]);
+        const double* scores = &batch_scores_[(from + r) * n_outputs_];
+        for (size_t k = 0; k < n_outputs_; ++k) {
+          scores_[row * n_outputs_ + k] = scores[k];
+          request->no_score |= !std::isfinite(scores[k]);
+        }
         if (r + 1 < piece.rows) row = next_row_[row];
       }
-      if (edge_ != nullptr && status.is_ok()) edge_fill(*request, piece, finished);
+      if (edge_ != nullptr && run_ok && !request->no_score) edge_fill(*request, piece, finished);
     }
     from += piece.rows;
   }
-  const Breaker::Outcome outcome = breaker_.finished(finished, status.is_ok());
+  const Breaker::Outcome outcome = breaker_.finished(finished, run_ok);
   if (edge_ != nullptr && !outcome.hung) edge_learn(finished - started, n);
-  lane_.finish(batch_, started, finished, status.is_ok(), !outcome.hung);
+  if (!run_ok) run_failure_ = std::move(status);
+  lane_.finish(batch_, started, finished, run_ok, !outcome.hung);
   report_ended();
   if (outcome.opened && !stopping_) trip(finished);
   if (!breaker_.closed()) work_.notify_one();  // the executor probes
@@ -378,7 +399,8 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns || (edge_ != nullptr && edge_->precomputing)) {
+    if (held_ || predicted > budget_ns || !model_->inline_ok() ||
+        (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;
     }
@@ -480,8 +502,10 @@ void ServedModel::wait(uint64_t tag, Waiter& waiter) {
   while (!waiter.done) {
     const Request* request = find(tag);
     if (request == nullptr) return;
-    const int64_t due_ns = std::min(request->deadline_ns, breaker_.due_ns());
-    const auto due = std::chrono::steady_clock::time_point(std::chrono::nanoseconds(due_ns));
+    // No run that has yet to begin can hang before that.
+    const int64_t look_ns = std::min(breaker_.due_ns(), mono_ns() + config_.breaker.timeout_ns);
+    const auto due = std::chrono::steady_clock::time_point(
+        std::chrono::nanoseconds(std::min(request->deadline_ns, look_ns)));
     if (waiter.ended.wait_until(lock, due) == std::cv_status::timeout) expire_locked(mono_ns());
   }
 }
@@ -499,8 +523,24 @@ bool ServedModel::idle() {
   return lane_.requests().in_flight == 0 && parked_queue_.empty() && !breaker_.running();
 }
 
+StageTimes ServedModel::times_of(const Request& request, int64_t now_ns) const {
+  StageTimes times;
+  times.total_ns = now_ns - request.received_ns;
+  if (!request.status.is_ok()) return times;
+  // What another request's run or an edge entry answered was never in the lane.
+  const int64_t finished = request.finished_ns == 0 ? now_ns : request.finished_ns;
+  const int64_t admitted = request.admitted_ns == 0 ? finished : request.admitted_ns;
+  const int64_t decoded = request.decoded_ns == 0 ? admitted : request.decoded_ns;
+  times.receive_ns = decoded - request.received_ns;
+  times.gather_ns = admitted - decoded;
+  times.queue_ns = std::max<int64_t>(0, finished - admitted - request.run_ns);
+  times.run_ns = request.run_ns;
+  times.encode_ns = now_ns - finished;
+  return times;
+}
+
 bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   Request* request = find(tag);
   if (request == nullptr || request->state != State::kDone) return false;
   const auto index = static_cast<uint32_t>(tag);
@@ -512,15 +552,14 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       request->rows * reply_bytes_per_row(n_outputs_) + kReplyBytes + config_.version.size() > max_bytes) {
     request->status = {Code::kResourceExhausted, "the connection's output buffer is full"};
   }
+  meter_.saw(now);
+  out->times = times_of(*request, now);
   out->status = std::move(request->status);
   out->retry_after_ms = request->retry_after_ms;
   out->target = request->target;
   out->rows = request->rows;
   out->as_bin = request->as_bin;
   out->with_timings = request->with_timings;
-  out->queue_ns = request->formed_ns == 0 ? 0 : request->formed_ns - request->received_ns;
-  out->run_ns = request->run_ns;
-  out->total_ns = now - request->received_ns;
   out->with_status = false;
   if (out->status.is_ok()) {
     out->scores.resize(request->rows * n_outputs_);
@@ -536,11 +575,16 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       served_.push(request_ids_[row], request->now_us, row_status_[row], &scores_[row * n_outputs_],
                    &rows_[row * n_features_], n_views_ == 0 ? nullptr : &event_time_[row * n_views_]);
     }
-    queue_.add(out->queue_ns);
+    meter_.answered(out->times);
   }
-  total_.add(out->total_ns);
+  meter_.took(out->times.total_ns);
+  if (request->trace.sampled && traces_.enabled()) {
+    traces_.push({request->trace, request->received_ns, out->times, request->rows, out->status.code});
+  }
   count_end(*request, out->status.code);
   free_request(index);
+  lock.unlock();
+  if (out->status.is_ok()) served_.help(out->rows);
   return true;
 }
 
@@ -559,9 +603,9 @@ void ServedModel::stats(ServedModelStats* out) {
   out->rows = row_counts_[0];
   out->rows += row_counts_[1];
   out->breaker = {breaker_.state(), breaker_.running(), breaker_.opens(), breaker_.probes()};
+  out->meter = meter_.read(mono_ns());
   std::copy(std::begin(batches_), std::end(batches_), out->batches);
-  out->total = total_;
-  out->queue = queue_;
+  out->stages = meter_.stages();
   out->run = run_;
   out->inline_runs = inline_runs_;
   out->executor_runs = executor_runs_;
@@ -569,6 +613,17 @@ void ServedModel::stats(ServedModelStats* out) {
   out->missed_rows = missed_rows_;
   out->queued_rows = lane_.queued_rows();
   out->served_dropped = served_.dropped();
+  out->traces_dropped = traces_.dropped();
+}
+
+void ServedModel::trace(size_t capacity) {
+  const std::lock_guard lock(mutex_);
+  traces_.set_capacity(capacity);
+}
+
+void ServedModel::take_traces(std::vector<TraceRecord>& out) {
+  const std::lock_guard lock(mutex_);
+  traces_.take(out);
 }
 
 void ServedModel::hold_for_test(bool held) {

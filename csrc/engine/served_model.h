@@ -32,27 +32,18 @@
 #include "batch/breaker.h"
 #include "batch/lane.h"
 #include "engine/latency.h"
+#include "engine/model.h"
 #include "engine/peer_table.h"
 #include "engine/served_edge.h"
 #include "engine/served_ring.h"
 #include "engine/service_plan.h"
+#include "engine/serving_meter.h"
+#include "engine/trace_queue.h"
 #include "wire/reply.h"
 
 namespace penstock {
 
 int64_t mono_ns();  // CLOCK_MONOTONIC
-
-// What a lane runs. One run at a time.
-class Model {
- public:
-  virtual ~Model() = default;
-  virtual size_t n_features() const = 0;
-  virtual size_t n_outputs() const = 0;
-  virtual Status run(const float* rows, size_t n, double* scores) = 0;  // n in 1..64
-};
-
-// A trees.bin image as a Model.
-Status make_tree_model(const uint8_t* data, size_t size, std::unique_ptr<Model>* out);
 
 struct ServedModelConfig {
   std::string name;
@@ -118,7 +109,7 @@ struct Result {
   bool as_bin = false;
   bool with_timings = false;
   bool with_status = false;
-  int64_t queue_ns = 0, run_ns = 0, total_ns = 0;
+  StageTimes times;
   std::vector<double> scores;
   std::vector<uint64_t> request_ids;
   std::vector<uint8_t> row_status;
@@ -129,8 +120,10 @@ struct ServedModelStats {
   ClassStats high, low;
   BreakerStats breaker;
   uint64_t batches[kMaxBatchRows + 1];
-  LatencyHistogram total, queue, run;
-  uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped;
+  StageHistograms stages;
+  LatencyHistogram run;  // by batch
+  MeterReading meter;
+  uint64_t inline_runs, executor_runs, parked, missed_rows, queued_rows, served_dropped, traces_dropped;
   EdgeStats edge;
 };
 
@@ -224,6 +217,10 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   size_t n_features() const { return n_features_; }
   size_t n_outputs() const { return n_outputs_; }
   void stats(ServedModelStats* out);
+  // Keeps up to `capacity` sampled requests that ended, until take_traces() moves them to `out`, which is
+  // reused from call to call.
+  void trace(size_t capacity);
+  void take_traces(std::vector<TraceRecord>& out);
   // For tests of hangs: while held, batches go to the executor and block there.
   void hold_for_test(bool held);
 
@@ -253,9 +250,12 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     uint32_t seek_index = 0;  // the row of the chain last found, so that pieces in order need no walk
     uint32_t seek_row = kNone;
     int64_t received_ns = 0, deadline_ns = 0, formed_ns = 0, run_ns = 0;
+    int64_t decoded_ns = 0, admitted_ns = 0, finished_ns = 0;  // 0: not come so far
+    wire::TraceParent trace;
     int64_t now_us = 0;
     bool as_bin = false, with_timings = false;
     bool low = false;
+    bool no_score = false;  // the model gave a row of it none
     Status status;
     int64_t retry_after_ms = -1;
     std::unique_ptr<Parked> parked;
@@ -277,6 +277,8 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
     Target target;
     uint32_t rows = 0;
     int64_t received_ns = 0, deadline_ns = 0, now_us = 0;
+    int64_t decoded_ns = 0;  // 0: nothing is gathered
+    wire::TraceParent trace;
     bool as_bin = false, with_timings = false;
     bool low = false;
   };
@@ -291,7 +293,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   Status unavailable(int64_t now_ns, int64_t* retry_after_ms) const;
   Status refusal(const Lane::Submitted& submitted, int64_t* retry_after_ms) const;
   Status too_many() const;
-  void count_refused(uint32_t rows, bool low);
+  void count_refused(Code code, uint32_t rows, bool low);
   void look(int64_t now_ns) { look_until_ns_.store(now_ns + kLookNs, std::memory_order_relaxed); }
   Status admit(const Admission& admission, const float* rows, const uint8_t* row_status,
                const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms, uint64_t* tag);
@@ -312,6 +314,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void unlink(uint32_t index);
   void end(uint32_t index, Status status);
   void count_end(const Request& request, Code code);
+  StageTimes times_of(const Request& request, int64_t now_ns) const;
   void free_request(uint32_t index);
   uint32_t row_at(Request& request, uint32_t index);
   void learn_from_refusal(uint32_t rows);
@@ -381,12 +384,15 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<uint64_t> batch_tags_;
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
+  Status run_failure_;  // of the last run that failed
   std::unique_ptr<ServedEdge> edge_;  // null: off
 
   EndCounters request_counts_[2], row_counts_[2];  // [low]
   int64_t max_wait_ns_[2] = {};                    // [low]
   uint64_t batches_[kMaxBatchRows + 1] = {};
-  LatencyHistogram total_, queue_, run_;
+  LatencyHistogram run_;
+  ServingMeter meter_;
+  TraceQueue traces_;
   uint64_t inline_runs_ = 0, executor_runs_ = 0, parked_ = 0, missed_rows_ = 0;
   size_t parked_bytes_ = 0;
   bool stopping_ = false;

@@ -10,8 +10,6 @@
 #include <cerrno>
 #include <chrono>
 #include <limits>
-#include <map>
-#include <tuple>
 
 namespace penstock {
 namespace {
@@ -33,8 +31,33 @@ std::string_view bytes_of(const wire::Cursor& cursor) {
 }
 
 const Status kDraining{Code::kUnavailable, "the server is shutting down"};
+const Status kUnauthenticated{Code::kUnauthenticated,
+                              "no valid token was given; expected auth first on the connection"};
 
 }  // namespace
+
+Connection::Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
+    : core_(core),
+      id_(id),
+      max_output_bytes_(limits.max_output_bytes),
+      session_(limits),
+      last_read_ns_(mono_ns()) {}
+
+void Connection::touch() {
+  last_read_ns_ = mono_ns();
+  if (stuck_since_ns_ != 0) stuck_since_ns_ = last_read_ns_;
+}
+
+void Connection::note_progress(int64_t now_ns, bool finished_one) {
+  const size_t unfinished = session_.unfinished_bytes();
+  if (unfinished == 0) {
+    stuck_since_ns_ = 0;
+  } else if (finished_one || stuck_since_ns_ == 0 ||
+             unfinished - stuck_bytes_ >= ServingCore::kProgressBytes) {
+    stuck_since_ns_ = now_ns;
+    stuck_bytes_ = unfinished;
+  }
+}
 
 void Connection::refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms) {
   session_.finish(msgid);
@@ -53,6 +76,9 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   ServingCore& core = *core_;
   const int64_t received_ns = mono_ns();
   const int64_t now_us = wall_us();
+  const bool authorized = now_us < authorized_until_us_;
+  bool finished_one = false;
+  last_read_ns_ = received_ns;
   session_.advance(n);
   core.begin_read();
   core.reading_ = this;
@@ -68,8 +94,10 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
+    finished_one = true;
     if (message.kind == wire::MessageKind::kOther) {
       others->push_back({msgid, std::string(message.method), std::string(bytes_of(message.params))});
+      if (!authorized && message.method == "auth") break;
       continue;
     }
     if (message.kind == wire::MessageKind::kBad) {
@@ -86,6 +114,11 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     const bool vectors = message.kind == wire::MessageKind::kPredictVectors;
     if (!vectors && message.kind != wire::MessageKind::kPredict) continue;
+    if (!authorized) {
+      core.unauthenticated_.fetch_add(1, std::memory_order_relaxed);
+      refuse(msgid, kUnauthenticated, -1);
+      continue;
+    }
     Status status = vectors ? wire::decode_predict_vectors(message.params, &core.vectors_call_)
                             : wire::decode_predict(message.params, &core.predict_call_);
     const std::string_view name = vectors ? core.vectors_call_.model : core.predict_call_.model;
@@ -107,6 +140,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
+  note_progress(received_ns, finished_one);
   if (!deferred) {
     core.pump_touched();
     core.deliver_ended();
@@ -173,11 +207,13 @@ void Connection::drop() {
   for (const auto& model : core->all_models()) model->drop(id_);
 }
 
-ServingCore::ServingCore()
-    : event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+ServingCore::ServingCore(uint32_t worker, uint32_t cache_owner)
+    : cache_owner_(cache_owner),
+      event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
-      // Ids keep rising over restarts: nanoseconds pass faster than requests come.
-      next_id_(static_cast<uint64_t>(wall_us()) * 1000) {
+      // Ids keep rising over restarts: nanoseconds pass faster than requests come. Those of two workers are
+      // four years apart.
+      next_id_(static_cast<uint64_t>(wall_us()) * 1000 + (uint64_t{worker % kMaxWorkers} << 57)) {
   touched_.reserve(64);
 }
 
@@ -317,8 +353,12 @@ void ServingCore::deliver_ended() {
       const uint32_t msgid = result_.target.msgid;
       connection.session_.finish(msgid);
       if (result_.status.is_ok()) {
-        const wire::Timing timings[] = {
-            {"queue", result_.queue_ns}, {"run", result_.run_ns}, {"total", result_.total_ns}};
+        const StageTimes& times = result_.times;
+        const wire::Timing timings[] = {{"receive", times.receive_ns},
+                                        {"gather", times.gather_ns},
+                                        {"queue", times.queue_ns},
+                                        {"run", times.run_ns},
+                                        {"total", times.total_ns}};
         wire::ScoresReply reply;
         reply.scores = result_.scores.data();
         reply.n_rows = result_.rows;
@@ -431,6 +471,19 @@ int64_t ServingCore::next_deadline() {
   return next;
 }
 
+ServingCore::Overdue ServingCore::overdue(int64_t now_ns, int64_t idle_ns, int64_t read_ns) const {
+  Overdue found;
+  for (const auto& [id, connection] : connections_) {
+    const Connection& c = *connection;
+    if (c.stuck_since_ns_ != 0) {
+      if (now_ns - c.stuck_since_ns_ >= read_ns) found.stuck.push_back(id);
+    } else if (c.session_.in_flight() == 0 && now_ns - c.last_read_ns_ >= idle_ns) {
+      found.idle.push_back(id);
+    }
+  }
+  return found;
+}
+
 Status ServingCore::begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch,
                                 LocalCall* call) {
   const int64_t received_ns = mono_ns();
@@ -458,13 +511,22 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
 void ServingCore::missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) {
   {
     const std::lock_guard lock(miss_mutex_);
-    missed_.emplace_back(model, tag);
+    missed_.push_back({model, tag});
+  }
+  miss_ready_.notify_one();
+}
+
+void ServingCore::missed_again(std::vector<MissTag> tags) {
+  if (tags.empty()) return;
+  {
+    const std::lock_guard lock(miss_mutex_);
+    for (MissTag& tag : tags) missed_.push_back(std::move(tag));
   }
   miss_ready_.notify_one();
 }
 
 bool ServingCore::wait_misses(int64_t timeout_ns, MissBatch* batch) {
-  Tags tags;
+  std::vector<MissTag> tags;
   {
     std::unique_lock lock(miss_mutex_);
     miss_ready_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
@@ -472,70 +534,19 @@ bool ServingCore::wait_misses(int64_t timeout_ns, MissBatch* batch) {
     if (closed_ || missed_.empty()) return false;
     std::swap(tags, missed_);
   }
-  struct Row {
-    Key128 key;
-    int64_t now_us;
-    bool operator<(const Row& other) const {
-      return std::tie(key.lo, key.hi, now_us) < std::tie(other.key.lo, other.key.hi, other.now_us);
-    }
-  };
-  std::vector<std::map<Row, uint32_t>> seen;
-  std::vector<FeatureMiss> misses;
-  for (auto& [model, tag] : tags) {
-    int64_t now_us;
-    bool fill_cache;
-    if (!model->parked_misses(tag, &misses, &now_us, &fill_cache)) continue;
-    MissBatch::Waiting waiting{model, tag, {}};
-    for (const FeatureMiss& miss : misses) {
-      const PlanView& view = model->plan()->view(miss.view);
-      uint32_t v = 0;
-      while (v < batch->views.size() && batch->views[v].cache != view.cache) ++v;
-      if (v == batch->views.size()) {
-        batch->views.push_back({view.name, view.cache, model->plan()->row_words(miss.view), {}, {}, {}});
-        seen.emplace_back();
-      }
-      MissBatch::View& rows = batch->views[v];
-      const auto [at, fresh] =
-          seen[v].try_emplace({miss.key, now_us}, static_cast<uint32_t>(rows.keys.size()));
-      if (fresh) {
-        rows.keys.push_back(miss.key);
-        rows.now_us.push_back(now_us);
-        rows.fill_cache.push_back(0);
-      }
-      rows.fill_cache[at->second] |= fill_cache ? 1 : 0;
-      waiting.rows.emplace_back(v, at->second);
-    }
-    batch->waiting.push_back(std::move(waiting));
-  }
+  batch->collect(tags, mono_ns());
   return !batch->waiting.empty();
 }
 
 void ServingCore::finish_misses(const MissBatch& batch, const std::vector<const uint64_t*>& rows,
                                 const std::vector<const RowMeta*>& meta, uint64_t stamp,
                                 ServedModel::Scratch& scratch) {
-  const int64_t now = mono_ns();
-  for (size_t v = 0; v < batch.views.size(); ++v) {
-    const MissBatch::View& view = batch.views[v];
-    for (size_t i = 0; i < view.keys.size(); ++i) {
-      if (view.fill_cache[i])
-        (void)view.cache->put(view.keys[i], rows[v] + i * view.row_words, meta[v][i], stamp, now, 0);
-    }
-  }
-  std::vector<const uint64_t*> words;
-  std::vector<RowMeta> metas;
-  for (const MissBatch::Waiting& waiting : batch.waiting) {
-    words.clear();
-    metas.clear();
-    for (const auto& [v, i] : waiting.rows) {
-      words.push_back(rows[v] + size_t{i} * batch.views[v].row_words);
-      metas.push_back(meta[v][i]);
-    }
-    waiting.model->resume(waiting.tag, words, metas, scratch);
-  }
+  missed_again(batch.finish(rows, meta, stamp, mono_ns(), cache_owner_, scratch));
 }
 
 void ServingCore::fail_misses(const MissBatch& batch, const Status& status) {
-  for (const MissBatch::Waiting& waiting : batch.waiting) waiting.model->fail_parked(waiting.tag, status);
+  for (const MissBatch::Waiting& waiting : batch.waiting)
+    waiting.tag.model->fail_parked(waiting.tag.tag, status);
 }
 
 void ServingCore::close() {

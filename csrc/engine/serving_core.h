@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/miss_batch.h"
 #include "engine/route.h"
 #include "engine/served_model.h"
 #include "wire/session.h"
@@ -34,8 +35,7 @@ class ServingCore;
 // One peer's session. Loop thread only.
 class Connection {
  public:
-  Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits)
-      : core_(core), id_(id), max_output_bytes_(limits.max_output_bytes), session_(limits) {}
+  Connection(ServingCore* core, uint64_t id, const wire::SessionLimits& limits);
   ~Connection() { drop(); }
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
@@ -73,8 +73,17 @@ class Connection {
   // Flush, then hang up: the framing is broken, or a request could not even be refused for want of room.
   bool closed() const { return session_.closed() || overflowed_; }
 
+  // Predict calls are UNAUTHENTICATED from `until_us` on (wall clock; 0: at once; kForever: never, as at
+  // first). While they are, received() stops after each `auth` request, which it returns as any other: the
+  // caller decides on it and calls received(0) for what came behind it.
+  static constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
+  void authorize(int64_t until_us) { authorized_until_us_ = until_us; }
+  // The peer was kept waiting by us: its silence counts from now on.
+  void touch();
+
  private:
   friend class ServingCore;
+  void note_progress(int64_t now_ns, bool finished_one);
   void refuse(uint32_t msgid, const Status& status, int64_t retry_after_ms);
   bool encode_error(std::optional<uint32_t> msgid, const Status& status, bool retryable,
                     int64_t retry_after_ms);
@@ -89,25 +98,11 @@ class Connection {
   int fd_ = -1;
   const wire::Writer* unsent_ = nullptr;  // taken from the session, sent up to sent_
   size_t sent_ = 0;
-};
-
-// Rows that parked requests lack: per view, distinct (key, request time).
-struct MissBatch {
-  struct View {
-    std::string name;
-    std::shared_ptr<FeatureCache> cache;
-    uint32_t row_words;
-    std::vector<Key128> keys;
-    std::vector<int64_t> now_us;
-    std::vector<uint8_t> fill_cache;
-  };
-  struct Waiting {
-    std::shared_ptr<ServedModel> model;
-    uint64_t tag;
-    std::vector<std::pair<uint32_t, uint32_t>> rows;  // (view, row) of each of its misses
-  };
-  std::vector<View> views;
-  std::vector<Waiting> waiting;
+  int64_t authorized_until_us_ = kForever;
+  int64_t last_read_ns_;
+  // Since when the unfinished message at the end of the input makes no progress; 0 where there is none.
+  int64_t stuck_since_ns_ = 0;
+  size_t stuck_bytes_ = 0;  // that it had then
 };
 
 class ServingCore : public ModelEvents {
@@ -124,7 +119,11 @@ class ServingCore : public ModelEvents {
     }
   };
 
-  ServingCore();
+  static constexpr uint32_t kMaxWorkers = 64;
+
+  // worker: index of this process among those that serve together, below kMaxWorkers; their request ids are
+  // apart. cache_owner: its number as a writer of the feature caches.
+  explicit ServingCore(uint32_t worker = 0, uint32_t cache_owner = 0);
   ~ServingCore() override;
   ServingCore(const ServingCore&) = delete;
   ServingCore& operator=(const ServingCore&) = delete;
@@ -150,6 +149,15 @@ class ServingCore : public ModelEvents {
   const std::vector<uint64_t>& wake();
   // Answers what is due, then as wake().
   const std::vector<uint64_t>& expire();
+  // Connections that sent nothing for `idle_ns` and wait for nothing, and those whose unfinished message grew
+  // by less than kProgressBytes in `read_ns`.
+  struct Overdue {
+    std::vector<uint64_t> idle, stuck;
+  };
+  static constexpr size_t kProgressBytes = size_t{64} << 10;
+  Overdue overdue(int64_t now_ns, int64_t idle_ns, int64_t read_ns) const;
+  // Predict calls refused for want of a token. Any thread.
+  uint64_t unauthenticated() const { return unauthenticated_.load(std::memory_order_relaxed); }
   // New predict calls are UNAVAILABLE from now on.
   void drain() { draining_.store(true, std::memory_order_relaxed); }
 
@@ -177,7 +185,6 @@ class ServingCore : public ModelEvents {
 
  private:
   friend class Connection;
-  using Tags = std::vector<std::pair<std::shared_ptr<ServedModel>, uint64_t>>;
   struct EndedRequest {
     std::shared_ptr<ServedModel> model;
     uint64_t tag;
@@ -189,6 +196,7 @@ class ServingCore : public ModelEvents {
     size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
   };
 
+  void missed_again(std::vector<MissTag> tags);
   uint64_t next_ids(uint32_t rows) { return next_id_.fetch_add(rows, std::memory_order_relaxed); }
   static constexpr int64_t kBurstGapNs = 30'000;  // reads of two connections this close are one burst
 
@@ -208,6 +216,7 @@ class ServingCore : public ModelEvents {
   std::unordered_map<std::string, Route, Hash, std::equal_to<>> models_;
   std::vector<std::shared_ptr<ServedModel>> replaced_;  // each until nobody else has it and all is answered
 
+  const uint32_t cache_owner_;
   int event_fd_;
   int timer_fd_;
   std::mutex ended_mutex_;
@@ -230,11 +239,12 @@ class ServingCore : public ModelEvents {
 
   std::mutex miss_mutex_;
   std::condition_variable miss_ready_;
-  Tags missed_;
+  std::vector<MissTag> missed_;
   bool closed_ = false;
 
-  std::atomic<bool> draining_{false};  // no partner: a late view of it only serves one call more
-  std::atomic<uint64_t> next_id_;      // no partner: only distinctness matters
+  std::atomic<bool> draining_{false};         // no partner: a late view of it only serves one call more
+  std::atomic<uint64_t> next_id_;             // no partner: only distinctness matters
+  std::atomic<uint64_t> unauthenticated_{0};  // no partner: a count
   // Of the loop thread.
   wire::PredictCall predict_call_;
   wire::VectorsCall vectors_call_;

@@ -36,8 +36,18 @@ Status Endpoint::resolve(const std::string& address, Endpoint* endpoint) {
   addrinfo* found = nullptr;
   const int fault = getaddrinfo(host.c_str(), address.c_str() + colon + 1, &hints, &found);
   if (fault != 0) return Status::invalid("address is '" + address + "': " + gai_strerror(fault));
-  std::memcpy(&endpoint->address_, found->ai_addr, found->ai_addrlen);
-  endpoint->size_ = found->ai_addrlen;
+  const addrinfo* chosen = found;
+  for (const addrinfo* one = found; found->ai_next != nullptr && one != nullptr; one = one->ai_next) {
+    const int fd =
+        socket(one->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);  // a name with several: the first that listens
+    const bool listens = fd >= 0 && ::connect(fd, one->ai_addr, one->ai_addrlen) == 0;
+    if (fd >= 0) close(fd);
+    if (!listens) continue;
+    chosen = one;
+    break;
+  }
+  std::memcpy(&endpoint->address_, chosen->ai_addr, chosen->ai_addrlen);
+  endpoint->size_ = chosen->ai_addrlen;
   freeaddrinfo(found);
   return Status::ok();
 }

@@ -11,7 +11,8 @@ namespace penstock::load {
 
 class Endpoint {
  public:
-  // `address` is tcp://HOST:PORT ([HOST] for IPv6) or unix://PATH. Names are looked up here, which may block.
+  // `address` is tcp://HOST:PORT ([HOST] for IPv6) or unix://PATH. A name is looked up here, and
+  // the first of its addresses that listens is taken: both may block.
   static Status resolve(const std::string& address, Endpoint* endpoint);
 
   // A non-blocking socket that is connecting or connected; -1 with errno set.

@@ -275,6 +275,11 @@ void Generator::send_due() {
       break;
     }
     Connection* c = pick();
+    if (c == nullptr && options_.shed) {
+      report_.shed += in_window(due);
+      schedule_.advance();
+      continue;
+    }
     if (c == nullptr) {
       held_until_ = now_;
       full_ = true;
@@ -549,7 +554,7 @@ void Generator::settle() {
     report_.unsent += in_window(due);
     schedule_.advance();
   }
-  report_.due = report_.sent + report_.unsent;
+  report_.due = report_.sent + report_.unsent + report_.shed;
 }
 
 Status Generator::run() {

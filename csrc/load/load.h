@@ -67,6 +67,7 @@ struct Options {
   uint32_t depth = 1;  // open loop: the most in flight on a connection
   double rate = 0;     // requests per second; 0: closed loop
   bool poisson = false;
+  bool shed = false;  // open loop: a request that falls due while every connection is full is not sent at all
   uint64_t seed = 0;
   double warmup_s = 1;
   double duration_s = 5;
@@ -106,6 +107,7 @@ struct Report {
   uint64_t unsent = 0;            // due in the window and never sent
   uint64_t unanswered = 0;        // sent, and no answer came in time
   uint64_t transport_errors = 0;  // sent on a connection that broke
+  uint64_t shed = 0;              // due while every connection was full, and given up (Options::shed)
   uint64_t held_back = 0;         // sent late since every connection was full
   uint64_t answers_in_window =
       0;              // ok answers that arrived inside the window, whenever their requests were due

@@ -135,6 +135,8 @@ class RunBuilder {
     } else {
       for (uint32_t t = run.first_tree; t < run.first_tree + run.n_trees; ++t) add_nodes(run, t);
       run.node_begin.push_back(static_cast<uint32_t>(run.nodes.size()));
+      // A walk that has ended at the last leaf of the last tree still reads a node by that number.
+      run.nodes.push_back({0, 127, 0, {kLeafNode, kLeafNode}});
     }
     if (run.narrow && trees_.values != nullptr) add_halves(run);
   }
@@ -182,7 +184,6 @@ class RunBuilder {
     for (uint32_t i = 0; i < n; ++i) {
       if (i != 0 && !root[i]) continue;
       TreePiece piece{};
-      std::fill_n(piece.threshold, kPieceSplits, int8_t{127});
       piece.start = static_cast<uint8_t>(leftmost[i]);
       // Members in preorder, so a member's bit is found by its index.
       uint32_t members[kPieceSplits];

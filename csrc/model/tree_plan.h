@@ -43,11 +43,11 @@ struct RankColumn {
 
 // Up to four connected splits of a tree. Rows whose state equals `start`, the leftmost leaf below the piece,
 // are at its root; `next` maps the code of its splits' outcomes (bit i: the row goes right at split i) to a
-// leaf, or to the start of the piece below. A tree's pieces lie parents first; each tree's state begins at
-// leaf 0.
+// leaf, or to the start of the piece below; the outcome of an absent split changes nothing. A tree's pieces
+// lie parents first; each tree's state begins at leaf 0.
 struct alignas(32) TreePiece {
   uint16_t column[kPieceSplits];   // eight times the column: ranks lie at 8 * this
-  int8_t threshold[kPieceSplits];  // biased; 127, which no rank exceeds, for an absent split
+  int8_t threshold[kPieceSplits];  // biased
   uint8_t start;
   uint8_t unused[3];
   uint8_t next[16];

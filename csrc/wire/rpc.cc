@@ -190,6 +190,30 @@ Status decode_request_ids(Cursor& cursor, Options* options) {
   return {};
 }
 
+// "00-" 32 hex digits "-" 16 hex digits "-" 2 hex digits, lower case; later versions may go on after that.
+// Version ff and ids of all zeros are invalid.
+bool parse_traceparent(std::string_view text, TraceParent* trace) {
+  constexpr size_t kLength = 55;
+  if (text.size() < kLength || text[2] != '-' || text[35] != '-' || text[52] != '-') return false;
+  const auto hex = [&](size_t at, size_t digits, uint64_t* value) {
+    *value = 0;
+    for (const char c : text.substr(at, digits)) {
+      const bool letter = c >= 'a' && c <= 'f';
+      if (!letter && (c < '0' || c > '9')) return false;
+      *value = *value << 4 | static_cast<uint64_t>(letter ? c - 'a' + 10 : c - '0');
+    }
+    return true;
+  };
+  uint64_t version, flags;
+  if (!hex(0, 2, &version) || !hex(3, 16, &trace->trace_high) || !hex(19, 16, &trace->trace_low) ||
+      !hex(36, 16, &trace->span) || !hex(53, 2, &flags)) {
+    return false;
+  }
+  if (version == 0xff || (text.size() > kLength && (version == 0 || text[kLength] != '-'))) return false;
+  trace->sampled = (flags & 1) != 0;
+  return (trace->trace_high | trace->trace_low) != 0 && trace->span != 0;
+}
+
 Status decode_option(std::string_view name, Cursor& cursor, Options* options) {
   if (cursor.read_nil()) return {};
   if (name == "deadline_ms") return decode_deadline(cursor, &options->deadline_us);
@@ -212,8 +236,15 @@ Status decode_option(std::string_view name, Cursor& cursor, Options* options) {
     if (cursor.read_bool(name == "timings" ? &options->timings : &options->no_cache)) return {};
     return refuse("options." + std::string(name), cursor, "a bool");
   }
-  return Status::invalid("options." + std::string(name) +
-                         " is unknown; expected deadline_ms, request_id, now, priority, timings or no_cache");
+  if (name == "traceparent") {
+    Cursor at = cursor;
+    std::string_view text;
+    if (cursor.read_str(&text) && parse_traceparent(text, &options->trace)) return {};
+    return refuse("options.traceparent", at, "a W3C traceparent");
+  }
+  return Status::invalid(
+      "options." + std::string(name) +
+      " is unknown; expected deadline_ms, request_id, now, priority, timings, no_cache or traceparent");
 }
 
 Status decode_options(Cursor& cursor, uint32_t rows, Options* options) {

@@ -40,6 +40,13 @@ struct Columns {
 
 enum class RequestIds : uint8_t { kNone, kOne, kList };
 
+// W3C Trace Context: who asks, in which trace.
+struct TraceParent {
+  uint64_t trace_high = 0, trace_low = 0;
+  uint64_t span = 0;
+  bool sampled = false;
+};
+
 struct Options {
   int64_t deadline_us = 0;  // 0: absent
   bool has_now = false;
@@ -52,6 +59,7 @@ struct Options {
   bool low_priority = false;
   bool timings = false;
   bool no_cache = false;
+  TraceParent trace;  // not sampled where there is none
 };
 
 struct PredictCall {

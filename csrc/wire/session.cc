@@ -4,12 +4,18 @@
 #include <bit>
 #include <cstring>
 #include <string>
+#include <utility>
 
 namespace penstock::wire {
+namespace {
+
+constexpr uint32_t kFirstInFlight = 31;  // a table of 64 slots
+
+}  // namespace
 
 InFlight::InFlight(uint32_t limit)
     : limit_(std::min(limit, uint32_t{1} << 24)),
-      mask_(std::bit_ceil(2 * limit_ + 2) - 1),
+      mask_(std::bit_ceil(2 * std::min(limit_, kFirstInFlight) + 2) - 1),
       msgids_(mask_ + 1),
       used_(mask_ + 1) {}
 
@@ -19,7 +25,20 @@ uint32_t InFlight::find(uint32_t msgid) const {
   return slot;
 }
 
+void InFlight::grow() {
+  const std::vector<uint32_t> msgids = std::exchange(msgids_, std::vector<uint32_t>(2 * (mask_ + 1)));
+  const std::vector<uint8_t> used = std::exchange(used_, std::vector<uint8_t>(2 * (mask_ + 1)));
+  mask_ = 2 * mask_ + 1;
+  for (size_t i = 0; i < used.size(); ++i) {
+    if (!used[i]) continue;
+    const uint32_t slot = find(msgids[i]);
+    msgids_[slot] = msgids[i];
+    used_[slot] = 1;
+  }
+}
+
 void InFlight::insert(uint32_t msgid) {
+  if (2 * size_ + 2 > mask_) grow();
   const uint32_t slot = find(msgid);
   msgids_[slot] = msgid;
   used_[slot] = 1;

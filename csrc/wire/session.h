@@ -41,7 +41,8 @@ struct Message {
   Status status;
 };
 
-// The msgids of requests that are not answered yet: a fixed open-addressing table.
+// The msgids of requests that are not answered yet: an open-addressing table that starts small and doubles up
+// to what `limit` needs, so that ten thousand idle connections cost little.
 class InFlight {
  public:
   explicit InFlight(uint32_t limit);
@@ -54,6 +55,7 @@ class InFlight {
  private:
   uint32_t home(uint32_t msgid) const { return (msgid * 2654435769u) & mask_; }
   uint32_t find(uint32_t msgid) const;  // its slot, or the free slot where it would go
+  void grow();
 
   uint32_t limit_;
   uint32_t mask_;
@@ -84,6 +86,8 @@ class Session {
   const Writer* take_output();
   void output_sent();
   bool sending() const { return sending_; }  // take_output() gave bytes that are not all sent
+  // Bytes of a message of which more must come, once next_message() has returned false.
+  size_t unfinished_bytes() const { return closed_ ? 0 : end_ - begin_; }
   size_t pending_output_bytes() const { return front_->size() + (sending_ ? back_->size() : 0); }
 
   uint32_t in_flight() const { return in_flight_.size(); }

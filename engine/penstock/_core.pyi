@@ -96,7 +96,77 @@ class WireSession(metaclass=_NativeType):
     @property
     def input_capacity(self) -> int: ...
     @property
+    def unfinished_bytes(self) -> int: ...
+    @property
     def pending_output_bytes(self) -> int: ...
+
+class PythonModel(metaclass=_NativeType):
+    """
+    A model in this process that is called under the GIL, over buffers made once.
+    """
+    def __init__(
+        self,
+        run: collections.abc.Callable[[int], None],
+        rows: numpy.ndarray,
+        scores: numpy.ndarray,
+        *,
+        column: typing.SupportsInt | typing.SupportsIndex | None = None,
+        probability: bool = False,
+        interrupt: typing.Any = None,
+    ) -> None:
+        """
+        run(n) scores rows[:n], float32 [64, F], into scores[:n], float32 or float64 [64, width].
+        column: the one that is served; None: all. interrupt(): ends a run in progress, if it can.
+        """
+    def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
+        """
+        Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message). One caller at once.
+        """
+
+class ChildChannel(metaclass=_NativeType):
+    """
+    The shared memory and the doorbell of a model in a child process.
+    """
+    def __init__(
+        self,
+        n_features: typing.SupportsInt | typing.SupportsIndex,
+        width: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        column: typing.SupportsInt | typing.SupportsIndex | None = None,
+        probability: bool = False,
+        run_timeout_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def memory_fd(self) -> int: ...
+    @property
+    def alarm_fd(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+    def read_alarm(self) -> None: ...
+    def attach(
+        self,
+        socket: typing.SupportsInt | typing.SupportsIndex,
+        pidfd: typing.SupportsInt | typing.SupportsIndex,
+        restart_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None:
+        """
+        Takes both descriptors over; pidfd may be -1. Another child would be ready restart_s after its end.
+        """
+    def detach(self, reason: str) -> None: ...
+    def expect_after(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    def close(self) -> None: ...
+    def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
+        """
+        Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message).
+        """
+    @staticmethod
+    def layout(
+        n_features: typing.SupportsInt | typing.SupportsIndex,
+        width: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        Offsets of scores and of text, and the size of the block.
+        """
 
 class TreeEnsemble(metaclass=_NativeType):
     """
@@ -137,9 +207,41 @@ class FeatureCache(metaclass=_NativeType):
         capacity: typing.SupportsInt | typing.SupportsIndex,
         row_words: typing.SupportsInt | typing.SupportsIndex,
         ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
     ) -> None:
         """
-        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        capacity: rows, rounded up to whole buckets of 15; row_words: uint64 words a row, 1 to 2048; ttl_ns: memory TTL, none if <= 0; negative_ttl_ns: a shorter one of rows that say NOT_FOUND; refresh_ahead: last part of a row's life, 0 to 0.5, in which a read queues it for take_refreshes. Raises ValueError, or RuntimeError if the memory cannot be mapped.
+        """
+    @staticmethod
+    def open_shared(
+        path: str,
+        capacity: typing.SupportsInt | typing.SupportsIndex,
+        row_words: typing.SupportsInt | typing.SupportsIndex,
+        ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        negative_ttl_ns: typing.SupportsInt | typing.SupportsIndex = 0,
+        refresh_ahead: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        identity: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> FeatureCache:
+        """
+        The cache in the file at `path`, which several processes share and the first one makes. identity: uint64 of the key hash and row layout. Raises RuntimeError, naming what differs, where the file holds another kind of arena.
+        """
+    @staticmethod
+    def attach(fd: typing.SupportsInt | typing.SupportsIndex) -> FeatureCache:
+        """
+        The cache in an open file, whatever its geometry. Raises RuntimeError if it is no arena.
+        """
+    @property
+    def row_words(self) -> int: ...
+    def take_refreshes(
+        self, n: typing.SupportsInt | typing.SupportsIndex
+    ) -> tuple[
+        numpy.typing.NDArray[numpy.uint64],
+        numpy.typing.NDArray[numpy.int64],
+        numpy.typing.NDArray[numpy.bool_],
+    ]:
+        """
+        Up to n rows that were read shortly before their end: keys uint64[k, 2], request times to load them for int64[k], and hold bool[k]: not to be stored before that time.
         """
     def _abandon_put(
         self,
@@ -154,9 +256,13 @@ class FeatureCache(metaclass=_NativeType):
         """
         For tests: a put that stops after `words` words with the bucket locked.
         """
-    def clear(self, owner: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    def clear(
+        self,
+        owner: typing.SupportsInt | typing.SupportsIndex = 0,
+        stamp: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
         """
-        Remove every row; the stamps are remembered.
+        Remove every row; the stamps are remembered, and lesser ones than `stamp` are refused from then on.
         """
     def discard_many(
         self,
@@ -232,6 +338,45 @@ class HistogramCounts(metaclass=_NativeType):
     def snapshot(self) -> numpy.typing.NDArray[numpy.uint64]:
         """
         A copy of all counts, uint64 [slots].
+        """
+
+class DriftPanes(metaclass=_NativeType):
+    """
+    Drift counts of served rows by pane of request time. Any thread; the GIL is not held while it counts.
+    """
+    def __init__(
+        self,
+        columns: list,
+        score: list,
+        *,
+        pane_us: typing.SupportsInt | typing.SupportsIndex,
+        window_us: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        columns, score: as of HistogramCounts; one column of score. Raises ValueError.
+        """
+    def add(
+        self,
+        now_us: numpy.typing.NDArray[numpy.int64],
+        rows: numpy.typing.NDArray[numpy.float32],
+        scores: numpy.typing.NDArray[numpy.float64],
+    ) -> int:
+        """
+        Count rows float32 [n, columns] with request times int64 [n] >= 0 and float64 scores [n]; returns
+        how many came too late. Raises ValueError.
+        """
+    def merge(self, other: DriftPanes) -> None:
+        """
+        Add what other holds. Raises ValueError, unchanged, where they do not fit.
+        """
+    def window(
+        self,
+        last: typing.SupportsInt | typing.SupportsIndex | None,
+        panes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> tuple:
+        """
+        (last, n, rows, late, expired, inputs uint64 [slots], score uint64 [slots]) of the panes up to
+        `last` (None: the newest held; -1 when there is none). rows, late and expired are since the start.
         """
 
 class FeatureProgram(metaclass=_NativeType):
@@ -315,7 +460,16 @@ class ServedModel(metaclass=_NativeType):
         """
         Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
-        One thread at a time.
+        One thread at a time. Drift has counted them.
+        """
+    def count_drift(self, panes: DriftPanes) -> None:
+        """
+        Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
+        """
+    def drain_traces(self) -> list:
+        """
+        Those requests: [(trace id's high and low uint64, parent span uint64, received monotonic ns, then
+        ns of receive, gather, queue, run, encode, total, then rows, code)].
         """
     def hot_inputs(self) -> HotInputs:
         """
@@ -341,9 +495,17 @@ class ServedModel(metaclass=_NativeType):
         """
         Counters, batch sizes (rows: runs) and latency quantiles, by name.
         """
+    def idle(self) -> bool:
+        """
+        Every request has its answer, and nothing runs.
+        """
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.
+        """
+    def trace(self, capacity: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Keep up to `capacity` requests with a sampled traceparent that ended; more are dropped and counted.
         """
     @property
     def n_features(self) -> int: ...
@@ -366,6 +528,11 @@ class Connection(metaclass=_NativeType):
         """
         Replies go straight to this connected socket from now on; its descriptor is duplicated. False:
         no descriptor is free.
+        """
+    def authorize(self, until_us: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Predict calls are UNAUTHENTICATED from this wall-clock microsecond on; 0: at once. While they are,
+        received stops after each `auth` request: decide on it, then call received(0).
         """
     def drop(self) -> None:
         """
@@ -411,6 +578,10 @@ class Connection(metaclass=_NativeType):
         """
         Bytes to send, or None when there are none or earlier ones are not sent yet.
         """
+    def touch(self) -> None:
+        """
+        The peer was kept waiting by us: its silence counts from now on.
+        """
     def watch(self) -> None:
         """
         Have wake tell of every output of this connection.
@@ -444,7 +615,15 @@ class ServingCore(metaclass=_NativeType):
     """
     Live models, connections and the loader's queue.
     """
-    def __init__(self) -> None: ...
+    def __init__(
+        self,
+        worker: typing.SupportsInt | typing.SupportsIndex = 0,
+        cache_owner: typing.SupportsInt | typing.SupportsIndex = 0,
+    ) -> None:
+        """
+        worker: index among the processes that serve together, 0 to 63: their request ids are apart.
+        cache_owner: the process's number as a writer of shared feature caches.
+        """
     def call(self, vectors: bool, params: bytes, timings: bool = True) -> tuple:
         """
         predict (or predict_vectors) on this thread; params as MessagePack bytes. Returns (scores
@@ -482,7 +661,7 @@ class ServingCore(metaclass=_NativeType):
         self,
         name: str,
         version: str,
-        trees: bytes,
+        model: bytes | PythonModel | ChildChannel,
         plan: typing.Any = None,
         *,
         max_batch_rows: typing.SupportsInt | typing.SupportsIndex = 64,
@@ -501,10 +680,20 @@ class ServingCore(metaclass=_NativeType):
         edge: typing.Any = None,
     ) -> ServedModel:
         """
-        Load trees.bin bytes as a model version, warm it up and start it; it is not live yet.
+        Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
+        is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
         or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
+        """
+    def overdue(
+        self,
+        idle_s: typing.SupportsFloat | typing.SupportsIndex,
+        read_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> tuple[list[int], list[int]]:
+        """
+        Ids of connections that sent nothing for idle_s and wait for nothing, and of those whose unfinished
+        message made no progress for read_s.
         """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
@@ -531,6 +720,8 @@ class ServingCore(metaclass=_NativeType):
         event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids of
         connections whose output somebody else must look after.
         """
+    @property
+    def unauthenticated(self) -> int: ...
     @property
     def event_fd(self) -> int: ...
     @property
@@ -615,6 +806,7 @@ def run_load(
     in_flight: typing.SupportsInt | typing.SupportsIndex = 1,
     rate: typing.SupportsFloat | typing.SupportsIndex = 0.0,
     poisson: bool = False,
+    shed: bool = False,
     seed: typing.SupportsInt | typing.SupportsIndex = 0,
     warmup_s: typing.SupportsFloat | typing.SupportsIndex = 1.0,
     duration_s: typing.SupportsFloat | typing.SupportsIndex = 5.0,

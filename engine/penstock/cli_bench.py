@@ -96,6 +96,7 @@ def bench(
         warmup=warmup,
         duration=duration,
         goodput_ms=goodput_ms,
+        series=as_json,
     )
     options = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
     try:

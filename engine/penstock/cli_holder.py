@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,27 @@ def holder_name(found: dict[str, Any]) -> str:
     return f"process {found.get('pid') or 'unknown'}"
 
 
+def connect(addresses: str | Sequence[str]) -> Client:
+    """A client with the credentials of the environment, where they are set: PENSTOCK_TOKEN; for TLS
+    PENSTOCK_CA, PENSTOCK_CERT, PENSTOCK_KEY (paths) and PENSTOCK_SERVER_NAME.
+    """
+    from penstock.serving.client import Client
+
+    given = os.environ.get
+    return Client(
+        addresses,
+        token=given("PENSTOCK_TOKEN"),
+        ca=given("PENSTOCK_CA"),
+        cert=given("PENSTOCK_CERT"),
+        key=given("PENSTOCK_KEY"),
+        server_name=given("PENSTOCK_SERVER_NAME"),
+    )
+
+
 def holder_client(found: dict[str, Any]) -> Client:
     """A client of the holder; FailedPreconditionError if it listens nowhere."""
-    from penstock.serving import client
-
     if not found.get("listen"):
         raise FailedPreconditionError(
             f"{holder_name(found)} uses the data folder and listens nowhere; stop it, or call its engine"
         )
-    return client.Client(found["listen"])
+    return connect(found["listen"])

@@ -40,7 +40,7 @@ def list_models(data_dir: DataDir = None, config: ConfigFile = None, as_json: Js
     if not result["models"]:
         typer.echo("no models")
         return
-    header = ("NAME", "VERSION", "ALIASES", "OUTPUT", "INPUTS", "SERVICE", "METRICS")
+    header = ("NAME", "VERSION", "ALIASES", "BACKEND", "OUTPUT", "INPUTS", "SERVICE", "METRICS")
     rows = [header, *(_row(info) for info in result["models"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:
@@ -58,7 +58,7 @@ def add(
     result = _run(data_dir, config, as_json, "add", {"path": str(path.absolute())})
     if not as_json:
         aliases = f" ({', '.join(result['aliases'])})" if result["aliases"] else ""
-        typer.echo(f"added {result['name']} {result['version']}{aliases}")
+        typer.echo(f"added {result['name']} {result['version']}: {result['format']}{aliases}")
 
 
 @app.command()
@@ -149,6 +149,13 @@ def _find_data_dir(data_dir: Path | None, config: Path | None) -> Path:
 def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
     head = (info["name"], info["version"], ",".join(info["aliases"]) or "-")
     if info["fault"]:
-        return (*head, f"unreadable: {info['fault']}", "", "", "")
+        return (*head, f"unreadable: {info['fault']}", "", "", "", "")
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in info["metrics"].items())
-    return (*head, info["output_kind"], str(info["n_inputs"]), info["service"] or "-", metrics or "-")
+    return (
+        *head,
+        info["format"],
+        info["output_kind"],
+        str(info["n_inputs"]),
+        info["service"] or "-",
+        metrics or "-",
+    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.cli_holder import holder, holder_client
+from penstock.cli_holder import connect, holder, holder_client
 from penstock.errors import FailedPreconditionError, PenstockError, to_wire
 
 if TYPE_CHECKING:
@@ -117,17 +117,22 @@ def collect(client: Client, model: str | None = None, window_s: float | None = N
         if entry is not None and entry["version"] == found["version"]:  # else promoted between the two calls
             data["performance"] = entry.get("performance")
             data["latency"] = entry["latency"] | {"limit_ms": entry["limit_ms"]}
+            data["stages"] = entry["stages"]
+            data["service"] = {
+                "slo": entry["slo"],
+                "goodput": entry["goodput"],
+                "busy_ratio": entry["busy_ratio"],
+                "queue_delay_ratio": entry["queue_delay_ratio"],
+            }
         reports.append(data)
     return reports
 
 
 def _client(config: Path | None, to: str | None) -> Client:
-    from penstock.serving.client import Client
-
     if to is not None:
         if config is not None:
             raise typer.BadParameter("give --to or --config, not both")
-        return Client(to)
+        return connect(to)
     file = Path(_CONFIG_NAME) if config is None else config
     if config is None and not file.exists():
         raise typer.BadParameter(

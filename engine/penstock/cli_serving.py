@@ -7,11 +7,15 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from penstock.cli_holder import connect
 from penstock.errors import InvalidArgumentError, PenstockError
+
+if TYPE_CHECKING:
+    from penstock.config import Config
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -27,6 +31,9 @@ def serve(
     listen: Annotated[
         list[str] | None, typer.Option(help="Listen here instead; may be repeated. Port 0: any free port.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that serve side by side, 1 to 32.", min=1, max=32)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in flight and exit."""
@@ -35,9 +42,11 @@ def serve(
     from penstock.serving.server import ServerSettings, run
 
     logging.basicConfig(format="penstock: %(message)s")
+    logging.getLogger("penstock").setLevel(logging.INFO)  # what the models' own processes print
 
     def on_listening(addresses: list[str]) -> None:
-        engine.lock.announce(addresses)  # other commands find the server by it
+        if engine.lock is not None:
+            engine.lock.announce(addresses)  # other commands find the server by it
         for address in addresses:
             typer.echo(f"penstock: listening on {address}", err=True)
         if as_json:
@@ -45,17 +54,40 @@ def serve(
             typer.echo(json.dumps(ready))
 
     try:
-        settings = ServerSettings.from_config(load_config(config))
-        if listen:
-            settings = dataclasses.replace(settings, listen=tuple(listen))
+        loaded = load_config(config)
+        if (workers or loaded.server.workers) > 1:
+            serve_side_by_side(config, loaded, workers or loaded.server.workers, listen, as_json)
+
+        def read_settings() -> ServerSettings:
+            settings = ServerSettings.from_config(load_config(config))
+            return dataclasses.replace(settings, listen=tuple(listen)) if listen else settings
+
+        settings = read_settings()
         engine = Engine.from_config(config)
         try:
-            status = run(engine, settings, on_listening)
+            status = run(engine, settings, on_listening, read_settings)
         finally:
             engine.close()
     except PenstockError as error:
         raise _failed(error) from None
     raise typer.Exit(status)
+
+
+def serve_side_by_side(
+    path: Path, config: Config, workers: int, listen: list[str] | None, as_json: bool
+) -> NoReturn:
+    """Serve with several processes; ends the command."""
+    from penstock.serving.supervisor import Supervisor
+
+    def on_listening(addresses: list[str]) -> None:
+        for address in addresses:
+            typer.echo(f"penstock: listening on {address}, {workers} workers", err=True)
+        if as_json:
+            ready = {"event": "listening", "addresses": addresses, "pid": os.getpid()}
+            typer.echo(json.dumps({**ready, "workers": supervisor.pids}))
+
+    supervisor = Supervisor(path, config, workers, listen or list(config.server.listen))
+    raise typer.Exit(supervisor.run(on_listening))
 
 
 def predict(
@@ -67,13 +99,12 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a server for predictions."""
-    from penstock.serving.client import Client
     from penstock.serving.protocol import DEFAULT_ADDRESS
 
     try:
         columns = _columns("ENTITIES", entities)
         features = None if inputs is None else _columns("--inputs", inputs)
-        with Client(to or [DEFAULT_ADDRESS]) as client:
+        with connect(to or [DEFAULT_ADDRESS]) as client:
             made = client.predict(model, columns, features, deadline_ms=deadline_ms)
     except PenstockError as error:
         raise _failed(error) from None

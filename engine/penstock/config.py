@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -22,12 +23,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from penstock.credentials import Grant, Role, ServerTls, check_readable, grant, read_tokens
 from penstock.errors import ConfigError
 
 _UNIT_US = {"us": 1, "ms": 1000, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}
@@ -110,7 +113,8 @@ class ServingConfig(Section):
     `inline_limit_us`: a shorter predicted run starts on the thread that read the request. `max_requests` and
     `max_queued_rows` bound each model's lane, for requests of high priority; those of low priority have half
     as much room of their own. A quarter of each is kept for connections that have nothing in it. Where both
-    classes wait, low priority gets `low_share` of the batches, at least. Requests are of high priority unless they say otherwise.
+    classes wait, low priority gets `low_share` of the batches, at least. Requests are of high
+    priority unless they say otherwise.
 
     A run that takes longer than `breaker_timeout_ms` (None: twice `max_latency_ms`) and than eight times its
     predicted time, or `breaker_failures` failed runs in a row, open the model's circuit breaker: its requests
@@ -138,7 +142,14 @@ class LimitsConfig(Section):
 
     A connection is not read while more than `pause_output_bytes` of its replies wait, holds at most
     `max_output_bytes` of them, and is dropped if it takes next to nothing for `slow_reader_timeout` seconds.
-    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait.
+    `max_calls` and `max_admin_calls` bound the calls of the other methods that wait, of all connections;
+    `max_calls_per_connection` those of one, so that it cannot keep the others out.
+
+    Times, seconds; None: no limit. A peer has `handshake_timeout` for TLS and `auth_timeout` to show a token
+    where tokens are set. One whose unfinished message grows by less than 64 KiB in `read_timeout` is dropped,
+    as is one that asks nothing for `idle_timeout`. After `max_connection_age`, give or take a tenth, it is
+    told to move to a new connection; the old one ends when its requests are answered, and takes no new ones
+    after `connection_age_grace`. `max_connections_per_address` is for each IP address.
     """
 
     max_message_bytes: Size = Field(default=16 << 20, ge=1024)
@@ -148,19 +159,126 @@ class LimitsConfig(Section):
     max_output_bytes: Size = Field(default=64 << 20, ge=1 << 16)
     pause_output_bytes: Size = Field(default=1 << 20, ge=1)
     slow_reader_timeout: Seconds = Field(default=10.0, gt=0)
+    read_timeout: Seconds = Field(default=30.0, gt=0)
+    handshake_timeout: Seconds = Field(default=10.0, gt=0)
+    auth_timeout: Seconds = Field(default=10.0, gt=0)
+    idle_timeout: Annotated[Seconds, Field(gt=0)] | None = None
+    max_connection_age: Annotated[Seconds, Field(gt=0)] | None = None
+    connection_age_grace: Seconds = Field(default=10.0, gt=0)
+    max_connections_per_address: Annotated[int, Field(ge=1)] | None = None
     max_calls: int = Field(default=256, ge=1)
     max_admin_calls: int = Field(default=16, ge=1)
+    max_calls_per_connection: int = Field(default=64, ge=1)
+
+
+class TlsConfig(Section):
+    """PEM files for the "tls://" addresses; read again on SIGHUP. TLS 1.2 is the oldest version spoken.
+
+    With `client_ca`, client certificates are asked for and verified; `require_client_cert` refuses clients
+    that have none.
+    """
+
+    cert: FilePath
+    key: FilePath
+    client_ca: FilePath | None = None
+    require_client_cert: bool = False
+
+    @field_validator("cert", "key", "client_ca")
+    @classmethod
+    def _readable(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is not None:
+            check_readable(str(info.field_name), path)
+        return path
+
+    @model_validator(mode="after")
+    def _usable(self) -> TlsConfig:
+        self.files().context()
+        return self
+
+    def files(self) -> ServerTls:
+        """Return the files as the server takes them."""
+        return ServerTls(self.cert, self.key, self.client_ca, self.require_client_cert)
+
+
+class TokenConfig(Section):
+    """A token, or just its text. An expired one is refused, also on connections that showed it before."""
+
+    token: SecretStr
+    role: Literal["data", "admin"] | None = None
+    expires: datetime | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return {"token": value} if isinstance(value, str) else value
+
+    @field_validator("token")
+    @classmethod
+    def _usable(cls, token: SecretStr) -> SecretStr:
+        grant(token.get_secret_value(), "data")
+        return token
+
+
+class AuthConfig(Section):
+    """Tokens, in the file or in files of their own (`TOKEN [EXPIRES]` a line); without any, all may do all.
+
+    With any, every request (health too) needs `auth` first on its connection. Admin tokens allow everything,
+    the others no admin methods. A connection ends after `max_failures` wrong tokens.
+    """
+
+    tokens: Annotated[list[TokenConfig], Field(min_length=1)] | None = None
+    token_file: FilePath | None = None
+    admin_tokens: Annotated[list[TokenConfig], Field(min_length=1)] | None = None
+    admin_token_file: FilePath | None = None
+    max_failures: int = Field(default=3, ge=1)
+
+    @field_validator("token_file", "admin_token_file")
+    @classmethod
+    def _holds_tokens(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_tokens(path, "data")
+        return path
+
+    @field_validator("admin_tokens")
+    @classmethod
+    def _are_admin(cls, tokens: list[TokenConfig] | None) -> list[TokenConfig] | None:
+        if any(token.role == "data" for token in tokens or ()):
+            raise ValueError('an admin token has the role "data"; expected it under tokens')
+        return tokens
+
+    def grants(self) -> list[Grant]:
+        """Read the token files and return what each token allows; empty: no authentication."""
+        roles: tuple[tuple[list[TokenConfig] | None, Role], ...]
+        roles = (self.tokens, "data"), (self.admin_tokens, "admin")
+        made = [
+            grant(given.token.get_secret_value(), given.role or role, given.expires)
+            for tokens, role in roles
+            for given in tokens or ()
+        ]
+        if self.token_file is not None:
+            made += read_tokens(self.token_file, "data")
+        if self.admin_token_file is not None:
+            made += read_tokens(self.admin_token_file, "admin")
+        return made
 
 
 class ServerConfig(Section):
-    """Where to listen: "tcp://host:port" or "unix:///path".
+    """Where to listen: "tcp://host:port", "tls://host:port" or "unix:///path".
 
-    `call_threads` run the methods that are no predictions. A shutdown ends after `drain_timeout` seconds at
-    the latest; once all is answered, peers have `goaway_grace` seconds to hang up by themselves.
+    `workers` processes answer side by side; more than one share the feature caches, by files in
+    `data_dir/arena` (a tmpfs is the best place for it), and one that dies is started again, at most
+    `max_restarts` times in `restart_window` seconds, all together. `call_threads` run the methods that are
+    no predictions. A shutdown ends after `drain_timeout` seconds at the latest; once all is answered, peers
+    have `goaway_grace` seconds to hang up by themselves.
     """
 
     listen: list[str] = Field(default=["tcp://127.0.0.1:7064"], min_length=1)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    workers: int = Field(default=1, ge=1, le=32)
+    max_restarts: int = Field(default=10, ge=0)
+    restart_window: Seconds = Field(default=60.0, gt=0)
+    tls: TlsConfig | None = None
+    auth: AuthConfig = Field(default_factory=AuthConfig)
     call_threads: int = Field(default=4, ge=1, le=256)
     drain_timeout: Seconds = Field(default=30.0, gt=0)
     goaway_grace: Seconds = Field(default=0.5, ge=0)
@@ -170,10 +288,18 @@ class ServerConfig(Section):
     def _addresses(cls, listen: list[str]) -> list[str]:
         for address in listen:
             if not _is_address(address):
-                raise ValueError(f'"{address}" is no address; expected "tcp://host:port" or "unix:///path"')
+                raise ValueError(
+                    f'"{address}" is no address; expected "tcp://host:port", "tls://host:port" or "unix:///path"'
+                )
         if len(set(listen)) != len(listen):
             raise ValueError("an address is given twice")
         return listen
+
+    @model_validator(mode="after")
+    def _tls_has_files(self) -> ServerConfig:
+        if self.tls is None and any(address.startswith("tls:") for address in self.listen):
+            raise ValueError('listen has a "tls://" address; expected a tls section with cert and key')
+        return self
 
 
 class FeatureStoreConfig(Section):
@@ -183,10 +309,17 @@ class FeatureStoreConfig(Section):
 
 
 class FeatureCacheConfig(Section):
-    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity."""
+    """`capacity` rows per view; `ttl` in seconds, None: no limit beyond a row's own validity.
+
+    `negative_ttl`: seconds for which a key without data is remembered as such, where that is less than `ttl`.
+    `refresh_ahead`: the last part of a row's life, 0 to 0.5, in which a read has it loaded again in the
+    background; at most a minute before its validity ends. 0: never.
+    """
 
     capacity: int = Field(default=1 << 17, ge=1)
     ttl: Annotated[Seconds, Field(gt=0)] | None = None
+    negative_ttl: Annotated[Seconds, Field(gt=0)] | None = 10.0
+    refresh_ahead: float = Field(default=0.1, ge=0, le=0.5)
 
 
 def _mode(value: object) -> object:
@@ -208,7 +341,11 @@ class EdgeCacheConfig(Section):
 
 
 class ModelCacheConfig(Section):
-    """Memory for loaded models, bytes."""
+    """`memory`: bytes for loaded model versions and the buffers of their lanes.
+
+    Previous versions are dropped to make room, the one least recently live first; a version for which there
+    is none even so is not loaded.
+    """
 
     memory: Size = Field(default=1 << 30, ge=1)
 
@@ -219,11 +356,35 @@ class CachesConfig(Section):
     models: ModelCacheConfig = Field(default_factory=ModelCacheConfig)
 
 
+class ProcessConfig(Section):
+    """The child process of a Python entry point, seconds.
+
+    `start_timeout`: to become ready, warm-up included. `run_timeout`: for one run; then the process is killed
+    and started again. `restart_backoff` is the pause before that, doubled up to `restart_backoff_max` while
+    the process does not last.
+    """
+
+    start_timeout: Seconds = Field(default=30.0, gt=0, le=3600)
+    run_timeout: Seconds = Field(default=2.0, gt=0, le=3600)
+    restart_backoff: Seconds = Field(default=0.1, ge=0.001, le=3600)
+    restart_backoff_max: Seconds = Field(default=10.0, ge=0.001, le=3600)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProcessConfig:
+        if self.restart_backoff_max < self.restart_backoff:
+            raise ValueError(
+                f"restart_backoff_max ({self.restart_backoff_max:g} s) is below "
+                f"restart_backoff ({self.restart_backoff:g} s)"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """One served model: the bundle folder to add to data_dir (None: it is there), and the version or alias.
 
     A bundle that the registry sees for the first time becomes the champion; later promotions and rollbacks
-    hold, whatever `path` says.
+    hold, whatever `path` says. `threads` of onnxruntime for one run. A Python entry point runs in a `process`
+    of its own, or in a `thread` of this one, where its runs hold up the answers of all models.
     """
 
     path: FilePath | None = None
@@ -231,12 +392,51 @@ class ModelConfig(Section):
         default="champion", min_length=1
     )
     on_missing: Literal["nan", "error"] = "nan"
+    threads: int = Field(default=1, ge=1, le=256)
+    isolation: Literal["process", "thread"] = "process"
+    process: ProcessConfig = Field(default_factory=ProcessConfig)
+
+
+class PrometheusConfig(Section):
+    """Where metrics are served for Prometheus: "host:port", at /metrics. Needs the extra `prometheus`."""
+
+    listen: str = "127.0.0.1:9464"
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, listen: str) -> str:
+        if not _is_address(f"tcp://{listen}"):
+            raise ValueError('expected "host:port"')
+        return listen
+
+
+class TracingConfig(Section):
+    """OpenTelemetry spans of requests that carry a sampled `traceparent`. Needs the extra `otel`.
+
+    `exporter`: "otlp" (HTTP, to the URL `endpoint`; None: OTEL_EXPORTER_OTLP_ENDPOINT) or "console". `sample`
+    is the share of the sampled traces to keep, `capacity` the number of requests that may wait for their
+    spans; more are dropped and counted.
+    """
+
+    exporter: Literal["otlp", "console"] = "otlp"
+    endpoint: str | None = None
+    sample: float = Field(default=1.0, ge=0, le=1)
+    capacity: int = Field(default=4096, ge=1, le=1 << 20)
+    service: str = Field(default="penstock", min_length=1)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError("expected an http:// or https:// URL")
+        return endpoint
 
 
 class MonitoringConfig(Section):
     """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels.
 
-    `ring_rows`: served rows of a model that may wait for the monitor; more are dropped and counted.
+    `ring_rows`: served rows of a model that may wait for the monitor; beyond that the oldest are dropped from
+    the log, the label join and freshness, and counted. Drift counts every row whatever happens.
     `log_flush`: served rows are on disk after this, seconds; `log_bytes`: disk for their log.
     """
 
@@ -247,6 +447,8 @@ class MonitoringConfig(Section):
     ring_rows: int = Field(default=1 << 16, ge=1)
     log_flush: Seconds = Field(default=1.0, gt=0)
     log_bytes: Size = Field(default=1 << 30, ge=1 << 20)
+    prometheus: PrometheusConfig | None = None
+    tracing: TracingConfig | None = None
 
     @model_validator(mode="after")
     def _whole_panes(self) -> MonitoringConfig:
@@ -284,6 +486,7 @@ class Fault:
 
 
 Location = tuple[int | str, ...]
+_SECRET = frozenset({"tokens", "admin_tokens"})  # their values are in no message
 
 
 def check_config(path: str | Path) -> tuple[Config | None, list[Fault]]:
@@ -344,7 +547,7 @@ def _is_address(address: str) -> bool:
         return False
     if url.query or url.fragment or url.username is not None:
         return False
-    if url.scheme == "tcp":
+    if url.scheme in ("tcp", "tls"):
         return bool(url.hostname) and port is not None and not url.path
     return url.scheme == "unix" and not url.netloc and len(url.path) > 1
 
@@ -414,7 +617,7 @@ def _fault(error: dict[str, Any], lines: dict[Location, int]) -> Fault:
         return Fault(line, f"unknown key {_name(at)}; {hint}")
     reason = str(error["msg"]).removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
-    if isinstance(error["input"], dict | list):
+    if isinstance(error["input"], dict | list) or _SECRET & set(at):
         return Fault(line, f"{_name(at)}: {reason}")
     return Fault(line, f"{_name(at)} is {error['input']!r}: {reason}")
 

@@ -53,6 +53,15 @@ def write_synced(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def write_below(folder: Path, name: str, data: bytes) -> None:
+    """As `write_synced` of `folder`/`name`, whose folders below `folder` are made as needed."""
+    path = folder / name
+    make_folders(path.parent)
+    write_synced(path, data)
+    if path.parent != folder:
+        sync_folder(path.parent)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace file `path` by `data`, atomically and durably. Raises OSError, the old content kept."""
     temporary = path.parent / f"{PREFIX}{uuid.uuid4().hex}"

@@ -127,6 +127,7 @@ class Load:
     in_flight: int = 1  # per connection; open loop: at most
     rate: float | None = None
     poisson: bool = True  # open loop: a Poisson process; False: evenly spaced
+    shed: bool = False  # open loop: what falls due while every connection is full fails; False: is sent late
     seed: int = 0
     warmup: float = 1.0  # seconds, not counted
     duration: float = 5.0  # seconds
@@ -167,7 +168,8 @@ class LoadResult:
         goodput: ok answers within `Load.goodput_ms`, per second.
         outcomes: answers by "OK", an error code of the wire, "WRONG_ANSWER", "HTTP_ERROR" or "OTHER_ERROR",
             with the latency from the due time; from_send: from the write.
-        unsent: due, and never sent since every connection was full; held_back: sent late for that.
+        unsent: due, and never sent since every connection was full; held_back: sent late for
+            that; shed: given up for that.
         unanswered: sent, and no answer came within the drain time.
         cpu: share of one core that the generator used.
         series: per second of the window: ok answers, others, the largest latency in microseconds.
@@ -181,6 +183,7 @@ class LoadResult:
     due: int
     sent: int
     unsent: int
+    shed: int
     held_back: int
     unanswered: int
     transport_errors: int
@@ -204,7 +207,7 @@ class LoadResult:
     def failed(self) -> int:
         """Requests of the window without a right answer."""
         refused = sum(latency.count for name, latency in self.outcomes.items() if name != "OK")
-        return refused + self.unsent + self.unanswered + self.transport_errors
+        return refused + self.unsent + self.shed + self.unanswered + self.transport_errors
 
     @property
     def wrong(self) -> int:
@@ -245,6 +248,7 @@ def run(load: Load, requests: Requests, watch: Watch | None = None) -> LoadResul
             in_flight=load.in_flight,
             rate=load.rate or 0.0,
             poisson=load.poisson,
+            shed=load.shed,
             seed=load.seed,
             warmup_s=load.warmup,
             duration_s=load.duration,

@@ -31,10 +31,23 @@ def sanitized(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return sanitizer, build
 
 
+LONG = {"native_arena_kill": ["1000"]}  # arguments of the long forms
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_is_clean(sanitized: tuple[str, Path], program: str) -> None:
+    run_clean(sanitized, program, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", sorted(LONG))
+def test_long_form_is_clean(sanitized: tuple[str, Path], program: str) -> None:
+    run_clean(sanitized, program, LONG[program])
+
+
+def run_clean(sanitized: tuple[str, Path], program: str, arguments: list[str]) -> None:
     sanitizer, build = sanitized
-    command = [str(build / program)]
+    command = [str(build / program), *arguments]
     if sanitizer == "thread" and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # TSAN cannot map its shadow under some address-space layouts
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -233,7 +233,9 @@ class Servers:
         self._made: list[Served] = []
 
     def __call__(self, config: Path, *listen: str) -> Served:
-        options = [part for address in listen or ("tcp://127.0.0.1:0",) for part in ("--listen", address)]
+        addresses = [word for word in listen if "://" in word] or ["tcp://127.0.0.1:0"]
+        options = [part for address in addresses for part in ("--listen", address)]
+        options += [word for word in listen if word.startswith("--")]
         self._made.append(Served(config, *options))
         return self._made[-1]
 
@@ -252,7 +254,7 @@ class Servers:
 
 @pytest.fixture
 def serve() -> Iterator[Servers]:
-    """Starts a server of a configuration, on the addresses given or a free port."""
+    """Starts a server of a configuration, on the addresses given or a free port, with the options given."""
     with Servers() as servers:
         yield servers
 

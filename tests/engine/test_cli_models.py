@@ -39,18 +39,18 @@ def at(tmp_path: Path, *arguments: Any) -> Any:
 
 def test_models_are_added_promoted_and_rolled_back(bundles, tmp_path):
     assert at(tmp_path, "list").output == "no models\n"
-    assert at(tmp_path, "add", bundles / "1").output == "added fraud 1 (champion)\n"
-    assert at(tmp_path, "add", bundles / "2").output == "added fraud 2 (challenger)\n"
+    assert at(tmp_path, "add", bundles / "1").output == "added fraud 1: trees (champion)\n"
+    assert at(tmp_path, "add", bundles / "2").output == "added fraud 2: trees (challenger)\n"
     assert at(tmp_path, "list").output.splitlines() == [
-        "NAME   VERSION  ALIASES     OUTPUT       INPUTS  SERVICE  METRICS",
-        "fraud  1        champion    probability  2       -        auc 0.5",
-        "fraud  2        challenger  probability  2       -        auc 0.75",
+        "NAME   VERSION  ALIASES     BACKEND  OUTPUT       INPUTS  SERVICE  METRICS",
+        "fraud  1        champion    trees    probability  2       -        auc 0.5",
+        "fraud  2        challenger  trees    probability  2       -        auc 0.75",
     ]
     assert at(tmp_path, "promote", "fraud").output == "champion of fraud is 2\n"
     assert at(tmp_path, "rollback", "fraud").output == "champion of fraud is 1\n"
     done = at(tmp_path, "promote", "fraud", "2")
     assert (done.exit_code, done.output) == (0, "champion of fraud is 2\n")
-    assert at(tmp_path, "add", bundles / "2").output == "added fraud 2 (champion)\n"
+    assert at(tmp_path, "add", bundles / "2").output == "added fraud 2: trees (champion)\n"
 
 
 def test_json_of_every_command(bundles, tmp_path):

@@ -117,6 +117,8 @@ def test_json_has_the_report_data_of_each_model(server):
         "moved": "alert",
     }
     assert (fraud["latency"]["count"], fraud["latency"]["limit_ms"]) == (ROWS // 50, 2000.0)
+    assert fraud["stages"]["run"]["count"] == fraud["service"]["slo"]["due"] == ROWS // 50
+    assert fraud["service"]["slo"]["attainment"] == 1.0
     assert fraud["performance"]["labelled"] == ROWS
     assert fraud["performance"]["auc"] > 0.9
     assert other["performance"]["auc"] is None

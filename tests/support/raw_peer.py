@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from typing import Any
 
 import msgpack
@@ -13,7 +14,8 @@ from penstock.serving.protocol import parse_address
 class Raw:
     """Writes bytes and reads messages."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: for a "tls://" address, whose host must be in the certificate."""
         where = parse_address(address)
         if where.path is not None:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -22,6 +24,8 @@ class Raw:
             self.socket = socket.create_connection((where.host or "", where.port))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(30)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_hostname=where.host)
         self._unpacker = msgpack.Unpacker(max_buffer_size=0)
 
     def send(self, *messages: Any) -> None:

@@ -100,6 +100,15 @@ class LiveViews:
             self._live = {**self._live, **fresh}
             return bool(fresh)
 
+    def reread(self) -> None:
+        """Replace every reading, whether its source has changed or not; on an error none."""
+        with self._changing:
+            fresh = {}
+            for name, live in self._live.items():
+                fresh[name] = self._build(self._repo.views[name])
+                _same_layout(live.computer, fresh[name].computer)
+            self._live = {**self._live, **fresh}
+
     def rebuild(self) -> dict[str, Reading]:
         """Read every view and fit its distributions anew, without any effect yet."""
         found = {}

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _MAX_PLANS = 256
 _READ_TRIES = 5
+_STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
 
 
@@ -64,6 +65,8 @@ class FeatureStore:
         project: name of the repository.
         views, services: the definitions by name, as they were when the store was opened.
         key_seed: the 16 bytes of the entity hash's key.
+        epoch: number of the reading of all sources, below 2**24; whoever serves the store raises it when
+            cached rows of an older reading must not be stored any more.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class FeatureStore:
             self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
         )
         self._live = LiveViews(self._repo, self._registry)
+        self.epoch = 0
         self._writing = threading.Lock()  # one materialisation
         self._plans: dict[Any, ServicePlan] = {}
 
@@ -221,6 +225,16 @@ class FeatureStore:
         if changed:
             self._plans = {}
         return changed
+
+    def reread(self) -> None:
+        """Take over what another process has applied: read every view in use again, with what is recorded.
+
+        Raises:
+            FailedPreconditionError, InvalidArgumentError: as `refresh`; the store keeps what it has.
+        """
+        self._registry.reload()
+        self._live.reread()
+        self._plans = {}
 
     # Retrieval
 
@@ -400,7 +414,7 @@ class FeatureStore:
         with self._writing:
             live = {name: self._live.view(name) for name in names}
             keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
-            return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self._online.stamp())
+            return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:
         """Time up to which a view is materialised, microseconds UTC; None if it is not."""
@@ -409,8 +423,12 @@ class FeatureStore:
         return header.cursor_us if header is not None and header.tag == live.tag else None
 
     def stamp(self) -> int:
-        """A number that grows with each write transaction of the online store."""
-        return self._online.stamp()
+        """A number that grows with each write transaction of the online store, and with `epoch`."""
+        return self.first_stamp() | self._online.stamp()
+
+    def first_stamp(self) -> int:
+        """The least stamp of this epoch."""
+        return self.epoch << _STAMP_BITS
 
 
 def _compile(

@@ -134,13 +134,18 @@ def _margins(model: Any, rows: NDArray[np.float32]) -> Any:
     return shares[:, 1] if _has_two_shares(model) else shares
 
 
+def own_versions() -> dict[str, str]:
+    """Versions of what makes every bundle."""
+    import penstock
+
+    return {"penstock": penstock.__version__, "numpy": np.__version__}
+
+
 def versions_of(model: Any) -> dict[str, str]:
     """Versions of the libraries that made the bundle."""
     from importlib import metadata
 
-    import penstock
-
-    found = {"penstock": penstock.__version__, "numpy": np.__version__}
+    found = own_versions()
     names = {"lightgbm": ["lightgbm"], "xgboost": ["xgboost", "xgboost-cpu"], "sklearn": ["scikit-learn"]}
     for name in [*names.get(library_of(model), []), "treelite"]:
         try:

@@ -7,8 +7,9 @@ says may point outside its folder.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
@@ -17,17 +18,24 @@ from penstock.errors import BundleError, InvalidArgumentError
 
 SCHEMA_VERSION = 1
 MANIFEST = "model.yaml"
-FileName = Literal["trees.bin", "reference.arrow"]
-TREES: Literal["trees.bin"] = "trees.bin"
-REFERENCE: Literal["reference.arrow"] = "reference.arrow"
+TREES, ONNX, REFERENCE = "trees.bin", "model.onnx", "reference.arrow"
 ALIASES = ("champion", "challenger", "previous")
 DTYPES = ("float32", "float64", "int64", "bool")
 OutputKind = Literal["probability", "margin", "value"]
+Format = Literal["trees", "onnx", "python"]
 ClassLabel = bool | int | float | str
 _COMPONENT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+# A file of a bundle: a plain path below its folder.
+_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}$"
+_ENTRY_POINT = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*){0,7}:[A-Za-z_][A-Za-z0-9_]*$"
 _MAX_BYTES = 16 << 20
+_PART_BYTES = 4 << 20
+MAX_FILES = 1000
+MAX_WIDTH = 4096
 
 Component = Annotated[str, Field(pattern=_COMPONENT)]
+FileName = Annotated[str, Field(pattern=_FILE)]
+EntryName = Annotated[str, Field(pattern=_ENTRY_POINT)]
 Text = Annotated[str, Field(min_length=1)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -84,13 +92,35 @@ class TrainingEntry(_Part):
     facts: dict[str, JsonValue]
 
 
+class BackendEntry(_Part):
+    """What a model that is no trees gives: scores of `width` columns; `column` is served; None: all."""
+
+    width: int = Field(ge=1, le=MAX_WIDTH)
+    column: int | None = Field(ge=0)
+
+
+class OnnxEntry(BackendEntry):
+    """model.onnx: `input` takes float32 [n, inputs]; `output` gives `dtype` [n] (rank 1) or [n, width]."""
+
+    input: Text
+    output: Text
+    rank: Literal[1, 2]
+    dtype: Literal["float32", "float64"]
+
+
+class PythonEntry(BackendEntry):
+    """`entry_point` "module:factory"; the module is among the bundle's files."""
+
+    entry_point: EntryName
+
+
 class Manifest(_Part):
-    """All of model.yaml."""
+    """All of model.yaml. `onnx` and `python` are there for that format alone."""
 
     schema_version: Literal[1]
     name: Component
     version: Component
-    format: Literal["trees"]
+    format: Format
     service: Text | None
     fingerprint: Hash | None
     inputs: Annotated[list[InputEntry], Field(min_length=1)]
@@ -98,11 +128,17 @@ class Manifest(_Part):
     files: dict[FileName, FileEntry]
     training: TrainingEntry
     metrics: dict[str, FiniteFloat]
+    onnx: OnnxEntry | None = None
+    python: PythonEntry | None = None
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """The bytes of model.yaml."""
-    text = yaml.safe_dump(manifest.model_dump(), sort_keys=False, allow_unicode=True)
+    plain = manifest.model_dump()
+    for section in ("onnx", "python"):
+        if plain[section] is None:
+            del plain[section]
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     return text.encode()
 
 
@@ -130,23 +166,85 @@ def read_manifest(folder: Path) -> Manifest:
     names = [entry.name for entry in manifest.inputs]
     if len(set(names)) != len(names):
         raise BundleError(f"{file}: inputs repeats {next(n for n in names if names.count(n) > 1)!r}")
-    for required in get_args(FileName):
-        if required not in manifest.files:
-            raise BundleError(f"{file}: files lacks {required}")
+    try:
+        _check_format(manifest)
+    except InvalidArgumentError as error:
+        raise BundleError(f"{file}: {error}") from error
     if (manifest.service is None) != (manifest.fingerprint is None):
         raise BundleError(f"{file}: service and fingerprint must be given together")
     return manifest
 
 
+def code_files(manifest: Manifest) -> list[str]:
+    """The files of a Python entry point: all but the reference distribution."""
+    return [name for name in manifest.files if name != REFERENCE]
+
+
+def entry_file(entry_point: str, files: Iterable[str]) -> str:
+    """The file of the module of `entry_point` among `files`. Raises InvalidArgumentError."""
+    if re.fullmatch(_ENTRY_POINT, entry_point) is None or entry_point.endswith("\n"):
+        raise InvalidArgumentError(f'entry_point is {entry_point!r}; expected "module:factory"')
+    path = entry_point.partition(":")[0].replace(".", "/")
+    known = set(files)
+    for found in (f"{path}.py", f"{path}/__init__.py"):
+        if found in known:
+            return found
+    raise InvalidArgumentError(f"entry_point is {entry_point!r}, but there is no file {path}.py")
+
+
+def check_files(names: Iterable[str]) -> None:
+    """Raises InvalidArgumentError for a name that no file of a bundle may have."""
+    for name in names:
+        if re.fullmatch(_FILE, name) is None or name.endswith("\n"):
+            raise InvalidArgumentError(
+                f"file {name!r} cannot be in a bundle; expected parts of letters, digits, '.', '_', '-'"
+            )
+
+
+def _check_format(manifest: Manifest) -> None:
+    """Raises InvalidArgumentError where the files and sections are not those of the format."""
+    check_files(manifest.files)
+    for section in ("onnx", "python"):
+        if (getattr(manifest, section) is not None) != (manifest.format == section):
+            state = "lacks" if manifest.format == section else "has"
+            raise InvalidArgumentError(
+                f"format is {manifest.format!r}, but the file {state} section {section}"
+            )
+    if MANIFEST in manifest.files:
+        raise InvalidArgumentError(f"files has {MANIFEST}")
+    required = {REFERENCE} | {"trees": {TREES}, "onnx": {ONNX}, "python": set()}[manifest.format]
+    for name in sorted(required - set(manifest.files)):
+        raise InvalidArgumentError(f"files lacks {name}")
+    if manifest.python is None:
+        for name in sorted(set(manifest.files) - required):
+            raise InvalidArgumentError(f"files has {name}, which is none of {', '.join(sorted(required))}")
+    else:
+        if len(manifest.files) > MAX_FILES:
+            raise InvalidArgumentError(f"files has {len(manifest.files)} names; expected at most {MAX_FILES}")
+        entry_file(manifest.python.entry_point, manifest.files)
+    entry = manifest.onnx or manifest.python
+    if entry is not None and entry.column is not None and entry.column >= entry.width:
+        raise InvalidArgumentError(f"column is {entry.column}; expected one of {entry.width}")
+
+
 def read_plain(file: Path, max_bytes: int | None = None) -> bytes:
     """The bytes of a regular file, never through a link. Raises BundleError naming it."""
+    return b"".join(plain_parts(file.parent, file.name, max_bytes))
+
+
+def plain_parts(folder: Path, name: str, max_bytes: int | None = None) -> Iterator[bytes]:
+    """As `read_plain` of `folder`/`name`, in parts; nor is a folder of `name` a link."""
+    file = folder / name
     try:
-        if file.is_symlink() or not file.is_file():
+        between = [folder.joinpath(*Path(name).parts[:i]) for i in range(1, len(Path(name).parts))]
+        if file.is_symlink() or not file.is_file() or any(step.is_symlink() for step in between):
             state = "is not a plain file" if file.is_symlink() or file.exists() else "is missing"
             raise BundleError(f"{file}: {state}")
         if max_bytes is not None and file.stat().st_size > max_bytes:
             raise BundleError(f"{file}: has {file.stat().st_size} bytes; expected at most {max_bytes}")
-        return file.read_bytes()
+        with file.open("rb") as source:
+            while part := source.read(_PART_BYTES):
+                yield part
     except OSError as error:
         raise BundleError(f"{file}: cannot be read: {error}") from error
 

@@ -22,13 +22,11 @@ from penstock.models.bundle import ModelBundle, load_bundle
 from penstock.models.manifest import (
     ALIASES,
     MANIFEST,
-    REFERENCE,
-    TREES,
     Component,
     Manifest,
     check_component,
+    plain_parts,
     read_manifest,
-    read_plain,
 )
 
 _PREFIX = ".adding-"
@@ -42,6 +40,7 @@ class ModelInfo:
     version: str
     aliases: tuple[str, ...]
     service: str | None = None
+    format: str | None = None
     output_kind: str | None = None
     n_inputs: int = 0
     created_us: int | None = None
@@ -197,6 +196,7 @@ class ModelRegistry:
             version,
             aliases,
             service=manifest.service,
+            format=manifest.format,
             output_kind=manifest.output.kind,
             n_inputs=len(manifest.inputs),
             created_us=manifest.training.created_us,
@@ -207,8 +207,8 @@ class ModelRegistry:
         diskio.make_folders(target.parent)
         diskio.sweep(target.parent, _PREFIX)
         with diskio.new_folder(target, _PREFIX) as temporary:
-            for file in (TREES, REFERENCE, MANIFEST):
-                diskio.write_synced(temporary / file, read_plain(source / file))
+            for file in (*manifest.files, MANIFEST):
+                diskio.write_below(temporary, file, b"".join(plain_parts(source, file)))
             load_bundle(temporary)
             if read_manifest(temporary) != manifest:
                 raise BundleError(f"{source}: changed while it was copied")

@@ -1,57 +1,23 @@
 """Drift of the served rows: counts by pane of request time, and reports over windows of panes.
 
-Rows are counted by `_core.HistogramCounts` over the fine bins of the reference, so counts of panes, windows
-and replicas add up exactly. A pane is an immutable sum, as narrow as its largest count allows, plus at most
-one native set of what was counted since; only the panes used last have one.
+The counts are native (`_core.DriftPanes`): a served model counts each row that it answers there, without
+Python, so that none is missed however fast they come. They are over the fine bins of the reference, so
+counts of panes, windows and replicas add up exactly.
 
 Invariants: every row that came is held, expired or late, never dropped silently; any split of the rows over
-calls, in order, gives equal reports. Any thread may call; one lock guards the state and a report copies what
-it needs under it. A call that raises leaves the state unchanged.
+calls, in order, gives equal reports. Any thread may call. A call that raises leaves the state unchanged.
 """
 
 from __future__ import annotations
-
-import threading
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.errors import InvalidArgumentError
-from penstock.models.reference import ReferenceDistribution, score_column
+from penstock.models.reference import ReferenceDistribution
 from penstock.monitoring.drift_stats import DriftReport, DriftThresholds, compare
-from penstock.monitoring.panes import PaneRing, request_times
-from penstock_kernels.reference import Counts
-
-_OPEN_PANES = 2  # the running pane and the one before it, for rows that come a little late
-_VALUES_PER_CALL = 1 << 16  # native counting holds the GIL: a fraction of a millisecond at a time
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """Closed counts of one pane: rows, input slots and score slots of the narrowest unsigned dtype."""
-
-    rows: int
-    inputs: Counts
-    scores: Counts
-
-
-class _Open:
-    """Native counts of one pane since it was opened."""
-
-    def __init__(self, reference: ReferenceDistribution) -> None:
-        self.rows = 0
-        self.inputs = _core.HistogramCounts(reference.native_spec())
-        self.scores = _core.HistogramCounts(reference.native_score_spec())
-
-    def clear(self) -> None:
-        self.rows = 0
-        self.inputs.clear()
-        self.scores.clear()
-
-    def total(self) -> _Sum:
-        return _Sum(self.rows, self.inputs.snapshot(), self.scores.snapshot())
+from penstock.monitoring.panes import request_times, window_panes
 
 
 class DriftMonitor:
@@ -63,7 +29,10 @@ class DriftMonitor:
         window_us: the longest window, microseconds, a whole number of panes.
         thresholds: effect sizes and minimum rows.
 
-    Memory: at most 8 bytes a slot and pane; 4 below 2**32 rows a pane, 2 below 2**16 in each slot.
+    Attributes:
+        panes: the native counts; a `_core.ServedModel` adds to them.
+
+    Memory: at most 8 bytes a slot and pane; 4 below 2**31 rows in each slot, 2 below 2**15.
     """
 
     def __init__(
@@ -76,15 +45,16 @@ class DriftMonitor:
     ) -> None:
         self._reference = reference
         self._thresholds = thresholds or DriftThresholds()
-        self._ring = PaneRing(pane_us, window_us)
-        self._lock = threading.Lock()
-        self._closed: dict[int, _Sum] = {}
-        self._open: dict[int, _Open] = {}  # least recently used first
-        self._spare: list[_Open] = []
-        self._rows = self._late = self._expired = 0
+        self._pane_us, self._window_us = pane_us, window_us
+        try:
+            self.panes = _core.DriftPanes(
+                reference.native_spec(), reference.native_score_spec(), pane_us=pane_us, window_us=window_us
+            )
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from error
 
     def add(self, now_us: NDArray[np.int64], rows: NDArray[np.float32], scores: NDArray[np.float64]) -> int:
-        """Count served rows; returns how many came too late for the ring.
+        """Count rows that no served model counts by itself; returns how many came too late for the ring.
 
         Args:
             now_us: request times, int64 microseconds UTC [n], in any order.
@@ -100,60 +70,19 @@ class DriftMonitor:
         times = request_times(now_us, n)
         if scores.dtype != np.float64 or scores.shape != (n,):
             raise InvalidArgumentError(f"scores is {scores.dtype} {scores.shape}; expected float64 [{n}]")
-        if n == 0:
-            return 0
-        column = score_column(scores)
-        with self._lock:
-            placed = self._ring.place(times)
-            for pane in placed.gone:
-                self._forget(pane)
-            self._rows += n
-            self._late += placed.late
-            self._expired += placed.passed
-            for pane, chosen in placed.groups:
-                counts = self._opened(pane)
-                step = max(1, _VALUES_PER_CALL // max(1, width))
-                for start in range(0, len(chosen), step):
-                    part = chosen[start : start + step]
-                    counts.inputs.count(np.ascontiguousarray(rows[part]))
-                    counts.scores.count(column[part])
-                counts.rows += len(chosen)
-        return placed.late
+        return self.panes.add(*map(np.ascontiguousarray, (times, rows, scores)))
 
     def merge(self, other: DriftMonitor) -> None:
         """Add what another monitor of the same reference and pane width holds; `other` stays as it is.
 
         Raises InvalidArgumentError, the state unchanged, where reference, pane or window differ.
         """
-        mine, theirs = self._reference, other._reference
-        same = mine.names == theirs.names and all(
-            np.array_equal(a, b)
-            for a, b in zip(
-                [*mine.native_spec(), *mine.native_score_spec()],
-                [*theirs.native_spec(), *theirs.native_score_spec()],
-            )
-        )
-        if not same:
+        if self._reference.names != other._reference.names:
             raise InvalidArgumentError("other has another reference; expected the same inputs and bins")
-        for name in ("pane_us", "window_us"):
-            a, b = getattr(self._ring, name), getattr(other._ring, name)
-            if a != b:
-                raise InvalidArgumentError(f"other has {name} {b}; expected {a}")
-        with other._lock:
-            held = other._sums(range((other._ring.newest() or 0) + 1))
-            counters = other._rows, other._late, other._expired
-        with self._lock:
-            self._rows += counters[0]
-            self._late += counters[1]
-            self._expired += counters[2]
-            for pane, part in held:
-                kept, gone = self._ring.admit(pane)
-                if gone is not None:
-                    self._forget(gone)
-                if kept:
-                    self._close(pane, part)
-                else:
-                    self._expired += part.rows
+        try:
+            self.panes.merge(other.panes)
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from error
 
     def report(self, *, end_us: int | None = None, window_us: int | None = None) -> DriftReport:
         """Compare a window with the reference.
@@ -164,65 +93,18 @@ class DriftMonitor:
 
         Raises InvalidArgumentError.
         """
-        with self._lock:
-            panes = self._ring.window(end_us, window_us)
-            parts = self._sums(panes)
-            counters = self._rows, self._late, self._expired
-        inputs = np.zeros(self._reference.spec.n_slots, np.uint64)
-        scores = np.zeros(self._reference.score_spec.n_slots, np.uint64)
-        for _, part in parts:
-            inputs += part.inputs
-            scores += part.scores
+        count = window_panes(self._pane_us, self._window_us, end_us, window_us)
+        wanted = None if end_us is None else end_us // self._pane_us
+        last, n, rows, late, expired, inputs, scores = self.panes.window(wanted, count)
         features, score = compare(self._reference, inputs, scores, self._thresholds)
         return DriftReport(
-            start_us=panes.start * self._ring.pane_us if panes else None,
-            end_us=panes.stop * self._ring.pane_us if panes else None,
-            n=sum(part.rows for _, part in parts),
-            rows=counters[0],
-            late=counters[1],
-            expired=counters[2],
+            start_us=max(0, last - count + 1) * self._pane_us if last >= 0 else None,
+            end_us=(last + 1) * self._pane_us if last >= 0 else None,
+            n=n,
+            rows=rows,
+            late=late,
+            expired=expired,
             features=features,
             score=score,
             thresholds=self._thresholds,
         )
-
-    def _sums(self, panes: range) -> list[tuple[int, _Sum]]:
-        """What is held of these panes, by parts; the parts never change afterwards."""
-        closed = [(pane, part) for pane, part in self._closed.items() if pane in panes]
-        return closed + [(pane, counts.total()) for pane, counts in self._open.items() if pane in panes]
-
-    def _opened(self, pane: int) -> _Open:
-        counts = self._open.pop(pane, None)
-        if counts is None:
-            if len(self._open) == _OPEN_PANES:
-                oldest = next(iter(self._open))
-                counts = self._open.pop(oldest)
-                self._close(oldest, counts.total())
-                counts.clear()
-            else:
-                counts = self._spare.pop() if self._spare else _Open(self._reference)
-        self._open[pane] = counts
-        return counts
-
-    def _close(self, pane: int, part: _Sum) -> None:
-        held = self._closed.get(pane)
-        if held is not None:
-            part = _Sum(
-                held.rows + part.rows,
-                held.inputs.astype(np.uint64) + part.inputs,
-                held.scores.astype(np.uint64) + part.scores,
-            )
-        self._closed[pane] = _Sum(part.rows, _narrow(part.inputs), _narrow(part.scores))
-
-    def _forget(self, pane: int) -> None:
-        held = self._closed.pop(pane, None)
-        self._expired += held.rows if held is not None else 0
-        counts = self._open.pop(pane, None)
-        if counts is not None:
-            self._expired += counts.rows
-            counts.clear()
-            self._spare.append(counts)
-
-
-def _narrow(counts: Counts) -> Counts:
-    return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))

@@ -104,17 +104,23 @@ class PaneRing:
 
         Empty where there is no newest pane. Raises InvalidArgumentError.
         """
-        width = self.window_us if window_us is None else window_us
-        if width < self.pane_us or width % self.pane_us or width > self.window_us:
-            raise InvalidArgumentError(
-                f"window_us is {width}; expected a multiple of {self.pane_us}, at most {self.window_us}"
-            )
-        if end_us is not None and end_us < 0:
-            raise InvalidArgumentError(f"end_us is {end_us}; expected microseconds UTC, at least 0")
+        count = window_panes(self.pane_us, self.window_us, end_us, window_us)
         last = self.newest() if end_us is None else end_us // self.pane_us
         if last is None:
             return range(0)
-        return range(max(0, last - width // self.pane_us + 1), last + 1)
+        return range(max(0, last - count + 1), last + 1)
+
+
+def window_panes(pane_us: int, longest_us: int, end_us: int | None, window_us: int | None) -> int:
+    """How many panes a window of `window_us` (None: `longest_us`) has. Raises InvalidArgumentError."""
+    width = longest_us if window_us is None else window_us
+    if width < pane_us or width % pane_us or width > longest_us:
+        raise InvalidArgumentError(
+            f"window_us is {width}; expected a multiple of {pane_us}, at most {longest_us}"
+        )
+    if end_us is not None and end_us < 0:
+        raise InvalidArgumentError(f"end_us is {end_us}; expected microseconds UTC, at least 0")
+    return width // pane_us
 
 
 def request_times(now_us: NDArray[Any], n: int | None = None) -> I64:

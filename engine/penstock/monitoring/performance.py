@@ -5,7 +5,11 @@ of the *prediction*. AUC comes from two score histograms with half credit in a b
 bound on its distance to the exact AUC. Losses are summed in fixed point, so a correction takes back exactly
 what was added and the sums do not depend on the order of arrival.
 
-Invariants: each counted label belongs to a resident pane; the index names the newest ring slot of an id.
+Recording is kept cheap, because rows come fast and labels seldom: the index of request ids is brought up to
+date when labels come.
+
+Invariants: each counted label belongs to a resident pane; the index, once up to date, names the newest ring
+slot of each id that is held, and nothing else.
 Any thread may call; one lock guards the whole state. A call that raises leaves the state unchanged.
 """
 
@@ -22,6 +26,7 @@ from penstock.errors import InvalidArgumentError
 
 I64 = NDArray[np.int64]
 _SCALE = float(1 << 30)  # fixed-point units of a loss; one row's rounding is at most 2**-31
+_INDEX_STEP = 1024  # rows indexed in one go: other threads get the interpreter in between
 _CLIP = 1e-15  # scores 0 and 1 have a finite log loss
 
 
@@ -54,7 +59,8 @@ class _Panes:
 
     def advance(self, panes: I64) -> None:
         """Give each pane its slot, clearing an older one; a slot never goes back."""
-        for pane in np.unique(panes).tolist():
+        first = panes[:1]
+        for pane in (first if (panes == first).all() else np.unique(panes)).tolist():
             slot = pane % len(self.pane)
             if pane > self.pane[slot]:
                 self.pane[slot] = pane
@@ -131,7 +137,10 @@ class PerformanceTracker:
         self._serial = np.full(capacity, -1, np.int64)
         self._label = np.full(capacity, -1, np.int64)
         self._label_time = np.zeros(capacity, np.int64)
-        self._head = 0
+        self._recorded = 0  # rows ever; row k is in slot k % capacity
+        self._indexed = 0  # of them, those that the index knows
+        self._index_id = np.zeros(capacity, np.uint64)  # what the index has for a slot, if in_index
+        self._in_index = np.zeros(capacity, np.bool_)
         self._next_serial = 0
         self._serial_of: dict[str, int] = {}
         self._panes: dict[int, _Panes] = {}
@@ -207,6 +216,7 @@ class PerformanceTracker:
         values = given.astype(np.int64)
         counts = dict.fromkeys(("matched", "corrected", "duplicate", "late", "orphan"), 0)
         with self._lock:
+            self._update_index()
             find = self._index.get
             slots = np.fromiter((find(key, -1) for key in keys.tolist()), np.int64, len(keys))
             known = slots >= 0
@@ -282,19 +292,28 @@ class PerformanceTracker:
         return serial
 
     def _append(self, keys: NDArray[np.uint64], panes: I64, scores: NDArray[np.float64], serial: int) -> None:
-        slots = (self._head + np.arange(len(keys))) % self._capacity
-        places = slots.tolist()
-        used = self._serial[slots] >= 0
-        for key, slot, held in zip(self._id[slots].tolist(), places, used.tolist()):
-            if held and self._index.get(key) == slot:
-                del self._index[key]
+        slots = (self._recorded + np.arange(len(keys))) % self._capacity
         self._id[slots] = keys
         self._pane[slots] = panes
         self._score[slots] = scores
         self._serial[slots] = serial
         self._label[slots] = -1
-        self._index.update(zip(keys.tolist(), places))
-        self._head = (self._head + len(keys)) % self._capacity
+        self._recorded += len(keys)
+
+    def _update_index(self) -> None:
+        """Index the rows recorded since the last time, in order, in place of those that they pushed out."""
+        start = max(self._indexed, self._recorded - self._capacity)
+        for at in range(start, self._recorded, _INDEX_STEP):
+            slots = np.arange(at, min(at + _INDEX_STEP, self._recorded)) % self._capacity
+            keys, places = self._id[slots], slots.tolist()
+            left = self._in_index[slots]
+            for key, slot in zip(self._index_id[slots[left]].tolist(), slots[left].tolist()):
+                if self._index.get(key) == slot:
+                    del self._index[key]
+            self._index.update(zip(keys.tolist(), places))
+            self._index_id[slots] = keys
+            self._in_index[slots] = True
+        self._indexed = self._recorded
 
     def _join(self, slots: I64, labels: I64, times: I64, counts: dict[str, int]) -> None:
         serials = self._serial[slots]

@@ -19,7 +19,9 @@ from penstock.monitoring.report_data import (
     duration,
     nanoseconds,
     number,
+    service_cells,
     share,
+    stage_rows,
     time,
 )
 
@@ -62,7 +64,13 @@ def print_report(data: ReportData, console: Console) -> None:
     )
     console.print(head)
     console.print(_drift(drift))
-    for part in (_performance(data.get("performance")), _latency(data), _freshness(data.get("freshness"))):
+    for part in (
+        _performance(data.get("performance")),
+        _latency(data),
+        _stages(data),
+        _service(data),
+        _freshness(data.get("freshness")),
+    ):
         if part is not None:
             console.print(part)
 
@@ -123,6 +131,27 @@ def _latency(data: ReportData) -> Table | None:
         *(nanoseconds(ns) for ns in (latency["p50_ns"], latency["p99_ns"], latency["max_ns"])),
         duration(None if limit is None else 1e3 * limit),
     )
+    return table
+
+
+def _stages(data: ReportData) -> Table | None:
+    stages = data.get("stages")
+    rows = stage_rows(stages) if stages else []
+    if not rows:
+        return None
+    table = _table("Where the time goes", "Stage", "Requests", "p50", "p99", "longest", "Share")
+    for cells in rows:
+        _row(table, *cells)
+    return table
+
+
+def _service(data: ReportData) -> Table | None:
+    service = data.get("service")
+    if not service:
+        return None
+    cells = service_cells(service)
+    table = _table("Service", *(text for text, _ in cells))
+    _row(table, *(figure for _, figure in cells))
     return table
 
 

@@ -22,6 +22,15 @@ class LatencyData(TypedDict):
     limit_ms: NotRequired[float]
 
 
+class ServiceData(TypedDict):
+    """How a model serves: parts of `Engine.stats` by their names there. A share is None without requests."""
+
+    slo: dict[str, Any]
+    goodput: dict[str, float]
+    busy_ratio: float
+    queue_delay_ratio: float
+
+
 class HistoryPoint(TypedDict):
     """Figures at one time, microseconds UTC; a figure that is absent or None leaves a gap in its line."""
 
@@ -45,10 +54,20 @@ class ReportData(TypedDict):
     freshness: NotRequired[dict[str, Any] | None]
     performance: NotRequired[dict[str, Any] | None]
     latency: NotRequired[LatencyData | None]
+    stages: NotRequired[dict[str, LatencyData] | None]
+    service: NotRequired[ServiceData | None]
     history: NotRequired[list[HistoryPoint] | None]
 
 
 STATES = ("alert", "warn", "insufficient", "ok")
+
+STAGES = (
+    ("receive", "Receive and decode"),
+    ("gather", "Gather features"),
+    ("queue", "Wait for a run"),
+    ("run", "Run the model"),
+    ("encode", "Encode the reply"),
+)
 
 PERFORMANCE = (
     ("auc", "AUC"),
@@ -66,6 +85,35 @@ def check_data(data: ReportData) -> None:
     for key in ("features", "score", "state", "n"):
         if key not in data["drift"]:
             raise InvalidArgumentError(f"report data: drift lacks {key!r}; expected DriftReport.to_dict()")
+
+
+def stage_rows(stages: dict[str, LatencyData]) -> list[list[str]]:
+    """Cells of each stage that was passed: name, requests, p50, p99, longest, share of the time."""
+    whole = sum(stages[key].get("sum_ns", 0) for key, _ in STAGES)
+    return [
+        [
+            text,
+            count(stages[key]["count"]),
+            nanoseconds(stages[key]["p50_ns"]),
+            nanoseconds(stages[key]["p99_ns"]),
+            nanoseconds(stages[key]["max_ns"]),
+            share(stages[key].get("sum_ns", 0) / whole if whole else None),
+        ]
+        for key, text in STAGES
+        if stages[key]["count"]
+    ]
+
+
+def service_cells(service: ServiceData) -> list[tuple[str, str]]:
+    """(text, figure) of each figure of how a model serves."""
+    slo = service["slo"]
+    return [
+        ("Answered in time", share(slo["attainment"])),
+        ("of the last minute", share(slo["attainment_60s"])),
+        ("Good answers a second", number(service["goodput"]["requests_per_s_60s"], 1)),
+        ("Busy", share(service["busy_ratio"])),
+        ("Queue delay of the limit", share(service["queue_delay_ratio"])),
+    ]
 
 
 def by_severity(features: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,7 +24,9 @@ from penstock.monitoring.report_data import (
     nanoseconds,
     number,
     probability,
+    service_cells,
     share,
+    stage_rows,
     time,
 )
 
@@ -81,6 +83,7 @@ def render(data: ReportData) -> str:
         _feature_table([drift["score"], *features]),
         _plots([drift["score"], *features]),
         _freshness(data.get("freshness")),
+        _stages(data),
         _footnote(drift.get("thresholds")),
     ]
     return (
@@ -124,6 +127,9 @@ def _tiles(data: ReportData, features: Sequence[dict[str, Any]]) -> str:
         limit = latency.get("limit_ms")
         end = "" if limit is None else f"; limit {duration(1e3 * limit)}"
         tiles.append((nanoseconds(latency["max_ns"]), f"latency, longest{end}"))
+    service = data.get("service")
+    if service and service["slo"]["due"]:
+        tiles += [(figure, text[:1].lower() + text[1:]) for text, figure in service_cells(service)]
     if metrics and metrics.get("labelled"):
         for key, text in PERFORMANCE:
             tiles.append((number(metrics.get(key), 4), text))
@@ -159,6 +165,15 @@ def _history(history: Sequence[HistoryPoint], latency: LatencyData | None) -> st
         chart = lines(times, [("AUC", auc)], "AUC", bounds=(0.5, 1.0))
         charts.append(f'<div class="card"><h3>AUC</h3>{chart}</div>')
     return f'<h2>Over time</h2><div class="plots wide">{"".join(charts)}</div>' if charts else ""
+
+
+def _stages(data: ReportData) -> str:
+    stages = data.get("stages")
+    rows = stage_rows(stages) if stages else []
+    if not rows:
+        return ""
+    head = ("Stage", "Requests", "p50", "p99", "longest", "Share")
+    return f"<h2>Where the time goes</h2>{_table(head, [[*map(escape, row)] for row in rows])}"
 
 
 def _series(points: Sequence[HistoryPoint], key: str, scale: float) -> list[float | None]:

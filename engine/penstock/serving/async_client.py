@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import msgpack
 from numpy.typing import ArrayLike
 
+from penstock.credentials import client_context
 from penstock.errors import (
     CancelledError,
     DeadlineExceededError,
     FailedPreconditionError,
-    InternalError,
     PenstockError,
-    from_wire,
+    UnauthenticatedError,
 )
-from penstock.serving.connection import tune
-from penstock.serving.pool import Endpoint, LinkError, Pool, Retry, given_up, lost, refused
+from penstock.serving.connection import tls_reason, tune
+from penstock.serving.exchange import Exchange
+from penstock.serving.pool import Endpoint, LinkError, Pool, Retry, RetryBudget, given_up, lost, refused
 from penstock.serving.protocol import (
     ADMIN_METHODS,
     DEFAULT_ADDRESS,
-    NOTIFICATION,
-    RESPONSE,
     Address,
     Call,
     Columns,
     Prediction,
     PredictionBatch,
     Time,
+    Token,
+    auth_call,
     entity_names,
     join_predictions,
     label_call,
@@ -46,7 +48,6 @@ from penstock.serving.protocol import (
     split_table,
     to_columns,
     to_micros,
-    unpacker,
 )
 
 T = TypeVar("T")
@@ -57,12 +58,10 @@ class AsyncConnection(asyncio.Protocol):
     """One pipelined connection; its loop's thread alone uses it."""
 
     def __init__(self, address: Address, on_goaway: Callable[[AsyncConnection], None]) -> None:
+        self.endpoint: Endpoint[AsyncConnection] | None = None  # the pool's
         self._address = address
         self._on_goaway = on_goaway
-        self._unpacker = unpacker()
-        self._pending: dict[int, asyncio.Future[Any]] = {}
-        self._next_id = 0
-        self._leaving = False
+        self._exchange: Exchange[asyncio.Future[Any]] = Exchange(address)
         self._error: PenstockError | None = None
         self._transport: asyncio.Transport | None = None
         self._room = asyncio.Event()  # the transport takes more
@@ -70,36 +69,32 @@ class AsyncConnection(asyncio.Protocol):
 
     @property
     def in_flight(self) -> int:
-        return len(self._pending)
+        return len(self._exchange)
 
     @property
     def usable(self) -> bool:
-        return self._error is None and not self._leaving
+        return self._error is None and not self._exchange.leaving
 
     async def call(self, message: Callable[[int], bytes]) -> Any:
         """Send the request that `message(msgid)` makes and return its result, or raise its error."""
         await self._room.wait()
         if self._error is not None or self._transport is None:
             raise LinkError(self._error or lost(self._address, "it was closed"), sent=False)
-        while self._next_id in self._pending:
-            self._next_id = (self._next_id + 1) & 0xFFFFFFFF
-        msgid = self._next_id
-        self._next_id = (self._next_id + 1) & 0xFFFFFFFF
-        data = message(msgid)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._pending[msgid] = future
-        self._transport.write(data)
+        msgid = self._exchange.open(future)
         try:
+            self._transport.write(message(msgid))
             return await future
-        except asyncio.CancelledError:
-            if self._pending.pop(msgid, None) is not None:
-                self._transport.write(pack_notification("cancel", msgid))
+        except BaseException as error:
+            if self._exchange.take(msgid) is not None:
+                if isinstance(error, asyncio.CancelledError):
+                    self._transport.write(pack_notification("cancel", msgid))
                 self._close_if_done()
             raise
 
     def retire(self) -> None:
         """Take no new calls; close when the last reply has come."""
-        self._leaving = True
+        self._exchange.leaving = True
         self._close_if_done()
 
     def close(self, error: PenstockError | None = None) -> None:
@@ -108,8 +103,7 @@ class AsyncConnection(asyncio.Protocol):
             return
         self._error = error or CancelledError("the client was closed")
         self._room.set()
-        pending, self._pending = self._pending, {}
-        for future in pending.values():
+        for future in self._exchange.take_all():
             if not future.done():
                 future.set_exception(LinkError(self._error, sent=True))
         if self._transport is not None:
@@ -129,31 +123,24 @@ class AsyncConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._unpacker.feed(data)
-            for message in self._unpacker:
-                self._take(message)
-        except (ValueError, msgpack.UnpackException, TypeError, IndexError) as error:
-            self.close(InternalError(f"{self._address} sent what is no reply: {error}"))
-
-    def _take(self, message: list[Any]) -> None:
-        if message[0] == RESPONSE:
-            _, msgid, error, result = message
-            if msgid is None:  # about the connection as a whole, which the server now closes
-                self.close(from_wire(error))
-                return
-            future = self._pending.pop(msgid, None)
-            if future is not None and not future.done():
-                if error is None:
-                    future.set_result(result)
-                else:
-                    future.set_exception(from_wire(error))
-            self._close_if_done()
-        elif message[0] == NOTIFICATION and message[1] == "goaway":
-            self._on_goaway(self)
-            self.retire()
+            for reply in self._exchange.replies(data):
+                if reply is None:
+                    self._on_goaway(self)
+                    self.retire()
+                    continue
+                msgid, error, result = reply
+                future = self._exchange.take(msgid)
+                if future is not None and not future.done():
+                    if error is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(error)
+                self._close_if_done()
+        except PenstockError as error:
+            self.close(error)
 
     def _close_if_done(self) -> None:
-        if self._leaving and not self._pending:
+        if self._exchange.finished:
             self.close()
 
 
@@ -171,12 +158,23 @@ class AsyncClient:
         timeout_ms: float = 10_000,
         connect_timeout_ms: float = 2_000,
         retries: int = 5,
+        retry_share: float = 0.1,
+        retry_rate: float = 10.0,
+        token: Token | None = None,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        server_name: str | None = None,
     ) -> None:
         self._pool: Pool[AsyncConnection] = Pool(addresses, pool_size)
         self._dialling = {id(endpoint): asyncio.Lock() for endpoint in self._pool.endpoints}
         self._timeout = timeout_ms / 1000
         self._connect_timeout = connect_timeout_ms / 1000
         self._retries = retries
+        self._budget = RetryBudget(retry_share, retry_rate)
+        self._token = token
+        self._tls = client_context(ca, cert, key) if self._pool.tls else None
+        self._server_name = server_name
         self._closed = False
 
     async def predict(
@@ -191,6 +189,7 @@ class AsyncClient:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """As `Client.predict`."""
         call = predict_call(
@@ -203,6 +202,7 @@ class AsyncClient:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         return await self._run(call)
 
@@ -213,10 +213,19 @@ class AsyncClient:
         *,
         deadline_ms: float | None = None,
         request_id: ArrayLike | None = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """As `Client.predict_vectors`."""
         return await self._run(
-            predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
+            predict_vectors_call(
+                model,
+                rows,
+                deadline_ms=deadline_ms,
+                request_id=request_id,
+                timings=timings,
+                traceparent=traceparent,
+            )
         )
 
     async def predict_many(
@@ -325,30 +334,48 @@ class AsyncClient:
             deadline = time.monotonic() + timeout_ms / 1000
         elif call.method in ADMIN_METHODS:
             deadline = None
-        retry = Retry(idempotent=call.idempotent, retries=self._retries, deadline=deadline, persists=persists)
+        retry = Retry(
+            idempotent=call.idempotent,
+            retries=self._retries,
+            deadline=deadline,
+            persists=persists,
+            budget=self._budget,
+        )
+        renewed = False
         while True:
             cause: PenstockError
+            link: AsyncConnection | None = None
             try:
                 async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                    return call.decode(await self._attempt(call, deadline))
+                    link = await self._link()
+                    result = await self._attempt(link, call, deadline)
+                self._pool.outcome(link.endpoint, None, 0.0)
+                return call.decode(result)
             except LinkError as error:
                 cause, sent = error.error, error.sent
             except PenstockError as error:  # before TimeoutError, which one of them also is
                 cause, sent = error, True
             except TimeoutError:
                 raise DeadlineExceededError("no reply within the deadline") from None
+            if link is not None:
+                self._pool.outcome(link.endpoint, cause, time.monotonic())
+                if isinstance(cause, UnauthenticatedError):
+                    link.retire()  # the next connection shows the token again
+                    if callable(self._token) and not renewed:
+                        renewed = True
+                        continue
             now = time.monotonic()
             pause = retry.pause(cause, now, sent=sent)
             if pause is None:
                 raise given_up(cause, now, deadline)
             await asyncio.sleep(pause)
 
-    async def _attempt(self, call: Call[Any], deadline: float | None) -> Any:
+    async def _attempt(self, link: AsyncConnection, call: Call[Any], deadline: float | None) -> Any:
         def message(msgid: int) -> bytes:
             left = None if deadline is None else max(0.001, (deadline - time.monotonic()) * 1000)
             return call.message(msgid, left)
 
-        return await (await self._link()).call(message)
+        return await link.call(message)
 
     async def _link(self) -> AsyncConnection:
         if self._closed:
@@ -357,17 +384,29 @@ class AsyncClient:
         link = self._pool.link(endpoint)
         if link is not None:
             return link
+        started = time.monotonic()
         async with self._dialling[id(endpoint)]:
             link = self._pool.link(endpoint)  # another task may have made one meanwhile
             if link is not None:
                 return link
+            if endpoint.failed_at >= started and endpoint.reason is not None:  # or failed to
+                raise LinkError(endpoint.reason, sent=False)
             try:
                 async with asyncio.timeout(self._connect_timeout):
                     link = await self._connect(endpoint)
+            except LinkError as error:
+                self._pool.failed(endpoint, time.monotonic(), error.error)
+                raise LinkError(error.error, sent=False) from error  # nothing of the call itself
+            except PenstockError:  # before OSError, which one of them also is
+                raise
             except OSError as error:
-                self._pool.failed(endpoint, time.monotonic())
-                reason = os.strerror(error.errno) if error.errno else str(error) or "timed out"
-                raise LinkError(refused(endpoint.address, reason), sent=False) from error
+                if isinstance(error, ssl.SSLError):
+                    reason = f"TLS: {tls_reason(error)}"
+                else:
+                    reason = os.strerror(error.errno) if error.errno else str(error) or "timed out"
+                cause = refused(endpoint.address, reason)
+                self._pool.failed(endpoint, time.monotonic(), cause)
+                raise LinkError(cause, sent=False) from error
             if self._closed:
                 link.close()
                 raise LinkError(FailedPreconditionError("the client is closed"), sent=False)
@@ -382,9 +421,23 @@ class AsyncClient:
             return AsyncConnection(address, self._leaving)
 
         if address.path is not None:
-            return (await loop.create_unix_connection(factory, address.path))[1]
-        transport, link = await loop.create_connection(factory, address.host or "", address.port)
-        tune(transport.get_extra_info("socket"))
+            _, link = await loop.create_unix_connection(factory, address.path)
+        else:
+            server_name = (self._server_name or address.host) if address.tls else None
+            transport, link = await loop.create_connection(
+                factory,
+                address.host or "",
+                address.port,
+                ssl=self._tls if address.tls else None,
+                server_hostname=server_name,
+            )
+            tune(transport.get_extra_info("socket"))
+        if self._token is not None:
+            try:
+                await link.call(auth_call(self._token).message)
+            except BaseException:
+                link.close()
+                raise
         return link
 
     def _leaving(self, link: AsyncConnection) -> None:

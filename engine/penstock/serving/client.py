@@ -9,14 +9,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from numpy.typing import ArrayLike
 
-from penstock.errors import DeadlineExceededError, FailedPreconditionError, PenstockError
+from penstock.credentials import client_context
+from penstock.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    PenstockError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from penstock.serving.connection import Connection, Ticket
-from penstock.serving.pool import Endpoint, LinkError, Pool, Retry, given_up
+from penstock.serving.pool import Endpoint, LinkError, Pool, Retry, RetryBudget, given_up
 from penstock.serving.protocol import (
     ADMIN_METHODS,
     DEFAULT_ADDRESS,
@@ -25,6 +33,8 @@ from penstock.serving.protocol import (
     Prediction,
     PredictionBatch,
     Time,
+    Token,
+    auth_call,
     entity_names,
     join_predictions,
     label_call,
@@ -58,11 +68,23 @@ class Client:
         timeout_ms: float = 10_000,
         connect_timeout_ms: float = 2_000,
         retries: int = 5,
+        retry_share: float = 0.1,
+        retry_rate: float = 10.0,
+        token: Token | None = None,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        server_name: str | None = None,
     ) -> None:
         """Nothing is connected until the first call.
 
         `pool_size`: most connections to each address. `timeout_ms`: the longest that a call other than an
-        admin one takes, retries included, unless it has a deadline of its own; admin calls have none.
+        admin one takes, retries included, unless it has a deadline of its own; admin calls have none. A call
+        is made again at most `retries` times, all calls together at most `retry_share` of their number plus
+        `retry_rate` a second. `token`, or a function that returns it, is shown on each new connection.
+
+        For "tls://" addresses: `ca`, PEM certificates to trust instead of the system's; `cert` and `key`, of
+        this client, PEM; `server_name`, the name in the server's certificate, if it is not the address's.
         """
         self._pool: Pool[Connection] = Pool(addresses, pool_size)
         self._lock = threading.Lock()
@@ -70,6 +92,10 @@ class Client:
         self._timeout = timeout_ms / 1000
         self._connect_timeout = connect_timeout_ms / 1000
         self._retries = retries
+        self._budget = RetryBudget(retry_share, retry_rate)
+        self._token = token
+        self._tls = client_context(ca, cert, key) if self._pool.tls else None
+        self._server_name = server_name
         self._closed = False
 
     def predict(
@@ -84,11 +110,13 @@ class Client:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Return scores for the rows of `entities` and `inputs`: columns of equal lengths, or scalars.
 
         `deadline_ms` bounds the whole call; `now` (datetime or microseconds UTC) replays a past moment where
         the server allows it; `request_id` (uint64, one per row) is assigned by the server if not given.
+        `traceparent` (W3C Trace Context) makes a server that traces add its spans to the caller's trace.
         """
         call = predict_call(
             model,
@@ -100,6 +128,7 @@ class Client:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         return self._run(call, self._deadline(call, None))
 
@@ -110,9 +139,18 @@ class Client:
         *,
         deadline_ms: float | None = None,
         request_id: ArrayLike | None = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Return scores for final model inputs, float32 [n, F] in the order of the model's inputs."""
-        call = predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
+        call = predict_vectors_call(
+            model,
+            rows,
+            deadline_ms=deadline_ms,
+            request_id=request_id,
+            timings=timings,
+            traceparent=traceparent,
+        )
         return self._run(call, self._deadline(call, None))
 
     def predict_many(
@@ -233,21 +271,43 @@ class Client:
         return None if call.method in ADMIN_METHODS else now + self._timeout
 
     def _run(self, call: Call[T], deadline: float | None, *, persists: bool = False) -> T:
-        retry = Retry(idempotent=call.idempotent, retries=self._retries, deadline=deadline, persists=persists)
+        retry = Retry(
+            idempotent=call.idempotent,
+            retries=self._retries,
+            deadline=deadline,
+            persists=persists,
+            budget=self._budget,
+        )
+        renewed = False
         while True:
+            link: Connection | None = None
             try:
                 link = self._link(deadline)
                 ticket = self._submit(link, call, deadline)
-                return call.decode(link.wait(ticket, deadline))
+                result = link.wait(ticket, deadline)
+                self._outcome(link, None)
+                return call.decode(result)
             except LinkError as error:
                 cause, sent = error.error, error.sent
             except PenstockError as error:
                 cause, sent = error, True
+            if link is not None:
+                self._outcome(link, cause)
+                if isinstance(cause, UnauthenticatedError):
+                    link.retire()  # the next connection shows the token again
+                    if callable(self._token) and not renewed:
+                        renewed = True
+                        continue
             now = time.monotonic()
             pause = retry.pause(cause, now, sent=sent)
             if pause is None:
                 raise given_up(cause, now, deadline)
             time.sleep(pause)
+
+    def _outcome(self, link: Connection, error: PenstockError | None) -> None:
+        if error is not None or (link.endpoint is not None and link.endpoint.errors):
+            with self._lock:
+                self._pool.outcome(link.endpoint, error, time.monotonic())
 
     def _submit(self, link: Connection, call: Call[Any], deadline: float | None) -> Ticket:
         def message(msgid: int) -> bytes:
@@ -291,9 +351,10 @@ class Client:
                 return link
 
     def _dial(self, endpoint: Endpoint[Connection], deadline: float | None) -> Connection:
+        started = time.monotonic()
         left = self._connect_timeout
         if deadline is not None:
-            left = min(left, deadline - time.monotonic())
+            left = min(left, deadline - started)
         dialling = self._dialling[id(endpoint)]
         if left <= 0 or not dialling.acquire(timeout=left):
             raise DeadlineExceededError("no connection within the deadline")
@@ -302,12 +363,16 @@ class Client:
                 link = self._pool.link(endpoint)
             if link is not None:
                 return link
+            if endpoint.failed_at >= started and endpoint.reason is not None:  # or failed to
+                raise LinkError(endpoint.reason, sent=False)
             try:
-                link = Connection(endpoint.address, left, self._leaving)
-            except LinkError:
+                link = Connection(endpoint.address, left, self._leaving, self._tls, self._server_name)
+                if self._token is not None:
+                    self._authenticate(link, self._token, time.monotonic() + left)
+            except LinkError as error:
                 with self._lock:
-                    self._pool.failed(endpoint, time.monotonic())
-                raise
+                    self._pool.failed(endpoint, time.monotonic(), error.error)
+                raise LinkError(error.error, sent=False) from error  # nothing of the call itself
             with self._lock:
                 self._pool.opened(endpoint, link)
                 closed = self._closed
@@ -317,6 +382,15 @@ class Client:
             return link
         finally:
             dialling.release()
+
+    def _authenticate(self, link: Connection, token: Token, deadline: float) -> None:
+        try:
+            link.authenticate(auth_call(token), deadline)
+        except BaseException as error:
+            link.close()
+            if isinstance(error, DeadlineExceededError):
+                raise LinkError(UnavailableError(f"auth was not answered: {error}"), sent=False) from error
+            raise
 
     def _leaving(self, link: Connection) -> None:
         with self._lock:

@@ -5,7 +5,8 @@ own reply is there; then it passes the role to another waiter. So a lone caller 
 callers share one reader. Writers take turns; one that finds the socket full reads meanwhile, so that a
 server that waits for us to read cannot wait for ever.
 
-Locks: `_lock` guards all state and is never held over a system call; `_send_lock` keeps messages whole.
+Locks: `_lock` guards all state and is never held over a system call; `_send_lock` keeps messages whole, and
+over TLS their bytes in the order in which they were encrypted.
 """
 
 from __future__ import annotations
@@ -13,23 +14,18 @@ from __future__ import annotations
 import math
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import msgpack
-
-from penstock.errors import CancelledError, DeadlineExceededError, InternalError, PenstockError, from_wire
-from penstock.serving.pool import LinkError, lost, refused
-from penstock.serving.protocol import (
-    MAX_MESSAGE_BYTES,
-    NOTIFICATION,
-    RESPONSE,
-    Address,
-    pack_notification,
-    unpacker,
-)
+from penstock.credentials import client_context
+from penstock.errors import CancelledError, DeadlineExceededError, PenstockError
+from penstock.serving.exchange import Exchange
+from penstock.serving.pool import Endpoint, LinkError, lost, refused
+from penstock.serving.protocol import Address, Call, pack_notification
+from penstock.serving.tls import Channel
 
 _READ_BYTES = 1 << 16
 _SILENCE = 15  # seconds without an acknowledgement after which the network or the peer is gone
@@ -41,8 +37,8 @@ class Ticket:
 
     __slots__ = ("done", "error", "event", "msgid", "result")
 
-    def __init__(self, msgid: int) -> None:
-        self.msgid = msgid
+    def __init__(self) -> None:
+        self.msgid = 0
         self.done = False
         self.error: PenstockError | LinkError | None = None
         self.result: Any = None
@@ -53,31 +49,51 @@ class Connection:
     """A connected socket. All methods may be called from any thread."""
 
     def __init__(
-        self, address: Address, timeout: float | None, on_goaway: Callable[[Connection], None]
+        self,
+        address: Address,
+        timeout: float,
+        on_goaway: Callable[[Connection], None],
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
     ) -> None:
-        """Connect within `timeout` seconds; LinkError if that fails. `on_goaway` is told of a goaway."""
+        """Connect within `timeout` seconds; LinkError if that fails. `on_goaway` is told of a goaway.
+
+        `tls`: for a "tls://" address; `server_name` replaces its host as the name that the certificate has.
+        """
+        self.endpoint: Endpoint[Connection] | None = None  # the pool's
         self._address = address
         self._on_goaway = on_goaway
+        deadline = time.monotonic() + timeout
         self._socket = _connect(address, timeout)
+        self._channel: Channel | None = None
+        if address.tls:
+            try:
+                context = tls if tls is not None else client_context()
+                self._channel = Channel(context, server_name or address.host or "")
+                self._channel.handshake(self._socket, deadline)
+            except OSError as error:
+                self._socket.close()
+                raise LinkError(refused(address, f"TLS: {tls_reason(error)}"), sent=False) from error
         self._arrival = select.poll()  # of whoever has the read role
         self._arrival.register(self._socket, select.POLLIN)
-        self._unpacker = unpacker(MAX_MESSAGE_BYTES)
+        self._exchange: Exchange[Ticket] = Exchange(address)
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._pending: dict[int, Ticket] = {}
-        self._next_id = 0
         self._reading = False
         self._users = 0  # threads inside a call on the socket; the last one out closes it
-        self._leaving = False
         self._error: PenstockError | None = None  # set once: the connection has ended
 
     @property
     def in_flight(self) -> int:
-        return len(self._pending)
+        return len(self._exchange)
 
     @property
     def usable(self) -> bool:
-        return self._error is None and not self._leaving
+        return self._error is None and not self._exchange.leaving
+
+    def authenticate(self, call: Call[Any], deadline: float | None) -> None:
+        """Show the token that `call` holds; LinkError or the server's error if that fails."""
+        self.wait(self.submit(call.message, deadline), deadline)
 
     def check(self) -> None:
         """Take in what arrived while nobody read: a goaway, or the end of an idle connection."""
@@ -92,11 +108,8 @@ class Connection:
         with self._lock:
             if self._error is not None:
                 raise LinkError(self._error, sent=False)
-            while self._next_id in self._pending:
-                self._next_id = (self._next_id + 1) & 0xFFFFFFFF
-            ticket = Ticket(self._next_id)
-            self._next_id = (self._next_id + 1) & 0xFFFFFFFF
-            self._pending[ticket.msgid] = ticket
+            ticket = Ticket()
+            ticket.msgid = self._exchange.open(ticket)
         try:
             self._send(message(ticket.msgid), deadline)
         except BaseException:
@@ -146,9 +159,9 @@ class Connection:
     def retire(self) -> None:
         """Take no new calls; close when the last reply has come."""
         with self._lock:
-            self._leaving = True
-            idle = not self._pending
-        if idle:
+            self._exchange.leaving = True
+            finished = self._exchange.finished
+        if finished:
             self.close()
 
     def close(self, error: PenstockError | None = None) -> None:
@@ -157,12 +170,11 @@ class Connection:
             if self._error is not None:
                 return
             self._error = error or CancelledError("the client was closed")
-            for ticket in self._pending.values():
+            for ticket in self._exchange.take_all():
                 ticket.error = LinkError(self._error, sent=True)
                 ticket.done = True
                 if ticket.event is not None:
                     ticket.event.set()
-            self._pending.clear()
             unused = self._users == 0
         if unused:
             self._socket.close()
@@ -180,8 +192,9 @@ class Connection:
         try:
             self._enter()
             try:
-                view = memoryview(data)
-                while sent < len(data):
+                sealed = self._channel is not None  # the other side waits for just these bytes now
+                view = memoryview(data if self._channel is None else self._channel.seal(data))
+                while sent < len(view):
                     try:
                         sent += self._socket.send(view[sent:])
                     except BlockingIOError:
@@ -190,7 +203,7 @@ class Connection:
                 if isinstance(error, OSError) and not isinstance(error, PenstockError):
                     self.close(lost(self._address, error.strerror or str(error)))
                     raise LinkError(lost(self._address, str(error)), sent=sent > 0) from error
-                if sent:  # half a message: the stream cannot be used any more
+                if sent or sealed:  # half a message: the stream cannot be used any more
                     self.close(lost(self._address, "a request was cut off while it was sent"))
                 raise
             finally:
@@ -233,41 +246,43 @@ class Connection:
         if not data:
             self.close(lost(self._address, "the server closed it"))
             return
+        done = False
         try:
-            self._unpacker.feed(data)
-            for message in self._unpacker:
-                self._take(message)
-        except (ValueError, msgpack.UnpackException, TypeError, IndexError) as error:
-            self.close(InternalError(f"{self._address} sent what is no reply: {error}"))
+            if self._channel is not None:
+                data, done = self._channel.open(data)
+            for reply in self._exchange.replies(data):
+                if reply is None:
+                    self._on_goaway(self)
+                    self.retire()
+                else:
+                    self._answer(*reply)
+        except PenstockError as error:
+            self.close(error)
+        except ssl.SSLError as error:
+            self.close(lost(self._address, f"TLS: {tls_reason(error)}"))
+        if done:
+            self.close(lost(self._address, "the server closed it"))
 
-    def _take(self, message: list[Any]) -> None:
-        if message[0] == RESPONSE:
-            _, msgid, error, result = message
-            if msgid is None:  # about the connection as a whole, which the server now closes
-                self.close(from_wire(error))
-                return
-            with self._lock:
-                ticket = self._pending.pop(msgid, None)
-                if ticket is not None:
-                    ticket.error = None if error is None else from_wire(error)
-                    ticket.result = result
-                    ticket.done = True
-                    if ticket.event is not None:
-                        ticket.event.set()
-                finished = self._leaving and not self._pending
-            if finished:
-                self.close()
-        elif message[0] == NOTIFICATION and message[1] == "goaway":
-            self._on_goaway(self)
-            self.retire()
+    def _answer(self, msgid: int, error: PenstockError | None, result: Any) -> None:
+        with self._lock:
+            ticket = self._exchange.take(msgid)
+            if ticket is not None:
+                ticket.error = error
+                ticket.result = result
+                ticket.done = True
+                if ticket.event is not None:
+                    ticket.event.set()
+            finished = self._exchange.finished
+        if finished:
+            self.close()
 
     def _forget(self, ticket: Ticket) -> bool:
         """Take `ticket` back and pass a wake-up on that it may hold; False if it was answered."""
         with self._lock:
-            waiting = self._pending.pop(ticket.msgid, None) is not None
+            waiting = self._exchange.take(ticket.msgid) is not None
             if not self._reading:
                 self._promote()
-            finished = self._leaving and not self._pending
+            finished = self._exchange.finished
         if finished:
             self.close()
         return waiting
@@ -288,7 +303,7 @@ class Connection:
 
     def _promote(self) -> None:
         """Wake one waiter, which then takes the read role. `_lock` is held."""
-        for ticket in self._pending.values():
+        for ticket in self._exchange.waiters():
             if ticket.event is not None:
                 ticket.event.set()
                 return
@@ -332,6 +347,13 @@ def _connect(address: Address, timeout: float | None) -> socket.socket:
         raise LinkError(refused(address, error.strerror or error), sent=False) from error
     made.setblocking(False)
     return made
+
+
+def tls_reason(error: OSError) -> str:
+    """Return what went wrong with TLS, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return getattr(error, "reason", None) or error.strerror or str(error)
 
 
 def _poll_ms(deadline: float | None) -> int | None:

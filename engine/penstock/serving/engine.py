@@ -12,7 +12,8 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ from penstock.serving import protocol
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
+from penstock.serving.refresher import Refresher
+from penstock.serving.telemetry import Telemetry
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
+_REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
 _REFILL_ROWS = 1024
 
@@ -72,14 +76,15 @@ class Engine:
         self.clock = clock or SystemClock()
         self.started_ns = time.monotonic_ns()
         self.ready = False
-        self.lock = DataDirLock(config.data_dir)
-        self.core = _core.ServingCore()
+        self.lock = self._take_lock()
+        self.core = self._new_core()
         self.store: FeatureStore | None = None
         self._changing = threading.RLock()  # one change of models or sources at a time
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
         self._closing = threading.Event()
-        self.monitor_errors = 0
+        self.monitor_errors = self.refresh_errors = 0
+        self.telemetry = Telemetry(config, self.stats)
         self._threads: list[threading.Thread] = []
         _open_engines.add(self)
         try:
@@ -100,22 +105,42 @@ class Engine:
                 config.feature_store.repo_path, data_dir=config.data_dir, clock=self.clock
             )
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
-        settings = config.monitoring
+        self._open_logs()
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
+        self._prepare()
+        self._deploy_all()
+        self._replay_logs()
+        for target in (self._run_loader, self._run_monitor):
+            thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self.telemetry.start()
+        self.ready = True
+
+    # What a process among several does in another way
+
+    def _take_lock(self) -> DataDirLock | None:
+        return DataDirLock(self.config.data_dir)
+
+    def _new_core(self) -> _core.ServingCore:
+        return _core.ServingCore()
+
+    def _open_logs(self) -> None:
+        config, settings = self.config, self.config.monitoring
         self.served_log = ServedLog(
             config.data_dir / "log",
             flush_us=round(settings.log_flush * 1e6),
             max_bytes=settings.log_bytes,
         )
         self.label_log = LabelLog(config.data_dir / "log")
-        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+
+    def _prepare(self) -> None:
+        """Before the models are loaded."""
+
+    def _deploy_all(self) -> None:
         for name, model in self._configured().items():
             self.live.publish(self._deploy(name, model))
-        self._replay_logs()
-        for target in (self._run_loader, self._run_monitor):
-            thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        self.ready = True
 
     def _configured(self) -> dict[str, ModelConfig]:
         if self.config.models:
@@ -130,8 +155,12 @@ class Engine:
                 raise BundleError(f"bundle {settings.path} is of model '{bundle.name}'; expected '{name}'")
             if bundle.version not in [info.version for info in self.registry.list() if info.name == name]:
                 model = self.live.load(bundle)
-                self.registry.add(settings.path)
-                self.registry.promote(name, bundle.version)
+                try:
+                    self.registry.add(settings.path)
+                    self.registry.promote(name, bundle.version)
+                except BaseException:
+                    model.stop()
+                    raise
                 return model
             self.registry.add(settings.path)  # refuses other content under a known version
         # A promotion that was acknowledged outlives a restart, whatever the path still says.
@@ -162,14 +191,28 @@ class Engine:
     # Threads
 
     def _run_loader(self) -> None:
+        ahead = self.config.caches.features.refresh_ahead > 0 and self.store is not None
         while not self._closing.is_set():
-            misses = self.core.wait_misses(_LOADER_WAIT_S)
-            if misses is None:
-                continue
-            try:
-                self._load_misses(misses)
-            except Exception as error:  # a store that failed is UNAVAILABLE, never NaN
-                self.core.fail_misses(misses, "UNAVAILABLE", f"the feature store failed: {error}")
+            wait = self.refresher.wait_s(_REFRESH_WAIT_S) if ahead else _LOADER_WAIT_S
+            misses = self.core.wait_misses(wait)
+            if misses is not None:
+                try:
+                    self._load_misses(misses)
+                except Exception as error:  # a store that failed is UNAVAILABLE, never NaN
+                    self.core.fail_misses(misses, "UNAVAILABLE", f"the feature store failed: {error}")
+            if ahead:
+                try:
+                    self.refresher.run()
+                except Exception:  # the rows serve to their end, and are then loaded for a request
+                    self.refresh_errors += 1
+                    _log.exception("rows could not be read ahead")
+
+    def _load_ahead(
+        self, view: str, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64], int]:
+        store = self._store()
+        stamp = store.stamp()
+        return (*store.load_rows(view, keys, now_us), stamp)
 
     def _load_misses(self, misses: _core.MissBatch) -> None:
         store = self.store
@@ -178,7 +221,10 @@ class Engine:
         while True:
             generation = self._generation
             stamp = store.stamp()
-            rows = [store.load_rows(view, keys, now_us) for view, keys, now_us in misses.views]
+            rows = [
+                store.load_rows(view, keys, now_us) if len(keys) else _no_rows(self.live.caches[view])
+                for view, keys, now_us in misses.views
+            ]
             with self._filling:
                 if generation == self._generation:
                     self.core.finish_misses(misses, rows, stamp)
@@ -187,16 +233,23 @@ class Engine:
     def _run_monitor(self) -> None:
         while not self._closing.wait(_MONITOR_WAIT_S):
             try:
-                self.drain_served()
-                self.served_log.flush(self.clock.mono_ns() // 1000)
+                self._monitor()
             except Exception:  # what one batch of rows breaks must not end the watch over the next
                 self.monitor_errors += 1
                 _log.exception("the monitor failed on a batch of served rows")
 
+    def _monitor(self) -> None:
+        self._drain_models()
+        self.served_log.flush(self.clock.mono_ns() // 1000)
+
     def drain_served(self) -> None:
         """Take every row served so far into the monitors and the log."""
+        self._drain_models()
+
+    def _drain_models(self) -> None:
         for model in self.live.all():
             model.drain()
+        self.telemetry.take(self.live.all())
 
     # Prediction
 
@@ -212,6 +265,7 @@ class Engine:
         priority: str | None = None,
         timings: bool = False,
         no_cache: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score the rows of `entities` (columns of scalars or lists) and request `inputs`.
 
@@ -227,17 +281,32 @@ class Engine:
             priority=priority,
             timings=timings,
             no_cache=no_cache,
+            traceparent=traceparent,
         )
         if deadline_ms is not None:
             params[3]["deadline_ms"] = protocol.check_deadline(deadline_ms)
         return self._call(False, protocol.pack_predict(params), timings)
 
     def predict_vectors(
-        self, model: str, rows: Any, *, deadline_ms: float | None = None, request_id: Any = None
+        self,
+        model: str,
+        rows: Any,
+        *,
+        deadline_ms: float | None = None,
+        request_id: Any = None,
+        timings: bool = False,
+        traceparent: str | None = None,
     ) -> Prediction:
         """Score final model inputs, float32 [n, F] in the order of the bundle's inputs."""
-        call = protocol.predict_vectors_call(model, rows, deadline_ms=deadline_ms, request_id=request_id)
-        return self._call(True, call.packed_params(), False)
+        call = protocol.predict_vectors_call(
+            model,
+            rows,
+            deadline_ms=deadline_ms,
+            request_id=request_id,
+            timings=timings,
+            traceparent=traceparent,
+        )
+        return self._call(True, call.packed_params(), timings)
 
     def predict_many(
         self, model: str, table: Any, *, deadline_ms: float | None = None, now: Time | None = None
@@ -277,9 +346,20 @@ class Engine:
             bundle = self.registry.get(name, version or "challenger")
             if bundle.version != live.bundle.version:
                 live = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            self.registry.promote(name, bundle.version)
-            self.live.publish(live)
+            with self._published(live):
+                self.registry.promote(name, bundle.version)
             return {"model": name, "version": bundle.version}
+
+    @contextmanager
+    def _published(self, model: LiveModel) -> Iterator[None]:
+        """Publish a loaded version once the block has recorded the choice; else it is let go."""
+        try:
+            yield
+        except BaseException:
+            if all(model is not known for known in self.live.all()):
+                model.stop()
+            raise
+        self.live.publish(model)
 
     def rollback(self, name: str) -> dict[str, Any]:
         """Serve the champion before this one again."""
@@ -287,8 +367,8 @@ class Engine:
             self.live.get(name)
             bundle = self.registry.get(name, "previous")
             model = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            self.registry.rollback(name)
-            self.live.publish(model)
+            with self._published(model):
+                self.registry.rollback(name)
             return {"model": name, "version": bundle.version}
 
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
@@ -319,7 +399,7 @@ class Engine:
             stamp = store.stamp()
             rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
             with self._filling:
-                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns())
+                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns(), self.live.cache_owner)
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.
@@ -337,7 +417,11 @@ class Engine:
         if store.refresh() or always:
             with self._filling:
                 self._generation += 1
-                self.live.clear_caches()
+                store.epoch = self._next_epoch()
+                self.live.clear_caches(store.first_stamp())
+
+    def _next_epoch(self) -> int:
+        return self._generation
 
     def _store(self) -> FeatureStore:
         if self.store is None:
@@ -423,9 +507,12 @@ class Engine:
             models[name] = entry
         return {
             "models": models,
+            "models_memory": self.live.memory(),
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
+            "refresh": {**self.refresher.stats(), "errors": self.refresh_errors},
             "monitor_errors": self.monitor_errors,
+            **self.telemetry.stats(),
         }
 
     def drift(
@@ -472,15 +559,19 @@ class Engine:
         self.drain()
         self._closing.set()
         _open_engines.discard(self)
+        self.telemetry.stop_scrapes()
         self.core.close()
         for thread in self._threads:
             thread.join()
         if self._opened("live"):
             self.live.stop()
+            self.telemetry.take(self.live.all())
+        self.telemetry.close()
         for part in ("served_log", "label_log", "store"):
             if self._opened(part):
                 getattr(self, part).close()
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _opened(self, part: str) -> bool:
         """Whether `_open` came that far."""
@@ -521,6 +612,10 @@ class Engine:
             raise UnavailableError(f"{method} failed: {error}") from error
         except Exception as error:
             raise InternalError(f"{method} failed: {type(error).__name__}: {error}") from error
+
+
+def _no_rows(cache: _core.FeatureCache) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    return np.empty((0, cache.row_words), np.uint64), np.empty((0, 4), np.int64)
 
 
 def _listed(name: str, values: Any) -> list[Any]:

@@ -2,6 +2,10 @@
 
 A Unix socket's file that nobody listens on is replaced; one that somebody does is an error. At exit the file
 is removed if it is still ours.
+
+Several processes serve one TCP port by SO_REUSEPORT: one reserves it (`reserve_all`: bound, not listening),
+and each listens on it with a socket of its own (`share_all`), so that the kernel spreads the connections
+and takes a dead process's socket out. A Unix socket is one socket that all of them accept from.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import contextlib
 import errno
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.errors import FailedPreconditionError, InvalidArgumentError
@@ -50,7 +54,7 @@ def bind_all(addresses: list[str]) -> list[Listener]:
             if address.path is not None:
                 made.append(_bind_unix(address.path))
             else:
-                made.extend(_bind_tcp(address.host or "", address.port))
+                made.extend(_bind_tcp(address))
     except BaseException:
         for listener in made:
             listener.close()
@@ -58,33 +62,74 @@ def bind_all(addresses: list[str]) -> list[Listener]:
     return made
 
 
-def _bind_tcp(host: str, port: int) -> list[Listener]:
+def reserve_all(addresses: list[str]) -> list[Listener]:
+    """As `bind_all`, but TCP ports are only kept for the `share_all` of processes of this user."""
+    made: list[Listener] = []
+    try:
+        for text in addresses:
+            address = parse_address(text)
+            if address.path is not None:
+                made.append(_bind_unix(address.path))
+                continue
+            for listener in (probed := _bind_tcp(address)):
+                listener.close()  # nobody listens there, also no other server that shares its port
+            port = probed[0].address.port if probed else address.port
+            made.extend(_bind_tcp(replace(address, port=port), share=True, listen=False))
+    except BaseException:
+        for listener in made:
+            listener.close()
+        raise
+    return made
+
+
+def share_all(addresses: list[str], inherited: dict[str, int]) -> list[Listener]:
+    """Listen on reserved TCP ports, and on the Unix sockets whose descriptors were inherited, by address."""
+    made: list[Listener] = []
+    try:
+        for text in addresses:
+            address = parse_address(text)
+            if address.path is None:
+                made.extend(_bind_tcp(address, share=True))
+            else:
+                made.append(Listener(address, socket.socket(fileno=inherited[text])))
+    except BaseException:
+        for listener in made:
+            listener.close()
+        raise
+    return made
+
+
+def _bind_tcp(address: Address, *, share: bool = False, listen: bool = True) -> list[Listener]:
+    host, port = address.host or "", address.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot listen on tcp://{host}:{port}: {error.strerror}") from error
+        raise InvalidArgumentError(f"cannot listen on {address}: {error.strerror}") from error
     made: list[Listener] = []
     try:
         for family, kind, proto, _, where in dict.fromkeys(found):
             if family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             sock = socket.socket(family, kind, proto)
-            made.append(Listener(Address(host, port), sock))
+            made.append(Listener(address, sock))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             # Accepted sockets inherit these.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
             sock.bind((where[0], port, *where[2:]))
-            sock.listen(_BACKLOG)  # here, as two sockets that do not listen could bind one port
+            if listen:
+                sock.listen(_BACKLOG)  # here, as two sockets that do not listen could bind one port
             port = sock.getsockname()[1]  # port 0: the same one for every family
-            made[-1].address = Address(host, port)
+            made[-1].address = replace(address, port=port)
     except OSError as error:
         for listener in made:
             listener.close()
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror
-        raise FailedPreconditionError(f"cannot listen on tcp://{host}:{port}: {reason}") from error
+        raise FailedPreconditionError(f"cannot listen on {replace(address, port=port)}: {reason}") from error
     return made
 
 

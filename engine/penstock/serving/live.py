@@ -1,31 +1,37 @@
 """The live model versions: what each consists of, how one is loaded, and how another takes its place.
 
 A version is loaded and warmed before it is live; it goes live by one pointer swap in the native core. The
-version before it stays warm, so that a rollback is one swap too; the one before that is stopped.
+version before it stays warm, so that a rollback is one swap too; the one before that is stopped. All of them
+together stay within `caches.models.memory`: previous versions are dropped to make room for a new one.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig
-from penstock.errors import BundleError, NotFoundError, PenstockError
+from penstock.errors import BundleError, FailedPreconditionError, NotFoundError, PenstockError
 from penstock.features.plan import ServicePlan
 from penstock.features.store import FeatureStore
+from penstock.models import backends
 from penstock.models.bundle import ModelBundle
+from penstock.models.child import ChildSettings
 from penstock.monitoring.drift import DriftMonitor
 from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
 
+_IDLE_POLL_S = 0.001
 _PRECOMPUTE_S = 5.0  # beside a busy lane, which goes first
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
@@ -37,38 +43,85 @@ class LiveModel:
     bundle: ModelBundle
     plan: ServicePlan | None
     served: _core.ServedModel
+    backend: backends.Backend
+    isolation: str
+    lane_bytes: int
     drift: DriftMonitor
     freshness: FreshnessMonitor
     performance: PerformanceTracker | None
     log: ServedLog
+    ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
+    forward: Callable[[LiveModel, tuple[Any, ...]], None] | None = None  # instead of the monitors here
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
+    def memory_bytes(self) -> int:
+        """What it takes of memory: the model (see `backends.Backend`) and the buffers of its lane."""
+        return self.backend.bytes_now() + self.lane_bytes
+
+    def finish(self, seconds: float) -> None:
+        """Stop a version that gets no new requests, once it has answered all, `seconds` from now at most."""
+        until = time.monotonic() + seconds
+        while not self.served.idle() and time.monotonic() < until:
+            time.sleep(_IDLE_POLL_S)
+        self.stop()
+
+    def stop(self) -> None:
+        """End what is unanswered, stop the lane and the model, and take in the last rows. Idempotent."""
+        self.served.stop()
+        self.backend.close()
+        self.drain()
+
     def drain(self) -> None:
-        """Take every row served so far into the monitors and the log. Any thread."""
+        """Take every row served so far into the monitors and the log. Any thread.
+
+        Drift is native and has counted them then. At most as many as can have waited: those that come
+        meanwhile, perhaps faster than they are taken, must not keep it from ending.
+        """
         with self._draining:
-            while True:
-                ids, now_us, rows, scores, status, event_time = self.served.drain(_DRAIN_ROWS)
-                if not len(ids):
+            for _ in range(-(-self.ring_rows // _DRAIN_ROWS)):
+                part = self.served.drain(_DRAIN_ROWS)
+                if not len(part[0]):
                     return
-                newest = int(now_us.max())
-                self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
-                first = np.ascontiguousarray(scores[:, 0])
-                self.drift.add(now_us, rows, first)
-                if event_time.shape[1]:
-                    self.freshness.add(now_us, event_time, status)
-                if self.performance is not None:
-                    self.performance.record(ids, now_us, first, self.bundle.version)
-                self.log.append(
-                    self.bundle.name,
-                    self.bundle.version,
-                    [name for name, _ in self.bundle.inputs],
-                    ids,
-                    now_us,
-                    rows,
-                    first,
-                    status,
-                )
+                if self.forward is None:
+                    self.take_in(*part)
+                else:
+                    self.forward(self, part)
+
+    def take_in(
+        self,
+        ids: NDArray[np.uint64],
+        now_us: NDArray[np.int64],
+        rows: NDArray[np.float32],
+        scores: NDArray[np.float64],
+        status: NDArray[np.uint8],
+        event_time: NDArray[np.int64],
+        *,
+        counted: bool = True,
+    ) -> None:
+        """Take served rows, as `_core.ServedModel.drain` gives them, into the monitors and the log.
+
+        `counted`: they are in the drift counts already, as those of this process are.
+        """
+        newest = int(now_us.max())
+        self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
+        first = np.ascontiguousarray(scores[:, 0])
+        if not counted:
+            self.drift.add(now_us, rows, first)
+        if event_time.shape[1]:
+            self.freshness.add(now_us, event_time, status)
+        if self.performance is not None:
+            self.performance.record(ids, now_us, first, self.bundle.version)
+        self.log.append(
+            self.bundle.name,
+            self.bundle.version,
+            [name for name, _ in self.bundle.inputs],
+            ids,
+            now_us,
+            rows,
+            first,
+            status,
+        )
 
     def entities(self) -> list[str]:
         """The entity columns of a request; none for a model on bare vectors."""
@@ -78,6 +131,8 @@ class LiveModel:
         """What `models` says of it."""
         return {
             "version": self.bundle.version,
+            "backend": backends.describe(self.bundle, self.isolation),
+            "memory_bytes": self.memory_bytes(),
             "service": self.bundle.service,
             "entities": self.entities(),
             "inputs": [] if self.plan is None else [list(pair) for pair in self.plan.inputs],
@@ -104,8 +159,10 @@ class LiveModels:
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
         self._clock = clock
+        self.new_cache: Callable[[str, int], _core.FeatureCache] = self._private_cache  # (view, row words)
+        self.cache_owner = 0
         self.live: dict[str, LiveModel] = {}
-        self.previous: dict[str, LiveModel] = {}
+        self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
         self.caches: dict[str, _core.FeatureCache] = {}  # by view
 
@@ -122,20 +179,31 @@ class LiveModels:
         return [*list(self.live.values()), *list(self.previous.values())]
 
     def load(self, bundle: ModelBundle) -> LiveModel:
-        """Load and warm a version; it is not live yet.
+        """Load and warm a version; it is not live yet. Previous versions are dropped if it needs their room.
 
         Raises:
             BundleError: its features are not those of the store, or its files do not fit each other.
+            FailedPreconditionError: its backend is not there or does not start, or there is no room for it.
         """
         serving, monitoring = self._config.serving, self._config.monitoring
         plan = self._plan(bundle)
         settings = self._config.models.get(bundle.name, ModelConfig())
+        lane_bytes = self._lane_bytes(bundle, 0 if plan is None else len(plan.views))
+        self._check_room(bundle, backends.expected_bytes(bundle) + lane_bytes)
+        native_plan = None if plan is None else self._native_plan(plan, settings.on_missing)
+        backend = backends.open_backend(
+            bundle,
+            threads=settings.threads,
+            isolation=settings.isolation,
+            settings=ChildSettings(**settings.process.model_dump()),
+        )
+        served: _core.ServedModel | None = None
         try:
             served = self._core.load(
                 bundle.name,
                 bundle.version,
-                bundle.trees,
-                None if plan is None else self._native_plan(plan, settings.on_missing),
+                backend.model,
+                native_plan,
                 max_batch_rows=serving.max_batch_size,
                 max_latency_ms=serving.max_latency_ms,
                 guard_ms=min(serving.guard_ms, serving.max_latency_ms / 4),
@@ -151,8 +219,14 @@ class LiveModels:
                 breaker_failures=serving.breaker_failures,
                 edge=self._edge(),
             )
-        except ValueError as error:
-            raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
+            self._make_room(bundle, backend.bytes_now() + lane_bytes)
+        except BaseException as error:
+            if served is not None:
+                served.stop()
+            backend.close()
+            if isinstance(error, ValueError):
+                raise BundleError(f"model '{bundle.name}' version {bundle.version}: {error}") from error
+            raise
         pane_us, window_us = int(monitoring.pane * 1e6), int(monitoring.window * 1e6)
         performance = None
         if bundle.output_kind == "probability":
@@ -166,14 +240,22 @@ class LiveModels:
                 ),
             )
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
+        served.count_drift(drift.panes)
+        if monitoring.tracing is not None:
+            served.trace(monitoring.tracing.capacity)
         return LiveModel(
             bundle,
             plan,
             served,
-            DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us),
+            backend,
+            settings.isolation,
+            lane_bytes,
+            drift,
             FreshnessMonitor(views, pane_us=pane_us, window_us=window_us),
             performance,
             self._log,
+            monitoring.ring_rows,
         )
 
     def publish(self, model: LiveModel) -> None:
@@ -188,11 +270,10 @@ class LiveModels:
         self.live[name] = model
         if before is None:
             return
-        stale = self.previous.get(name)
+        stale = self.previous.pop(name, None)
         self.previous[name] = before
         if stale is not None and stale is not model:
-            stale.served.stop()
-            stale.drain()
+            self._finish(stale)
 
     def precompute(self, model: LiveModel, source: LiveModel | None = None, now_us: int | None = None) -> int:
         """Compute what the edge cache of `model` lacks of the most frequent inputs of `source` (default: its
@@ -229,19 +310,70 @@ class LiveModels:
                         self._core.retire(name)
                         found.append(name)
                     del versions[name]
-                    model.served.stop()
-                    model.drain()
+                    self._finish(model)
         return found
 
-    def clear_caches(self) -> None:
+    def clear_caches(self, stamp: int = 0) -> None:
+        """Empty the feature caches; rows with a stamp below `stamp` are refused from then on."""
         for cache in self.caches.values():
-            cache.clear()
+            cache.clear(self.cache_owner, stamp)
+
+    def cache_settings(self, row_words: int) -> dict[str, Any]:
+        """Arguments of a `_core.FeatureCache` of rows of `row_words`."""
+        settings = self._config.caches.features
+        return {
+            "capacity": settings.capacity,
+            "row_words": row_words,
+            "ttl_ns": int(settings.ttl * 1e9) if settings.ttl else 0,
+            "negative_ttl_ns": int(settings.negative_ttl * 1e9) if settings.negative_ttl else 0,
+            "refresh_ahead": settings.refresh_ahead,
+        }
+
+    def _private_cache(self, view: str, row_words: int) -> _core.FeatureCache:
+        return _core.FeatureCache(**self.cache_settings(row_words))
 
     def stop(self) -> None:
         """Stop every version and take in its last rows."""
         for model in self.all():
-            model.served.stop()
-            model.drain()
+            model.stop()
+
+    def memory(self) -> dict[str, Any]:
+        """The budget and what it went for, bytes by "name/version"."""
+        return {
+            "budget_bytes": self._config.caches.models.memory,
+            "versions": {f"{m.bundle.name}/{m.bundle.version}": m.memory_bytes() for m in self.all()},
+        }
+
+    def _lane_bytes(self, bundle: ModelBundle, views: int) -> int:
+        """Buffers of its lane and of its served rows: features, scores, event times, id, status, time."""
+        serving = self._config.serving
+        row = 4 * len(bundle.inputs) + 8 * bundle.n_outputs + 8 * views + 24
+        return (2 * serving.max_queued_rows + self._config.monitoring.ring_rows) * row
+
+    def _check_room(self, bundle: ModelBundle, need: int) -> None:
+        """Raises FailedPreconditionError if `need` bytes do not fit beside the live versions."""
+        budget = self._config.caches.models.memory
+        live = sum(model.memory_bytes() for model in self.live.values())
+        if live + need > budget:
+            raise FailedPreconditionError(
+                f"model '{bundle.name}' version {bundle.version} needs {need} bytes of memory; of "
+                f"caches.models.memory ({budget}) the live versions have {live}"
+            )
+
+    def _make_room(self, bundle: ModelBundle, need: int) -> None:
+        """Drop previous versions until `need` bytes more fit, or raise and drop none."""
+        self._check_room(bundle, need)
+        used = sum(model.memory_bytes() for model in self.all())
+        for name, model in list(self.previous.items()):
+            if used + need <= self._config.caches.models.memory:
+                return
+            used -= model.memory_bytes()
+            del self.previous[name]
+            self._finish(model)
+
+    def _finish(self, model: LiveModel) -> None:
+        """Every request it still has was to be answered within the limit."""
+        model.finish(self._config.serving.max_latency_ms / 1000)
 
     def _edge(self) -> dict[str, Any]:
         settings = self._config.caches.edge
@@ -271,16 +403,11 @@ class LiveModels:
 
     def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
         assert self._store is not None
-        settings = self._config.caches.features
         views: list[Mapping[str, Any]] = []
         for view, keys in zip(plan.views, plan.view_keys):
             computer = self._store.computer(view.name)
             if view.name not in self.caches:
-                self.caches[view.name] = _core.FeatureCache(
-                    settings.capacity,
-                    computer.row_schema.row_words,
-                    int(settings.ttl * 1e9) if settings.ttl else 0,
-                )
+                self.caches[view.name] = self.new_cache(view.name, computer.row_schema.row_words)
             # One row of each view is computed here, so that no request waits for a compiler.
             some = computer.keys[:1] if len(computer.keys) else np.zeros((1, 2), np.uint64)
             for now_us in (0, self._clock.now_us()):

@@ -46,6 +46,10 @@ class DataDirLock:
         self._file.write(text)
         self._file.flush()
 
+    def fileno(self) -> int:
+        """The descriptor; a process that inherits it holds the lock too, until it ends."""
+        return self._file.fileno()
+
     def release(self) -> None:
         if not self._file.closed:
             self._file.seek(0)

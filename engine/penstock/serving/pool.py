@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.errors import DeadlineExceededError, InvalidArgumentError, PenstockError, UnavailableError
 from penstock.serving.protocol import Address, parse_address
@@ -16,10 +16,16 @@ from penstock.serving.protocol import Address, parse_address
 _FIRST_PAUSE = 0.01  # seconds; doubles by attempt, with full jitter
 _LONGEST_PAUSE = 1.0
 _LONGEST_DOWN = 2.0
+_EJECT_AFTER = 5  # calls in a row that an endpoint could not answer
+_BUDGET_SHARE = 0.1  # of the calls may be made once more
+_BUDGET_RATE = 10.0  # and so many a second besides
+_BUDGET_MOST = 100.0  # that can be saved up
 
 
 class Link(Protocol):
     """A connection, as far as the choice of one needs to know it."""
+
+    endpoint: Any  # the Endpoint that it belongs to, once the pool has it
 
     @property
     def in_flight(self) -> int: ...
@@ -58,11 +64,18 @@ def given_up(cause: PenstockError, now: float, deadline: float | None) -> Pensto
 
 @dataclass
 class Endpoint(Generic[L]):
-    """One address and its open connections. Avoided until `down_until` while another can be had."""
+    """One address and its open connections. Avoided until `down_until` while another can be had.
+
+    `failures`: connections in a row that could not be made, or ejections; `failed_at`: the last of them;
+    `errors`: calls in a row that it could not answer.
+    """
 
     address: Address
     links: list[L] = field(default_factory=list)
     failures: int = 0
+    failed_at: float = -1.0
+    reason: PenstockError | None = None
+    errors: int = 0
     down_until: float = 0.0
 
     @property
@@ -82,6 +95,7 @@ class Pool(Generic[L]):
         self._size = size
         self.endpoints: list[Endpoint[L]] = [Endpoint(parse_address(text)) for text in dict.fromkeys(given)]
         self._turn = 0
+        self.tls = any(endpoint.address.tls for endpoint in self.endpoints)
 
     def endpoint(self, now: float) -> Endpoint[L]:
         """Return the endpoint for the next call; if all are down, the one that is up again first."""
@@ -105,13 +119,30 @@ class Pool(Generic[L]):
         return None
 
     def opened(self, endpoint: Endpoint[L], link: L) -> None:
-        """A connection was made."""
+        """A connection was made. What was ejected for its answers has to give one first."""
+        link.endpoint = endpoint
         endpoint.links.append(link)
-        endpoint.failures = 0
-        endpoint.down_until = 0.0
+        if endpoint.errors == 0:
+            endpoint.failures = 0
+            endpoint.down_until = 0.0
 
-    def failed(self, endpoint: Endpoint[L], now: float) -> None:
+    def outcome(self, endpoint: Endpoint[L] | None, error: PenstockError | None, now: float) -> None:
+        """A call on a connection of `endpoint` ended so: one that is unavailable a few times in a row is
+        ejected, as if it could not be connected to, until it has answered something.
+        """
+        if endpoint is None or isinstance(error, DeadlineExceededError):  # which may be the caller's fault
+            return
+        if isinstance(error, UnavailableError):
+            endpoint.errors += 1
+            if endpoint.errors >= _EJECT_AFTER and endpoint.down_until <= now:
+                self.failed(endpoint, now, error)
+        elif endpoint.errors:
+            endpoint.errors = endpoint.failures = 0
+            endpoint.down_until = 0.0
+
+    def failed(self, endpoint: Endpoint[L], now: float, reason: PenstockError | None = None) -> None:
         """A connection could not be made: avoid the endpoint, longer each time."""
+        endpoint.failed_at, endpoint.reason = now, reason
         endpoint.failures = min(endpoint.failures + 1, 16)
         endpoint.down_until = now + min(_LONGEST_DOWN, 0.05 * 2**endpoint.failures) * random.uniform(0.5, 1)
 
@@ -122,18 +153,58 @@ class Pool(Generic[L]):
                 endpoint.down_until = now + 1.0
 
 
+class RetryBudget:
+    """A token bucket of all of a client's calls: when a server struggles, few of them come twice.
+
+    Each call adds `_BUDGET_SHARE`, each second `_BUDGET_RATE`; a retry takes 1.
+    """
+
+    def __init__(self, share: float = _BUDGET_SHARE, rate: float = _BUDGET_RATE) -> None:
+        for name, value in (("retry_share", share), ("retry_rate", rate)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+                raise InvalidArgumentError(f"{name} is {value!r}; expected a number of at least 0")
+        self._share = share
+        self._rate = rate
+        self._saved = min(rate, _BUDGET_MOST)
+        self._at: float | None = None
+
+    def called(self) -> None:
+        """A call begins."""
+        self._saved = min(self._saved + self._share, _BUDGET_MOST)
+
+    def spend(self, now: float) -> bool:
+        """Take a retry; False where none is left."""
+        if self._at is not None:
+            self._saved = min(self._saved + max(0.0, now - self._at) * self._rate, _BUDGET_MOST)
+        self._at = now
+        if self._saved < 1:
+            return False
+        self._saved -= 1
+        return True
+
+
 class Retry:
     """Decides, for one call, whether and when it is made again.
 
     Only errors that are retryable; a call that is not idempotent only while none of its bytes were sent; not
-    more than `retries` times; never a pause that would outlast `deadline` (monotonic seconds, or None). A
-    call that `persists` (bulk work, that may be late) is repeated up to its deadline, and also when the
-    server had no time for it.
+    more than `retries` times; never a pause that would outlast `deadline` (monotonic seconds, or None); and
+    only within the `budget` of the client, but where no server was reached. A call that `persists` (bulk
+    work, that may be late) is repeated up to its deadline, and also when the server had no time for it; where
+    the budget is spent it pauses longer.
     """
 
     def __init__(
-        self, *, idempotent: bool, retries: int, deadline: float | None, persists: bool = False
+        self,
+        *,
+        idempotent: bool,
+        retries: int,
+        deadline: float | None,
+        persists: bool = False,
+        budget: RetryBudget | None = None,
     ) -> None:
+        self._budget = budget
+        if budget is not None:
+            budget.called()
         self._idempotent = idempotent
         self._persists = persists
         self._left = retries
@@ -146,12 +217,17 @@ class Retry:
         if not retryable or (sent and not self._idempotent) or (self._left <= 0 and not self._persists):
             return None
         self._left -= 1
+        within = not sent or self._budget is None or self._budget.spend(now)
+        if not within and not self._persists:
+            return None
         if error.retry_after_ms is None:
             pause = random.uniform(0, self._step)
         else:  # the server knows better how long; the jitter keeps its clients apart
             hint = error.retry_after_ms / 1000
             pause = hint + random.uniform(0, min(self._step, max(hint, _FIRST_PAUSE)))
         self._step = min(2 * self._step, _LONGEST_PAUSE)
+        if not within:
+            pause += self._step
         if self._deadline is not None and now + pause >= self._deadline:
             return None
         return pause

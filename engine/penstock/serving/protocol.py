@@ -23,6 +23,7 @@ from penstock.errors import InternalError, InvalidArgumentError, NotFoundError, 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 HOT_METHODS = frozenset({"predict", "predict_vectors"})
 ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback"})
+AUTH_METHOD = "auth"
 DATA_METHODS = frozenset({"features", "label", "models", "health", "stats", "drift"})
 METHODS = HOT_METHODS | DATA_METHODS | ADMIN_METHODS
 # The same call made twice leaves the same state, so a client may repeat it after a lost connection.
@@ -41,36 +42,41 @@ T = TypeVar("T")
 Values = Any  # a scalar, or a list, numpy array, pandas, polars or pyarrow column of them
 Columns = Mapping[str, Values]
 Time = int | datetime | np.datetime64
+Token = str | Callable[[], str]
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens: TCP (`host`, `port`) or a Unix socket (`path`)."""
+    """Where a server listens: TCP (`host`, `port`), with `tls` or without, or a Unix socket (`path`)."""
 
     host: str | None = None
     port: int = 0
     path: str | None = None
+    tls: bool = False
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in (self.host or "") else self.host
-        return f"tcp://{host}:{self.port}"
+        return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
-    """Return the address of "tcp://host:port" or "unix:///path"; InvalidArgumentError otherwise."""
+    """Return the address of "tcp://host:port", "tls://host:port" or "unix:///path"; InvalidArgumentError
+    otherwise."""
     try:
         url = urlsplit(text)
         port = url.port
     except (ValueError, AttributeError, TypeError):
         url, port = urlsplit(""), None
     if not (url.query or url.fragment or url.username is not None):
-        if url.scheme == "tcp" and url.hostname and port is not None and not url.path:
-            return Address(host=url.hostname, port=port)
+        if url.scheme in ("tcp", "tls") and url.hostname and port is not None and not url.path:
+            return Address(host=url.hostname, port=port, tls=url.scheme == "tls")
         if url.scheme == "unix" and not url.netloc and len(url.path) > 1:
             return Address(path=url.path)
-    raise InvalidArgumentError(f'address is {text!r}; expected "tcp://host:port" or "unix:///path"')
+    raise InvalidArgumentError(
+        f'address is {text!r}; expected "tcp://host:port", "tls://host:port" or "unix:///path"'
+    )
 
 
 def to_micros(value: Time, field: str = "now") -> int:
@@ -190,7 +196,7 @@ class Prediction:
         version: version of the model that ran.
         request_ids: uint64 [n]; `label` takes them.
         status: uint8 [n] or [n, views] (0 present, 1 null, 2 not found, 3 expired), where the server told it.
-        timings: nanoseconds by stage (queue, run, total), where asked for.
+        timings: nanoseconds by stage (receive, gather, queue, run, total), where asked for.
     """
 
     scores: NDArray[np.float64]
@@ -265,6 +271,7 @@ def predict_params(
     priority: str | None = None,
     timings: bool = False,
     no_cache: bool = False,
+    traceparent: str | None = None,
 ) -> tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
     """Return the params of `predict` as plain values; InvalidArgumentError for what the wire cannot carry."""
     _text("model", model)
@@ -281,6 +288,8 @@ def predict_params(
         options["timings"] = True
     if no_cache:
         options["no_cache"] = True
+    if traceparent is not None:
+        options["traceparent"] = traceparent
     return model, columns, features, options
 
 
@@ -316,7 +325,13 @@ def predict_call(
 
 
 def predict_vectors_call(
-    model: str, rows: ArrayLike, *, deadline_ms: float | None = None, request_id: ArrayLike | None = None
+    model: str,
+    rows: ArrayLike,
+    *,
+    deadline_ms: float | None = None,
+    request_id: ArrayLike | None = None,
+    timings: bool = False,
+    traceparent: str | None = None,
 ) -> Call[Prediction]:
     """Return the call of `predict_vectors`; `rows` are float32 [n, F] in the order of the model's inputs."""
     _text("model", model)
@@ -326,7 +341,13 @@ def predict_vectors_call(
         raise InvalidArgumentError(f"rows cannot be float32: {error}") from error
     if array.ndim != 2:
         raise InvalidArgumentError(f"rows has shape {array.shape}; expected [rows, features]")
-    options = {} if request_id is None else {"request_id": to_column("request_id", request_id)}
+    options: dict[str, Any] = {}
+    if request_id is not None:
+        options["request_id"] = to_column("request_id", request_id)
+    if timings:
+        options["timings"] = True
+    if traceparent is not None:
+        options["traceparent"] = traceparent
     data = np.ascontiguousarray(array, dtype="<f4").tobytes()
     params = _pack("rows", model) + _pack("rows", data) + _pack("rows", len(array))
     return Call("predict_vectors", params, 3, decode_prediction, options, check_deadline(deadline_ms))
@@ -342,6 +363,14 @@ def plain_call(method: str, *params: Any) -> Call[Any]:
     return Call(
         method, b"".join(_pack("params", param) for param in given), len(given), lambda result: result
     )
+
+
+def auth_call(token: Token) -> Call[Any]:
+    """Return the call of `auth`; a token that is a function is asked for the one that holds now."""
+    text = token() if callable(token) else token
+    if not isinstance(text, str) or not text:
+        raise InvalidArgumentError(f"token is a {type(text).__name__}; expected a non-empty string")
+    return plain_call(AUTH_METHOD, text)
 
 
 def label_call(request_ids: ArrayLike, labels: Any, times: Any = None) -> Call[dict[str, Any]]:

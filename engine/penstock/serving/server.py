@@ -6,9 +6,9 @@ ones on a pool of their own, so that a long `materialize` does not hold up `stat
 the loop. Everything here runs on the loop thread but `_call` and `stats`, which any thread may call.
 
 A connection that does not take its replies is not read from beyond `pause_output_bytes`, and dropped when it
-takes less than 64 KiB in `slow_reader_timeout`. A shutdown closes the listeners, says goaway, answers what is
-in flight, refuses what is new, and ends when the peers have hung up, at the latest `goaway_grace` after the
-last reply, or at `drain_timeout`.
+takes less than 64 KiB in `slow_reader_timeout`; `gate` has the other ways to lose one. A shutdown closes the
+listeners, says goaway, answers what is in flight, refuses what is new, and ends when the peers have hung up,
+at the latest `goaway_grace` after the last reply, or at `drain_timeout`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,37 @@ import logging
 import os
 import resource
 import signal
+import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from penstock.config import Config
+from penstock.credentials import Grant, ServerTls
 from penstock.errors import (
+    InvalidArgumentError,
     NotFoundError,
     PenstockError,
     ResourceExhaustedError,
     UnavailableError,
     to_wire,
 )
+from penstock.serving.acceptor import TlsAcceptor
+from penstock.serving.auth import Authenticator, wall_us
+from penstock.serving.gate import Gate
 from penstock.serving.listeners import Listener, bind_all
 from penstock.serving.peer import Farewell, Peer
-from penstock.serving.protocol import ADMIN_METHODS, METHODS, pack_error, pack_result, unpack_params
+from penstock.serving.protocol import (
+    ADMIN_METHODS,
+    AUTH_METHOD,
+    METHODS,
+    pack_error,
+    pack_result,
+    unpack_params,
+)
 from penstock.serving.workers import Workers
 
 _SLOW_PROGRESS = 64 << 10  # bytes that a peer must take within slow_reader_timeout
@@ -55,6 +68,7 @@ class ServedEngine(Protocol):
     """What the server needs of `penstock.Engine`."""
 
     core: Any  # _core.ServingCore
+    telemetry: Any  # penstock.serving.telemetry.Telemetry: it shows the server's counters too
 
     @property
     def ready(self) -> bool: ...
@@ -86,6 +100,17 @@ class ServerSettings:
     data_threads: int = 4
     data_queue: int = 256
     admin_queue: int = 16
+    calls_per_connection: int = 64
+    read_timeout: float = 30.0
+    handshake_timeout: float = 10.0
+    auth_timeout: float = 10.0
+    idle_timeout: float = math.inf
+    max_connection_age: float = math.inf
+    connection_age_grace: float = 10.0
+    max_connections_per_address: int | None = None
+    max_auth_failures: int = 3
+    tls: ServerTls | None = None
+    grants: tuple[Grant, ...] = ()  # none: everyone may do everything
 
     @classmethod
     def from_config(cls, config: Config) -> ServerSettings:
@@ -104,15 +129,32 @@ class ServerSettings:
             data_threads=config.server.call_threads,
             data_queue=limits.max_calls,
             admin_queue=limits.max_admin_calls,
+            calls_per_connection=limits.max_calls_per_connection,
+            read_timeout=limits.read_timeout,
+            handshake_timeout=limits.handshake_timeout,
+            auth_timeout=limits.auth_timeout,
+            idle_timeout=limits.idle_timeout or math.inf,
+            max_connection_age=limits.max_connection_age or math.inf,
+            connection_age_grace=limits.connection_age_grace,
+            max_connections_per_address=limits.max_connections_per_address,
+            max_auth_failures=config.server.auth.max_failures,
+            tls=config.server.tls.files() if config.server.tls is not None else None,
+            grants=tuple(config.server.auth.grants()),
         )
 
 
 class Server:
     """Serves one engine on the running loop: `start`, then `stop`, then await `finished`."""
 
-    def __init__(self, engine: ServedEngine, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: ServedEngine, settings: ServerSettings, clock: Callable[[], int] = wall_us
+    ) -> None:
+        """`clock`: the wall clock that tokens expire by, microseconds UTC."""
         self.core = engine.core
         self.settings = settings
+        self.tls: ssl.SSLContext | None = settings.tls.context() if settings.tls is not None else None
+        self.handshaking = self.handshakes_failed = 0
+        self._clock = clock
         self.draining = False
         self.accepted = self.refused = self.slow_readers = self.slow_dropped = 0
         self._engine = engine
@@ -122,7 +164,7 @@ class Server:
         self._stalled: set[Peer] = set()
         self._farewells: dict[Farewell, asyncio.TimerHandle] = {}
         self._listeners: list[Listener] = []
-        self._servers: list[asyncio.AbstractServer] = []
+        self._servers: list[asyncio.AbstractServer | TlsAcceptor] = []
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
@@ -131,19 +173,28 @@ class Server:
         self._finished: asyncio.Future[bool] = self._loop.create_future()
         self._data = Workers("data", self._loop, settings.data_threads, settings.data_queue)
         self._admin = Workers("admin", self._loop, 1, settings.admin_queue)
+        self._gate = Gate(self, self._authenticator(settings.grants))
 
     async def start(self) -> list[str]:
         """Listen; return the addresses with their real ports. Raises if any cannot be had."""
-        self._listeners = bind_all(list(self.settings.listen))
+        if self.tls is None and any(text.startswith("tls:") for text in self.settings.listen):
+            raise InvalidArgumentError("server.tls is not set; expected cert and key for a tls:// address")
+        self._listeners = self._bind()
         self._loop.add_reader(self.core.event_fd, self._wake)
         self._loop.add_reader(self.core.timer_fd, self._expire)
         for listener in self._listeners:
-            if listener.address.path is not None:
+            server: asyncio.AbstractServer | TlsAcceptor
+            if listener.address.tls:
+                server = TlsAcceptor(self, listener, _LINGER)
+            elif listener.address.path is not None:
                 server = await self._loop.create_unix_server(self._accept, sock=listener.socket)
             else:
                 server = await self._loop.create_server(self._accept, sock=listener.socket)
             self._servers.append(server)
         return list(dict.fromkeys(str(listener.address) for listener in self._listeners))
+
+    def _bind(self) -> list[Listener]:
+        return bind_all(list(self.settings.listen))
 
     def stop(self) -> None:
         """Begin the shutdown: not ready, no new connections, goaway, answer what is in flight."""
@@ -173,8 +224,23 @@ class Server:
             for timer in (self._sweep_timer, self._drain_timer, self._grace_timer):
                 if timer is not None:
                     timer.cancel()
+            self._gate.close()
             self._data.close()
             self._admin.close()
+
+    def reload(self, settings: ServerSettings) -> None:
+        """Take the certificates and tokens of `settings`: for new handshakes, and for every request.
+
+        Raises, and changes nothing, where they cannot be used. Nothing else of `settings` is looked at.
+        """
+        tls = settings.tls.context() if settings.tls is not None else None
+        if (tls is None) != (self.tls is None):
+            raise InvalidArgumentError("server.tls came or went; expected a restart for that")
+        self.tls = tls
+        self._gate.reload(self._authenticator(settings.grants))
+
+    def _authenticator(self, grants: tuple[Grant, ...]) -> Authenticator | None:
+        return Authenticator(grants, self._clock) if grants else None
 
     def close_listeners(self) -> None:
         """Close the listening sockets and remove their files."""
@@ -192,6 +258,9 @@ class Server:
             "connections": len(peers),
             "accepted": self.accepted,
             "refused": self.refused,
+            "handshaking": self.handshaking,
+            "handshakes_failed": self.handshakes_failed,
+            **self._gate.stats(),
             "slow_readers": self.slow_readers,
             "slow_readers_dropped": self.slow_dropped,
             "dropped_notifications": self._dropped_notifications + dropped,
@@ -209,23 +278,42 @@ class Server:
 
     def _accept(self) -> asyncio.BufferedProtocol:
         limit = self.settings.max_connections
-        if len(self._peers) < limit:
+        if len(self._peers) + self.handshaking < limit:
             return Peer(self)
         self.refused += 1
         message = f"the server has {limit} connections, its limit"
         error = ResourceExhaustedError(message, retry_after_ms=_REFUSED_RETRY_MS)
         return Farewell(self, pack_error(None, error))
 
+    def has_room(self, address: str) -> bool:
+        """Whether one more connection, from `address`, is within the limits."""
+        within = len(self._peers) + self.handshaking < self.settings.max_connections
+        return within and not self._gate.full(address)
+
+    def peers(self, ids: Iterable[int] | None = None) -> list[Peer]:
+        """Return the peers, or those of the connections `ids` that are still there."""
+        if ids is None:
+            return list(self._peers.values())
+        return [peer for peer in map(self._peers.get, ids) if peer is not None]
+
     def add(self, peer: Peer) -> None:
         """`peer` is connected."""
         self.accepted += 1
         self._peers[peer.connection.id] = peer
+        self._gate.add(peer)
+
+    def finish(self, peer: Peer) -> None:
+        """Take nothing more from `peer`, and hang up (at its next flush) once all is answered."""
+        if not peer.eof and not peer.over and not peer.lost:
+            peer.over = peer.eof = True
+            peer.transport.pause_reading()
 
     def remove(self, peer: Peer) -> None:
         """`peer` is gone: its requests are cancelled."""
         self._stalled.discard(peer)
         if self._peers.pop(peer.connection.id, None) is not None:
             self._dropped_notifications += peer.connection.dropped_notifications
+            self._gate.remove(peer)
             peer.connection.drop()
             self._check_drained()
 
@@ -233,7 +321,7 @@ class Server:
         """Nothing of `peer` is blocked: hang up if it is over, and see whether the shutdown is done."""
         if peer.lost:
             return
-        if peer.connection.closed:
+        if peer.connection.closed or (peer.over and peer.idle):
             self._hang_up(peer)
         elif peer.eof and peer.idle:
             peer.transport.close()
@@ -246,7 +334,7 @@ class Server:
             farewell = Farewell(self)
             peer.transport.set_protocol(farewell)
             farewell.connection_made(peer.transport)
-            if not peer.eof:
+            if peer.over or not peer.eof:
                 peer.transport.resume_reading()
 
     def linger(self, farewell: Farewell) -> bool:
@@ -267,7 +355,7 @@ class Server:
     def stalled(self, peer: Peer) -> None:
         """`peer` did not take a write at once: watch it."""
         peer.stalled_since = self._loop.time()
-        peer.stalled_bytes = peer.transport.get_write_buffer_size()
+        peer.stalled_bytes = peer.untaken_bytes()
         self._stalled.add(peer)
         if self._sweep_timer is None:
             self._sweep_timer = self._loop.call_later(self.settings.slow_reader_timeout / 4, self._sweep)
@@ -279,7 +367,7 @@ class Server:
             if not peer.blocked:
                 self._stalled.discard(peer)
             elif now - peer.stalled_since >= self.settings.slow_reader_timeout:
-                waiting = peer.transport.get_write_buffer_size()
+                waiting = peer.untaken_bytes()
                 if peer.stalled_bytes - waiting < _SLOW_PROGRESS:
                     self.slow_dropped += 1
                     self._stalled.discard(peer)
@@ -308,7 +396,15 @@ class Server:
     def dispatch(self, peer: Peer, requests: list[tuple[int, str, bytes]]) -> None:
         """Answer the requests, or hand them to a pool."""
         for msgid, method, params in requests:
-            if method == "health":
+            if method == AUTH_METHOD:
+                self._gate.authenticate(peer, msgid, params)
+                if not peer.over:
+                    requests += peer.connection.received(0)  # what came behind it has waited for the answer
+                continue
+            refusal = self._gate.refusal(peer, method)
+            if refusal is not None:
+                self._fail(peer, msgid, refusal)
+            elif method == "health":
                 try:
                     peer.connection.reply(msgid, pack_result(self.health()))
                 except Exception as error:
@@ -318,10 +414,15 @@ class Server:
                 self._fail(peer, msgid, NotFoundError(f'method is "{method}"; expected one of: {known}'))
             elif self.draining:
                 self._fail(peer, msgid, UnavailableError("the server is shutting down"))
+            elif peer.calls >= self.settings.calls_per_connection:
+                message = f"{peer.calls} calls of the connection are waiting, the limit"
+                self._fail(peer, msgid, ResourceExhaustedError(message, retry_after_ms=_REFUSED_RETRY_MS))
             else:
                 workers = self._admin if method in ADMIN_METHODS else self._data
                 work = partial(self._call, method, params)
-                if not workers.submit(work, partial(self._answer, peer, msgid, method)):
+                if workers.submit(work, partial(self._answer, peer, msgid, method)):
+                    peer.calls += 1
+                else:
                     message = f"{workers.outstanding} calls are waiting, the limit"
                     self._fail(peer, msgid, ResourceExhaustedError(message, retry_after_ms=_REFUSED_RETRY_MS))
 
@@ -332,6 +433,7 @@ class Server:
         return pack_result(result)
 
     def _answer(self, peer: Peer, msgid: int, method: str, outcome: bytes | BaseException) -> None:
+        peer.calls -= 1
         if isinstance(outcome, BaseException) and not isinstance(outcome, PenstockError):
             _log.error("%s failed", method, exc_info=outcome)
         if not peer.lost and peer.connection.id in self._peers:
@@ -385,10 +487,16 @@ class Server:
             farewell.transport.abort()
 
 
-def run(engine: ServedEngine, settings: ServerSettings, on_listening: Callable[[list[str]], None]) -> int:
+def run(
+    engine: ServedEngine,
+    settings: ServerSettings,
+    on_listening: Callable[[list[str]], None],
+    reread: Callable[[], ServerSettings] | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT, in the main thread; return the exit status.
 
-    0: everything in flight was answered; 1: the drain limit came first. A second signal exits at once.
+    SIGHUP takes the certificates and tokens of the settings that `reread` returns. Status 0: everything in
+    flight was answered; 1: the drain limit came first. A second signal exits at once.
     """
     import uvloop
 
@@ -397,12 +505,22 @@ def run(engine: ServedEngine, settings: ServerSettings, on_listening: Callable[[
 
     async def main() -> bool:
         server = Server(engine, settings)
+        engine.telemetry.server_stats = server.stats
 
         def on_signal() -> None:
             if server.draining:
                 os._exit(1)
             server.stop()
 
+        def on_hangup() -> None:
+            try:
+                if reread is not None:
+                    server.reload(reread())
+                    _log.warning("read the certificates and tokens again")
+            except PenstockError as error:
+                _log.error("kept the certificates and tokens: %s", error)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal)
         addresses = await server.start()

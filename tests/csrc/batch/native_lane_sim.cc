@@ -501,7 +501,7 @@ void overload_keeps_goodput() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int schedules = argc > 1 ? std::atoi(argv[1]) : 100'000;
+  const int schedules = argc > 1 ? std::atoi(argv[1]) : 20'000;
   uint64_t ok = 0;
   uint64_t refused = 0;
   uint64_t expired = 0;

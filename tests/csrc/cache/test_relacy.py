@@ -1,4 +1,5 @@
-"""The slot protocol, and the same protocol with a fence removed, under Relacy's memory model."""
+"""The slot protocol and the takeover from a dead writer under Relacy's memory model, whole and with a part
+removed."""
 
 import shutil
 import subprocess
@@ -20,7 +21,8 @@ WRITE_FENCE = "sync::fence(sync::kRelease);"
         pytest.param(WRITE_FENCE, marks=pytest.mark.long),
     ],
 )
-def test_slot_protocol(tmp_path: Path, removed: str | None) -> None:
+@pytest.mark.parametrize("name", ["relacy_slot", "relacy_takeover"])
+def test_slot_protocol(tmp_path: Path, name: str, removed: str | None) -> None:
     if not INCLUDE.is_dir() or shutil.which("g++") is None:
         pytest.skip("needs g++ and the Relacy headers in /usr/include/relacy (Debian: relacy-dev)")
     text = (ROOT / "csrc/cache/slot_protocol.h").read_text()
@@ -29,8 +31,8 @@ def test_slot_protocol(tmp_path: Path, removed: str | None) -> None:
         text = text.replace(removed, "")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/slot_protocol.h").write_text(text)
-    program = tmp_path / "relacy_slot"
-    source = ROOT / "tests/csrc/cache/relacy_slot.cc"
+    program = tmp_path / name
+    source = ROOT / f"tests/csrc/cache/{name}.cc"
     includes = [f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["g++", "-std=c++20", "-O0", "-w", *includes, source, "-o", program], check=True)
     done = subprocess.run([program], cwd=tmp_path, capture_output=True, timeout=120)

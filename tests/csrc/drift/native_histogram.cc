@@ -1,17 +1,56 @@
 // Counts against a linear scan, merge against the whole, refused specs.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "../check.h"
+#include "base/cpu.h"
+#include "drift/edge_search.h"
 #include "drift/histogram.h"
 
 using penstock::HistogramColumn;
 using penstock::HistogramCounts;
 using penstock::HistogramSpec;
 
+// Every search path against a count, for every number of edges around the sizes of lines and blocks.
+void searches_agree() {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  std::mt19937 random(11);
+  const auto best = static_cast<int>(penstock::detected_cpu_level());
+  for (const size_t n : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1279, 1280, 1281, 5000}) {
+    std::vector<float> edges(n);
+    for (size_t i = 0; i < n; ++i)
+      edges[i] = static_cast<float>(i) - 40.0f + static_cast<float>(random() % 9) / 10;
+    std::vector<float> values = {kInf, -kInf, 0.0f, -0.0f, std::numeric_limits<float>::max()};
+    for (int i = 0; i < 300 && n > 0; ++i) {
+      const float edge = edges[random() % n];
+      values.insert(values.end(), {edge, std::nextafter(edge, kInf), std::nextafter(edge, -kInf)});
+    }
+    std::vector<penstock::EdgeLine> lines;
+    const size_t pivots = penstock::EdgeIndex::append(edges.data(), n, &lines);
+    const penstock::EdgeIndex index{lines.data(), pivots, lines.data() + pivots, edges.data(), n};
+    for (int level = 0; level <= best; ++level) {
+      CHECK(penstock::force_cpu_level(static_cast<penstock::CpuLevel>(level)) ==
+            static_cast<penstock::CpuLevel>(level));
+      std::vector<uint32_t> below(values.size() + 1, 77);
+      penstock::edge_search()(index, values.data(), values.size(), below.data());
+      for (size_t i = 0; i < values.size(); ++i) {
+        const auto expected = static_cast<uint32_t>(
+            std::count_if(edges.begin(), edges.end(), [&](float edge) { return edge < values[i]; }));
+        CHECK(below[i] == expected);
+      }
+      CHECK(below.back() == 77);  // nothing beyond the last is written
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      penstock::edge_search()(index, &nan, 1, below.data());
+      CHECK(below[0] <= n);
+    }
+  }
+}
+
 int main() {
+  searches_agree();
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> edges = {-1.5f, 0.0f, 1.0f, std::nextafter(1.0f, 2.0f), 7.0f};

@@ -2,7 +2,8 @@
 // that sometimes fails, versions that are swapped, statistics read throughout. Every reply is checked against
 // the sum of its row; requests are conserved in every snapshot; each request is answered exactly once. Then
 // the same with tiny pools, output that overflows, a model that hangs and versions that are stopped in
-// traffic; and a lane that two slow runs had closed opens again.
+// traffic; and a lane that two slow runs had closed opens again. A model that hangs, and one that fails,
+// opens its circuit breaker, is probed and comes back; one that never returns is not waited for.
 #include <poll.h>
 #include <unistd.h>
 
@@ -19,81 +20,12 @@
 
 #include "../check.h"
 #include "engine/serving_core.h"
+#include "sum_service.h"
 
 using namespace penstock;
+using namespace penstock::sum_service;
 
 namespace {
-
-constexpr size_t kFeatures = 3;
-
-// The score is the sum of the row; some runs are slow.
-class SumModel final : public Model {
- public:
-  size_t n_features() const override { return kFeatures; }
-  size_t n_outputs() const override { return 1; }
-  Status run(const float* rows, size_t n, double* scores) override {
-    CHECK(n >= 1 && n <= kMaxBatchRows);
-    CHECK(!running_.exchange(true));  // one run at a time
-    for (size_t i = 0; i < n; ++i) {
-      scores[i] = 0;
-      for (size_t f = 0; f < kFeatures; ++f) scores[i] += rows[i * kFeatures + f];
-    }
-    if (++runs_ % 64 == 0) usleep(300);
-    running_ = false;
-    return {};
-  }
-
- private:
-  std::atomic<bool> running_{false};
-  uint64_t runs_ = 0;
-};
-
-// A program without an instruction: its outputs are its inputs (users:a, users:b, users:c as f32).
-std::shared_ptr<const FeatureProgram> identity_program() {
-  std::string bytes = "PSFP";
-  const auto u32 = [&](uint32_t v) { bytes.append(reinterpret_cast<const char*>(&v), 4); };
-  const auto name = [&](const std::string& text) {
-    const auto size = static_cast<uint16_t>(text.size());
-    bytes.append(reinterpret_cast<const char*>(&size), 2);
-    bytes += text;
-  };
-  for (const uint32_t v : {1u, 3u, 3u, 0u, 0u, 0u}) u32(v);
-  for (const char* column : {"users:a", "users:b", "users:c"}) {
-    name(column);
-    bytes += '\0';
-  }
-  uint32_t input = 0;
-  for (const char* column : {"a", "b", "c"}) {
-    name(column);
-    bytes += '\0';
-    u32(input++);
-  }
-  std::shared_ptr<const FeatureProgram> program;
-  const Status status =
-      FeatureProgram::parse(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), &program);
-  if (!status.is_ok()) std::fprintf(stderr, "%s\n", status.message.c_str());
-  CHECK(status.is_ok());
-  return program;
-}
-
-std::vector<Field> fields() {
-  return {{"a", FeatureDtype::kF32}, {"b", FeatureDtype::kF32}, {"c", FeatureDtype::kF32}};
-}
-
-std::shared_ptr<const ServicePlan> make_plan(std::shared_ptr<FeatureCache> cache) {
-  ServicePlanSpec spec;
-  spec.entities = {{"user", FeatureDtype::kI64}};
-  spec.views = {{"users", std::move(cache), fields(), {0}}};
-  spec.program = identity_program();
-  std::shared_ptr<const ServicePlan> plan;
-  CHECK(ServicePlan::create(std::move(spec), &plan).is_ok());
-  return plan;
-}
-
-// User u has the row (u, 2u, 1).
-float score_of_user(int64_t user) {
-  return static_cast<float>(3 * user + 1);
-}
 
 std::string predict_params(int64_t user, bool list) {
   wire::Writer out(1 << 16);
@@ -107,14 +39,19 @@ std::string predict_params(int64_t user, bool list) {
   return {reinterpret_cast<const char*>(out.data()), out.size()};
 }
 
-std::string vector_params(float a, uint32_t rows) {
+std::string vector_params(float a, uint32_t rows, bool low = false) {
   std::vector<float> data;
   for (uint32_t r = 0; r < rows; ++r) data.insert(data.end(), {a, static_cast<float>(r), 0.5f});
   wire::Writer out(1 << 20);
-  out.array(3);
+  out.array(low ? 4 : 3);
   out.str("m");
   out.bin(data.data(), data.size() * sizeof(float));
   out.uint(rows);
+  if (low) {
+    out.map(1);
+    out.str("priority");
+    out.str("low");
+  }
   return {reinterpret_cast<const char*>(out.data()), out.size()};
 }
 
@@ -151,6 +88,7 @@ struct World {
       config.max_latency_ns = shape.max_latency_ns;
       config.inline_limit_ns = v == 0 ? 0 : 200'000;
       config.served_capacity = 512;
+      if (shape.trouble) config.breaker = {10'000'000, 5'000'000, 3};
       versions.push_back(
           std::make_shared<ServedModel>(config, std::make_unique<SumModel>(), make_plan(cache), &core));
       CHECK(versions.back()->warm_up().is_ok());
@@ -234,6 +172,10 @@ void watcher(World& world) {
       version->stats(stats.get());
       check(stats->requests);
       check(stats->rows);
+      for (const ClassStats* of : {&stats->high, &stats->low}) {
+        check(of->requests);
+        check(of->rows);
+      }
       const size_t n = version->served().drain(
           64, {ids.data(), now.data(), status.data(), scores.data(), rows.data(), events.data()});
       for (size_t i = 0; i < n; ++i) {
@@ -332,6 +274,7 @@ void loop(World& world, uint64_t* ok) {
       out.array(4);
       out.uint(0);
       out.uint(msgid);
+      const bool low = rng() % 4 == 0;
       if (rng() % 2 == 0) {
         const auto user = static_cast<int64_t>(rng() % 200);
         out.str("predict");
@@ -341,7 +284,8 @@ void loop(World& world, uint64_t* ok) {
       } else {
         const auto a = static_cast<float>(rng() % 1000);
         out.str("predict_vectors");
-        const std::string params = vector_params(a, static_cast<uint32_t>(rng() % world.shape.most_rows + 1));
+        const std::string params =
+            vector_params(a, static_cast<uint32_t>(rng() % world.shape.most_rows + 1), low);
         out.raw(params.data(), params.size());
         peer.expected[msgid] = a + 0.5f;
       }
@@ -442,6 +386,168 @@ void recovers_from_slow_runs() {
   CHECK(ok == 1);
 }
 
+// Does as it is told: returns, fails, or does not return until it is released.
+class MoodyModel final : public Model {
+ public:
+  enum Mood { kWell, kFailing, kHanging };
+  struct Control {
+    std::atomic<int> mood{kWell};        // read by run(), written by the test
+    std::atomic<int> runs{0};            // written by run(), read by the test
+    std::atomic<bool> destroyed{false};  // written by the destructor, read by the test
+  };
+  explicit MoodyModel(std::shared_ptr<Control> control) : control_(std::move(control)) {}
+  ~MoodyModel() override { control_->destroyed = true; }
+  size_t n_features() const override { return kFeatures; }
+  size_t n_outputs() const override { return 1; }
+  Status run(const float*, size_t n, double* scores) override {
+    ++control_->runs;
+    while (control_->mood == kHanging) usleep(200);
+    if (control_->mood == kFailing) return {Code::kInternal, "a bad day"};
+    std::fill_n(scores, n, 7.0);
+    return {};
+  }
+
+ private:
+  const std::shared_ptr<Control> control_;
+};
+
+struct Moody {
+  ServingCore core;
+  std::shared_ptr<MoodyModel::Control> control = std::make_shared<MoodyModel::Control>();
+  std::shared_ptr<ServedModel> model;
+  ServedModel::Scratch scratch;
+
+  Moody() {
+    ServedModelConfig config;
+    config.name = "m";
+    config.max_latency_ns = 60'000'000'000;  // no deadline comes: only the breaker can answer for a hung run
+    config.inline_limit_ns = 0;
+    config.breaker = {20'000'000, 10'000'000, 3};
+    model = std::make_shared<ServedModel>(config, std::make_unique<MoodyModel>(control), nullptr, &core);
+    CHECK(model->warm_up().is_ok());
+    model->start();
+    core.publish(model);
+  }
+  Status call() {
+    ServingCore::LocalCall call;
+    if (Status status = core.begin_local(true, vector_params(1, 1), scratch, &call); !status.is_ok()) {
+      CHECK(status.code != Code::kUnavailable || call.retry_after_ms >= 1);
+      return status;
+    }
+    Result result;
+    call.model->wait(call.tag, call.waiter);
+    CHECK(call.model->take(call.tag, &result));
+    CHECK(!result.status.is_ok() || result.scores[0] == 7.0);
+    return result.status;
+  }
+  BreakerStats breaker() {
+    auto stats = std::make_unique<ServedModelStats>();
+    model->stats(stats.get());
+    return stats->breaker;
+  }
+  void until_closed() {
+    while (breaker().state != Breaker::State::kClosed) usleep(500);
+  }
+};
+
+void a_hung_model_comes_back() {
+  Moody world;
+  for (int round = 1; round <= 3; ++round) {
+    CHECK(world.call().is_ok());
+    world.control->mood = MoodyModel::kHanging;
+    CHECK(world.call().code == Code::kUnavailable);  // the request whose run hangs
+    CHECK(world.call().code == Code::kUnavailable);  // and the next, at once
+    CHECK(world.breaker().state == Breaker::State::kOpen);
+    world.control->mood = MoodyModel::kWell;
+    world.until_closed();
+    CHECK(world.breaker().opens == static_cast<uint64_t>(round));
+  }
+  CHECK(world.call().is_ok());
+  CHECK(world.breaker().probes >= 3);
+}
+
+void a_failing_model_comes_back() {
+  Moody world;
+  world.control->mood = MoodyModel::kFailing;
+  for (int i = 0; i < 3; ++i) CHECK(world.call().code == Code::kInternal);
+  const int runs = world.control->runs;
+  CHECK(world.call().code == Code::kUnavailable);
+  while (world.breaker().probes < 2) usleep(500);  // without a request
+  CHECK(world.control->runs > runs);
+  CHECK(world.breaker().opens == 1);
+  world.control->mood = MoodyModel::kWell;
+  world.until_closed();
+  CHECK(world.call().is_ok());
+}
+
+void a_run_that_never_returns_is_not_waited_for() {
+  auto control = std::make_shared<MoodyModel::Control>();
+  {
+    Moody world;
+    control = world.control;
+    world.control->mood = MoodyModel::kHanging;
+    CHECK(world.call().code == Code::kUnavailable);
+    world.model->stop();
+    CHECK(world.model->idle() == false);
+    world.core.close();
+  }
+  CHECK(!control->destroyed);  // it may still be written to
+  control->mood = MoodyModel::kWell;
+  while (!control->destroyed) usleep(500);
+}
+
+// Ten connections that flood and one with a request in flight at a time, on a model that takes its time.
+void one_beside_floods() {
+  ServingCore core;
+  ServedModelConfig config;
+  config.name = "m";
+  config.max_latency_ns = 60'000'000'000;
+  config.lane.max_requests = 512;
+  config.inline_limit_ns = 1'000'000'000;
+  config.lane.policy.max_batch_rows = 8;
+  config.breaker.timeout_ns = config.max_latency_ns;
+  const auto model = std::make_shared<ServedModel>(config, std::make_unique<SumModel>(), nullptr, &core);
+  CHECK(model->warm_up().is_ok());
+  model->start();
+  core.publish(model);
+  std::vector<Peer> floods(10);
+  for (Peer& flood : floods)
+    flood.connection = core.connect({{size_t{1} << 20, 16}, 100'000, size_t{1} << 22});
+  Peer modest;
+  modest.connection = core.connect({{size_t{1} << 20, 16}, 8, size_t{1} << 20});
+  const auto ask = [](Peer& peer, int n) {
+    wire::Writer out(1 << 20);
+    for (; n > 0; --n) {
+      out.array(4);
+      out.uint(0);
+      out.uint(peer.next);
+      out.str("predict_vectors");
+      const std::string params = vector_params(2, 1);
+      out.raw(params.data(), params.size());
+      peer.expected[peer.next++] = 2.5f;
+    }
+    send(peer, {reinterpret_cast<const char*>(out.data()), out.size()});
+  };
+  uint64_t flooded = 0;
+  uint64_t served = 0;
+  for (int turn = 0; turn < 30; ++turn) {
+    model->hold_for_test(true);
+    for (Peer& flood : floods) ask(flood, 200);
+    ask(modest, 1);
+    read_replies(modest, &served);
+    CHECK(!modest.expected.empty());  // not refused: it waits
+    model->hold_for_test(false);
+    while (!modest.expected.empty()) {
+      (void)core.wake();
+      read_replies(modest, &served);
+    }
+    for (Peer& flood : floods) read_replies(flood, &flooded);
+  }
+  CHECK(served == 30);
+  CHECK(flooded > 0);
+  core.close();
+}
+
 }  // namespace
 
 int main() {
@@ -449,6 +555,10 @@ int main() {
   CHECK(roomy > 100);
   const uint64_t tiny = run(kTiny);
   recovers_from_slow_runs();
+  a_hung_model_comes_back();
+  a_failing_model_comes_back();
+  a_run_that_never_returns_is_not_waited_for();
+  one_beside_floods();
   std::printf("%llu and %llu replies ok\n", static_cast<unsigned long long>(roomy),
               static_cast<unsigned long long>(tiny));
   return 0;

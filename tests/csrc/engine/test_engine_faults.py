@@ -313,7 +313,6 @@ def test_a_hung_run_opens_the_breaker_and_its_end_closes_it(core: Any, image: by
     served._hold(True)
     connection = connect(core)
     send(connection, request(1) + request(2))
-    assert core.next_deadline_ns() < 2**63 - 1
     # The run in progress and what queues behind it, long before their deadlines.
     first, second = wait_replies(core, connection, 2)
     assert first[2]["code"] == second[2]["code"] == "UNAVAILABLE"

@@ -6,20 +6,13 @@
 #include <vector>
 
 #include "check.h"
+#include "random.h"
 #include "wire/session.h"
 
 using namespace penstock;
 using namespace penstock::wire;
 
 namespace {
-
-uint64_t state = 0x9e3779b97f4a7c15u;
-uint64_t random_below(uint64_t n) {
-  state ^= state << 13;
-  state ^= state >> 7;
-  state ^= state << 17;
-  return state % n;
-}
 
 void write_predict(Writer& out, uint32_t msgid) {
   out.array(4);

@@ -34,6 +34,10 @@ def test_golden_bytes_and_text_agree(name: str) -> None:
     assert _core.wire_transcode(frame) == frame
 
 
+# The example of the specification of W3C Trace Context.
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
 def test_golden_requests_decode() -> None:
     session = _core.WireSession()
     for name in ("request_predict", "request_predict_vectors", "request_health", "notification_cancel"):
@@ -52,6 +56,7 @@ def test_golden_requests_decode() -> None:
         "priority": "high",
         "timings": False,
         "no_cache": False,
+        "traceparent": None,
     }
     kind, msgid, _, params, _ = session.next_message()
     assert (kind, msgid) == ("predict_vectors", 2)
@@ -202,6 +207,22 @@ def test_bad_envelope_names_what_is_wrong(frame: Any, msgid: int | None, match: 
         (["m", {"u": 1}, None, {"timings": 1}], "options.timings is 1 (int); expected a bool"),
         (["m", {"u": 1}, None, {"no_cache": 1}], "options.no_cache is 1 (int); expected a bool"),
         (["m", {"u": 1}, None, {"dedline": 1}], "options.dedline is unknown"),
+        (["m", {"u": 1}, None, {"traceparent": 7}], "options.traceparent is 7 (int); expected a W3C"),
+        *(
+            (["m", {"u": 1}, None, {"traceparent": bad}], "options.traceparent is ")
+            for bad in (
+                "",
+                TRACEPARENT[:-1],
+                TRACEPARENT + "0",
+                TRACEPARENT + "-0",
+                "ff" + TRACEPARENT[2:],
+                TRACEPARENT.upper(),
+                TRACEPARENT.replace("-", "_"),
+                "00-" + "0" * 32 + "-00f067aa0ba902b7-01",
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01",
+                "01" + TRACEPARENT[2:] + "x",
+            )
+        ),
         (["m" * 257, {"u": 1}], "at most 256 bytes"),
         (["m", {"u" * 257: 1}], f'a column name of entities is "{"u" * 40}..."'),
         (["m", {"u": 1}, None, {"o" * 257: 1}], "a name in options"),
@@ -252,6 +273,10 @@ def test_options_values() -> None:
     assert options(priority="low", timings=True, no_cache=True)["priority"] == "low"
     assert options(timings=True)["timings"] is True
     assert options(no_cache=True)["no_cache"] is True
+    ids = (0x4BF92F3577B34DA6, 0xA3CE929D0E0E4736, 0x00F067AA0BA902B7)
+    assert options(traceparent=TRACEPARENT)["traceparent"] == (*ids, True)
+    assert options(traceparent=TRACEPARENT[:-2] + "02")["traceparent"] == (*ids, False)
+    assert options(traceparent="cc" + TRACEPARENT[2:] + "-later")["traceparent"] == (*ids, True)
     for seconds, nanos in [(5, 0), (2**33, 5000), (-1, 999_999_000), (2**35, 1000)]:
         stamp = msgpack.Timestamp(seconds, nanos)
         assert options(now=stamp)["now_us"] == seconds * 1_000_000 + nanos // 1000

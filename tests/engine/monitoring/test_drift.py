@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from drift_oracle import OracleMonitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -117,6 +118,43 @@ def test_every_row_is_held_expired_or_late_and_the_held_are_counted_exactly(case
         labels = item.groups["labels"]
         numeric = item.groups["current"][: len(labels) - labels.count("missing")]
         assert sum(numeric) == int(part.bins.sum())
+
+
+@given(times_and_cuts, st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_native_counts_equal_those_of_the_plain_monitor(case, far):
+    times, cuts, seed = case
+    rng = np.random.default_rng(seed)
+    times = np.array(times, np.int64)
+    if far:
+        times[rng.integers(len(times))] = 2**62
+    rows = rng.choice(np.float32([np.nan, np.inf, -np.inf, 0.1, -0.7, 1.3, -2.0]), (len(times), 2))
+    scores = rng.choice(np.array([np.nan, np.inf, 1e300, -1e300, 0.25, -0.5]), len(times))
+    native = DriftMonitor(small_reference, pane_us=PANE, window_us=4 * PANE)
+    plain = OracleMonitor(small_reference, pane_us=PANE, window_us=4 * PANE)
+    with np.errstate(over="ignore"):
+        for part in np.split(np.arange(len(times)), sorted(min(c, len(times)) for c in cuts)):
+            assert native.add(times[part], rows[part], scores[part]) == plain.add(
+                times[part], rows[part], scores[part]
+            )
+            for end, width in ((None, None), (int(times.max()), None), (5 * PANE, 2 * PANE)):
+                assert native.report(end_us=end, window_us=width) == plain.report(end_us=end, window_us=width)
+    other, plain_other = (
+        kind(small_reference, pane_us=PANE, window_us=4 * PANE) for kind in (DriftMonitor, OracleMonitor)
+    )
+    other.add(times // 2, rows, scores)
+    plain_other.add(times // 2, rows, scores)
+    native.merge(other)
+    plain.merge(plain_other)
+    assert native.report() == plain.report()
+
+
+def test_a_monitor_merged_with_itself_is_doubled():
+    monitor = DriftMonitor(small_reference, pane_us=PANE, window_us=4 * PANE)
+    monitor.add(np.arange(8) * PANE, np.zeros((8, 2), np.float32), np.zeros(8))
+    n = monitor.report().n
+    monitor.merge(monitor)
+    assert (monitor.report().n, monitor.report().rows) == (2 * n, 16)
 
 
 def test_shuffled_rows_give_the_same_window():

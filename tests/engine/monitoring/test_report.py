@@ -62,6 +62,23 @@ def full_data(names=("calm", "moved")):
             "max_ns": 12_000_000,
             "limit_ms": 5.0,
         },
+        "stages": {
+            stage: {"count": n, "p50_ns": ns, "p99_ns": 2 * ns, "max_ns": 3 * ns, "sum_ns": 10 * ns}
+            for stage, n, ns in (
+                ("receive", 10, 1_000),
+                ("gather", 0, 0),
+                ("queue", 10, 5_000),
+                ("run", 10, 30_000),
+                ("encode", 10, 4_000),
+                ("total", 10, 40_000),
+            )
+        },
+        "service": {
+            "slo": {"met": 3, "due": 4, "attainment": 0.75, "attainment_10s": None, "attainment_60s": 0.9981},
+            "goodput": {"requests_per_s_60s": 1234.56},
+            "busy_ratio": 0.421,
+            "queue_delay_ratio": 0.125,
+        },
         "history": [
             {"time_us": T0 + k * 10**9, "p50_ns": 1e5, "p99_ns": 2e6, "auc": None if k == 2 else 0.8}
             for k in range(5)
@@ -106,8 +123,14 @@ def test_the_page_shows_every_part_and_is_well_formed(tmp_path):
         "2023-11-14 22:13:20 UTC",
         "Over time",
         "Benjamini-Hochberg",
+        "Where the time goes",
+        "Run the model 10 30 us 60 us 90 us 75.0 %",
+        "99.8 % of the last minute",
+        "1234.6 good answers a second",
+        "12.5 % queue delay of the limit",
     ):
         assert expected in said
+    assert "Gather features" not in said  # no request had any
     assert len(root.findall(".//svg")) == 2 + 3  # latency and AUC, then a plot for each feature and the score
     rows = [row[0].text for row in root.findall(".//tbody/tr")]
     assert rows[:3] == ["score (model output)", "moved", "calm"]  # the worst first
@@ -137,8 +160,9 @@ def test_text_from_outside_is_escaped(tmp_path):
 def test_only_the_needed_parts_make_a_page_without_the_others(tmp_path):
     data = {key: full_data()[key] for key in ("model", "version", "generated_us", "drift")}
     data |= {"freshness": None, "performance": None, "latency": None, "history": None}
+    data |= {"stages": None, "service": None}
     said = words(page_of(tmp_path, data)[1])
-    for absent in ("Over time", "Freshness", "latency", "AUC"):
+    for absent in ("Over time", "Freshness", "latency", "AUC", "Where the time goes", "in time"):
         assert absent not in said
     assert "Drift from the training data" in said
     assert "Latency" not in printed(data)
@@ -262,3 +286,12 @@ def test_missing_parts_are_named():
 )
 def test_figures_are_written_for_people(text, expected):
     assert text == expected
+
+
+def test_the_terminal_shows_stages_and_service():
+    said = " ".join(printed(full_data()).split())
+    assert re.search(r"Run the model \S 10 \S 30 us \S 60 us \S 90 us \S 75.0 %", said)
+    assert "Answered in time" in said and "99.8 %" in said and "42.1 %" in said and "1234.6" in said
+    assert "Gather features" not in said
+    absent = printed({key: full_data()[key] for key in ("model", "version", "generated_us", "drift")})
+    assert "Where the time goes" not in absent and "Service" not in absent

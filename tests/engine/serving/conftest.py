@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,8 +18,10 @@ from typing import Any
 
 import pytest
 import uvloop
+from certs import Certs
 from raw_peer import Raw
 
+from penstock.serving.auth import wall_us
 from penstock.serving.server import Server, ServerSettings
 
 _SCRIPT = Path(__file__).with_name("fake_engine.py")
@@ -38,6 +41,8 @@ class Running:
         self.core = self.engine.core
         settings.setdefault("listen", ("tcp://127.0.0.1:0",))
         settings.setdefault("goaway_grace", 0.02)
+        self._clock = settings.pop("clock", wall_us)  # that tokens expire by
+        self.core.clock = self._clock
         self._settings = ServerSettings(**settings)
         started: Future[list[str]] = Future()
         self.answered: Future[bool] = Future()
@@ -49,7 +54,7 @@ class Running:
     def _run(self, started: Future[list[str]]) -> None:
         async def main() -> bool:
             self.loop = asyncio.get_running_loop()
-            self.server = Server(self.engine, self._settings)
+            self.server = Server(self.engine, self._settings, self._clock)
             try:
                 started.set_result(await self.server.start())
             except BaseException as error:
@@ -124,12 +129,17 @@ def spawn() -> Iterator[Callable[..., Spawned]]:
             spawned.process.communicate()
 
 
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Certs:
+    return Certs(tmp_path_factory.mktemp("certs"))
+
+
 @pytest.fixture
-def connect() -> Iterator[Callable[[str], Raw]]:
+def connect() -> Iterator[Callable[..., Raw]]:
     made: list[Raw] = []
 
-    def open_raw(address: str) -> Raw:
-        made.append(Raw(address))
+    def open_raw(address: str, tls: ssl.SSLContext | None = None) -> Raw:
+        made.append(Raw(address, tls))
         return made[-1]
 
     yield open_raw

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from penstock import _core
@@ -41,6 +42,18 @@ class FakeConnection:
         self.take_output = self.session.take_output
         self.output_sent = self.session.output_sent
         self.goaway = self.session.goaway
+        self.until_us = _NEVER
+        self.last_read = self.stuck_since = time.monotonic()
+        self.stuck = False
+
+    def authorize(self, until_us: int) -> None:
+        self.until_us = until_us
+
+    def touch(self) -> None:
+        self.last_read = self.stuck_since = time.monotonic()
+
+    def refuse(self, code: str, message: str) -> None:
+        self.session.reply_error(None, code, message, code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"))
 
     def attach(self, fd: int) -> bool:
         return False
@@ -70,9 +83,16 @@ class FakeConnection:
     def received(self, n: int) -> list[tuple[int, str, bytes]]:
         self.session.advance(n)
         others = []
+        authorized = self.core.clock() < self.until_us
+        complete = False
+        self.last_read = time.monotonic()
         while (message := self.session.next_message()) is not None:
             kind, msgid, method, params, status = message
-            if kind in ("predict", "predict_vectors"):
+            complete = True
+            if kind in ("predict", "predict_vectors") and not authorized:
+                self.core.unauthenticated += 1
+                self.reply_error(msgid, "UNAUTHENTICATED", "no valid token was given", False)
+            elif kind in ("predict", "predict_vectors"):
                 self.predict(kind, msgid, params)
             elif kind == "cancel":
                 self.core.cancelled += 1
@@ -82,6 +102,11 @@ class FakeConnection:
                 self.session.reply_error(msgid, status[0], status[1], False)
             elif kind == "other":
                 others.append((msgid, method, params))
+                if method == "auth" and not authorized:
+                    break
+        if complete or not self.stuck:
+            self.stuck_since = self.last_read
+        self.stuck = self.session.unfinished_bytes > 0
         return others
 
     def predict(self, kind: str, msgid: int, params: bytes) -> None:
@@ -143,6 +168,7 @@ class FakeConnection:
 
     def drop(self) -> None:
         self.core.held = [held for held in self.core.held if held.connection is not self]
+        self.core.live.pop(self.id, None)
         self.core.dropped.release()
 
 
@@ -156,14 +182,24 @@ class FakeCore:
         self.calls: list[dict[str, Any]] = []
         self.arrived = threading.Semaphore(0)  # one permit for each request that is held
         self.dropped = threading.Semaphore(0)  # one permit for each connection that ended
-        self.cancelled = self.predictions = self.busy = 0
+        self.cancelled = self.predictions = self.busy = self.unauthenticated = 0
         self.draining = False
         self._count: int | None = None  # how many the next wake answers; None: all
         self._connections = 0
+        self.live: dict[int, FakeConnection] = {}
+        self.clock = lambda: time.time_ns() // 1000  # what tokens expire by, microseconds
 
     def connection(self, *limits: int) -> FakeConnection:
         self._connections += 1
-        return FakeConnection(self, self._connections, *limits)
+        made = self.live[self._connections] = FakeConnection(self, self._connections, *limits)
+        return made
+
+    def overdue(self, idle_s: float, read_s: float) -> tuple[list[int], list[int]]:
+        now = time.monotonic()
+        live = self.live.values()
+        stuck = [c.id for c in live if c.stuck and now - c.stuck_since >= read_s]
+        idle = [c.id for c in live if not c.stuck and not c.in_flight and now - c.last_read >= idle_s]
+        return idle, stuck
 
     def release(self) -> None:
         os.eventfd_write(self.event_fd, 1)
@@ -198,6 +234,7 @@ class FakeCore:
 class FakeEngine:
     def __init__(self) -> None:
         self.core = FakeCore()
+        self.telemetry = SimpleNamespace(server_stats=None)
         self.ready = True
         self.gate = threading.Event()
         self.started = threading.Semaphore(0)  # one permit for each materialize that runs

@@ -413,6 +413,45 @@ def test_endpoint_that_is_down_is_avoided(serve, run):
     run(main())
 
 
+def test_retries_of_a_struggling_server_are_few(serve, run):
+    """However many calls fail, those made again stay within the budget."""
+    running = serve()
+    running.core.busy = 1 << 30
+    with Client(running.address, retry_share=0.1, retry_rate=1.0) as client:
+        for _ in range(100):
+            with pytest.raises(ResourceExhaustedError):
+                client.predict("busy", {"id": 1})
+    assert 100 <= running.core.predictions <= 100 + 1 + 10 + 60  # a minute at most
+
+    async def main():
+        before = running.core.predictions
+        async with AsyncClient(running.address, retry_share=0.0, retry_rate=0.0) as client:
+            calls = (client.predict("busy", {"id": 1}) for _ in range(50))
+            failed = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(error) for error in failed} == {ResourceExhaustedError}
+        assert running.core.predictions == before + 50
+
+    run(main())
+
+
+def test_endpoint_that_refuses_everything_is_ejected(serve, run):
+    bad, good = serve(), serve()
+    bad.core.draining = True  # answers every prediction UNAVAILABLE
+    with Client([bad.address, good.address]) as client:
+        for i in range(200):
+            assert client.predict("echo", {"id": i}).scores.tolist() == [i]
+    tried = bad.core.predictions
+    assert 5 <= tried < 40
+
+    async def main():
+        async with AsyncClient([bad.address, good.address]) as client:
+            for i in range(200):
+                assert (await client.predict("echo", {"id": i})).scores.tolist() == [i]
+
+    run(main())
+    assert bad.core.predictions < tried + 40
+
+
 def test_nobody_listens(run):
     address = _free_address()
     with Client(address, retries=1) as client, pytest.raises(UnavailableError, match="refused"):

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,3 +433,31 @@ def test_the_trained_bundle_knows_its_features(trained: Path) -> None:
 
     bundle: ModelBundle = load_bundle(trained / "bundles" / "buy" / "2")
     assert [name for name, _ in bundle.inputs] == COLUMNS and bundle.service == "purchase"
+
+
+# What the caches remember
+
+
+def with_cache(home: Path, settings: str) -> Any:
+    return config_of(home, **{"data_dir:": f"caches: {{features: {{{settings}}}}}\ndata_dir:"})
+
+
+@pytest.mark.parametrize(("ttl", "loads"), [("1us", 3), ("1h", 1)])
+def test_a_key_without_data_is_loaded_once_a_negative_ttl(home: Path, ttl: str, loads: int) -> None:
+    unknown = pd.DataFrame({"user_id": [10_001], "item_id": [1], "basket_value": [1.0]})
+    with Engine(with_cache(home, f"negative_ttl: {ttl}, refresh_ahead: 0")) as engine:
+        for _ in range(3):
+            assert ask(engine, unknown).status.tolist() == [2]
+        assert engine.live.get("buy").served.stats()["missed_rows"] == loads + 1  # the item, once
+        assert engine.stats()["caches"]["user_features"]["negative_puts"] == loads
+
+
+def test_rows_that_are_read_live_on_past_their_ttl(home: Path) -> None:
+    with Engine(with_cache(home, "ttl: 300ms, refresh_ahead: 0.5")) as engine:
+        rows = rows_of(20)
+        expected = ask(engine, rows).scores
+        deadline = time.monotonic() + 60
+        while engine.stats()["refresh"]["loaded"] < 20:
+            np.testing.assert_array_equal(ask(engine, rows).scores, expected)
+            assert time.monotonic() < deadline
+        assert engine.stats()["refresh"]["errors"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from penstock.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from penstock.serving.pool import Pool, Retry
+from penstock.serving.pool import Pool, Retry, RetryBudget
 
 
 class _Link:
@@ -50,6 +51,75 @@ def test_endpoints_that_are_down_come_last():
     assert first.down_until == 0.0
     pool.leaving(link, 100.0)
     assert first.down_until == 101.0
+
+
+def test_an_endpoint_that_answers_nothing_is_ejected_until_it_answers():
+    pool = Pool(["tcp://a:1", "tcp://b:1"], size=1)
+    first, second = pool.endpoints
+    link = _Link()
+    pool.opened(first, link)
+    assert link.endpoint is first
+    away = UnavailableError("x")
+    for _ in range(4):
+        pool.outcome(first, away, 100.0)
+    assert first.down_until <= 100.0
+    pool.outcome(first, InvalidArgumentError("x"), 100.0)  # an answer: the count begins anew
+    for _ in range(4):
+        pool.outcome(first, away, 100.0)
+    pool.outcome(first, DeadlineExceededError("x"), 100.0)  # says nothing either way
+    assert first.down_until <= 100.0
+    pool.outcome(first, away, 100.0)
+    downs = [first.down_until]
+    assert downs[0] > 100.0
+    assert all(pool.endpoint(100.0) is second for _ in range(5))
+    for _ in range(4):  # it gets a chance when its time is up, and is out for longer when that fails
+        now = first.down_until
+        pool.opened(first, _Link())
+        assert first.down_until == now
+        pool.outcome(first, away, now)
+        downs.append(first.down_until - now)
+    assert downs[4] > downs[1] / 2 * 4  # doubles, within the jitter
+    pool.outcome(first, None, first.down_until)
+    assert (first.down_until, first.failures, first.errors) == (0.0, 0, 0)
+
+
+@given(
+    st.floats(0, 0.5),
+    st.floats(0, 20),
+    st.lists(st.tuples(st.booleans(), st.floats(0, 0.3)), max_size=300),
+)
+@settings(max_examples=100, deadline=None)
+def test_retries_stay_within_the_budget(share, rate, steps):
+    budget = RetryBudget(share, rate)
+    now, calls, spent = 50.0, 0, 0
+    for is_call, dt in steps:
+        now += dt
+        if is_call:
+            calls += 1
+            budget.called()
+        elif budget.spend(now):
+            spent += 1
+        assert spent <= rate + share * calls + rate * (now - 50.0) + 1e-6
+    for _ in range(1000):
+        budget.spend(now)
+    assert not budget.spend(now)
+    if rate:
+        assert budget.spend(now + 1.001 / rate)
+
+
+def test_a_spent_budget_ends_retries_but_not_those_that_reached_nobody():
+    budget = RetryBudget(share=0.0, rate=0.0)
+
+    def pause(*, sent=True, **given):
+        retry = Retry(idempotent=True, retries=3, deadline=None, budget=budget, **given)
+        return retry.pause(UnavailableError("x"), 10.0, sent=sent)
+
+    assert pause() is None
+    assert pause(sent=False) is not None
+    assert pause(persists=True) >= 0.02  # bulk work waits instead
+    for bad in (-1, "x", True, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="retry_share"):
+            RetryBudget(share=bad)
 
 
 def test_retry_rules():

@@ -280,6 +280,24 @@ def test_slow_admin_call_blocks_neither_stats_nor_health(serve, connect):
     assert sorted(peer.read()[1] for _ in range(3)) == [1, 2, 6]
 
 
+def test_one_connection_cannot_take_every_call(serve, connect):
+    running = serve(calls_per_connection=3, data_queue=8, admin_queue=8)
+    greedy, modest = connect(running.address), connect(running.address)
+    greedy.send(*([0, i, "materialize", []] for i in range(5)))
+    assert running.engine.started.acquire(timeout=30)
+    refused = [greedy.read() for _ in range(2)]
+    assert [reply[1] for reply in refused] == [3, 4]
+    assert {reply[2]["code"] for reply in refused} == {"RESOURCE_EXHAUSTED"}
+    assert "3 calls of the connection are waiting" in refused[0][2]["message"]
+    modest.send([0, 1, "stats", []], [0, 2, "materialize", []])
+    assert modest.read()[1:3] == [1, None]
+    running.engine.gate.set()
+    assert modest.read()[1:3] == [2, None]
+    assert sorted(greedy.read()[1] for _ in range(3)) == [0, 1, 2]
+    greedy.send([0, 9, "stats", []])
+    assert greedy.read()[1:3] == [9, None]
+
+
 def test_admin_methods_are_told_apart(serve, connect):
     running = serve()
     running.engine.gate.set()
@@ -567,6 +585,7 @@ server:
     slow_reader_timeout: 2s
     max_calls: 11
     max_admin_calls: 2
+    max_calls_per_connection: 4
   call_threads: 6
   drain_timeout: 1500ms
   goaway_grace: 0
@@ -574,6 +593,6 @@ server:
     config, faults = check_text(text)
     assert config is not None, faults
     assert ServerSettings.from_config(config) == ServerSettings(
-        ("unix:///tmp/x.sock",), 2048, 7, 3, 5, 1 << 20, 2048, 2.0, 1.5, 0.0, 6, 11, 2
+        ("unix:///tmp/x.sock",), 2048, 7, 3, 5, 1 << 20, 2048, 2.0, 1.5, 0.0, 6, 11, 2, 4
     )
     assert ServerSettings.from_config(Config()) == ServerSettings(("tcp://127.0.0.1:7064",))

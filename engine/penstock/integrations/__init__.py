@@ -1,0 +1,1 @@
+"""Optional bridges to other systems: each is imported only when it is configured."""
