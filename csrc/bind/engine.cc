@@ -332,6 +332,15 @@ void bind_engine(py::module_& m) {
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
            "One thread at a time.")
+      .def(
+          "count_in",
+          [](ServedModel& self, py::array_t<uint64_t, 0>& word) {
+            if (word.size() != 1 || !word.writeable())
+              throw py::value_error("word is no writable uint64 array of one element");
+            self.served().count_in(word.mutable_data());
+          },
+          py::arg("word").noconvert(), py::keep_alive<1, 2>(),
+          "Add every row answered OK to word, uint64 [1], from now on. Before the version is live.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),

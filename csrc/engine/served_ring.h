@@ -8,6 +8,8 @@
 #include <mutex>
 #include <vector>
 
+#include "sync/sync.h"
+
 namespace penstock {
 
 class ServedRing {
@@ -38,6 +40,10 @@ class ServedRing {
   size_t outputs() const { return outputs_; }
   size_t views() const { return views_; }
 
+  // Adds every row that the ring takes to `word` too, which outlives this process where it lies in a file:
+  // what a killed process had not drained is known by it. Before the first push.
+  void count_in(sync::Word* word) { taken_ = word; }
+
   // One row; event_time may be null when there are no views.
   void push(uint64_t request_id, int64_t now_us, uint8_t status, const double* scores, const float* row,
             const int64_t* event_time) {
@@ -45,6 +51,7 @@ class ServedRing {
       ++dropped_;
       return;
     }
+    if (taken_ != nullptr) sync::add(*taken_, 1);  // relaxed: read once this process has ended
     const size_t at = (begin_ + size_++) % capacity_;
     request_ids_[at] = request_id;
     now_us_[at] = now_us;
@@ -102,6 +109,7 @@ class ServedRing {
   size_t begin_ = 0;
   size_t size_ = 0;
   uint64_t dropped_ = 0;
+  sync::Word* taken_ = nullptr;
   std::vector<uint64_t> request_ids_;
   std::vector<int64_t> now_us_;
   std::vector<uint8_t> status_;
