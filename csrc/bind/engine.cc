@@ -528,6 +528,15 @@ void bind_engine(py::module_& m) {
           py::arg("hot"), py::arg("now_us"), py::arg("limit_s"),
           "Compute those that the edge cache lacks and whose features are cached; how many. Waits for an\n"
           "idle lane, limit_s at most.")
+      .def(
+          "count_in",
+          [](ServedModel& self, py::array_t<uint64_t, 0>& word) {
+            if (word.size() != 1 || !word.writeable())
+              throw py::value_error("word is no writable uint64 array of one element");
+            self.served().count_in(word.mutable_data());
+          },
+          py::arg("word").noconvert(), py::keep_alive<1, 2>(),
+          "Add every row answered OK to word, uint64 [1], from now on. Before the version is live.")
       .def("stop", &ServedModel::stop, py::call_guard<py::gil_scoped_release>(),
            "End what is unanswered as UNAVAILABLE and join the executor.")
       .def("_hold", &ServedModel::hold_for_test, py::arg("held"),

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "drift/drift_panes.h"
+#include "sync/sync.h"
 
 namespace penstock {
 
@@ -54,6 +55,9 @@ class ServedRing {
 
   // Every row pushed from now on is counted there. Before the first push.
   void count_drift(std::shared_ptr<DriftPanes> drift) { drift_ = std::move(drift); }
+  // Adds every row that the ring takes to `word` too, which outlives this process where it lies in a file:
+  // what a killed process had not drained is known by it. Before the first push.
+  void count_in(sync::Word* word) { taken_ = word; }
 
   // One row; event_time may be null when there are no views.
   void push(uint64_t request_id, int64_t now_us, uint8_t status, const double* scores, const float* row,
@@ -67,6 +71,7 @@ class ServedRing {
       ++begin_;
       ++dropped_;
     }
+    if (taken_ != nullptr) sync::add(*taken_, 1);  // relaxed: read once this process has ended
     const size_t at = end % capacity_;
     request_ids_[at] = request_id;
     now_us_[at] = now_us;
@@ -167,6 +172,7 @@ class ServedRing {
   std::shared_ptr<DriftPanes> drift_;
   uint64_t begin_ = 0;
   uint64_t dropped_ = 0;
+  sync::Word* taken_ = nullptr;
   // push() releases what it wrote; count_some() and count_all() acquire it.
   std::atomic<uint64_t> end_{0};
   // count_some() releases that it has read; push() acquires it before it overwrites, and drain_some().

@@ -499,6 +499,10 @@ class ServedModel(metaclass=_NativeType):
         """
         Every request has its answer, and nothing runs.
         """
+    def count_in(self, word: numpy.typing.NDArray[numpy.uint64]) -> None:
+        """
+        Add every row answered OK to word, uint64 [1], from now on. Before the version is live.
+        """
     def stop(self) -> None:
         """
         End what is unanswered as UNAVAILABLE and join the executor.

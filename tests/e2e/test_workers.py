@@ -16,6 +16,7 @@ import pytest
 from penstock import Engine
 from penstock.monitoring.served_log import read_served
 
+ROWS = 8  # of a request of `Load`
 QUICK_RESTARTS = {"workers": 2, "max_restarts": 1_000_000, "restart_window": 0.01}
 
 
@@ -197,8 +198,8 @@ class Load(threading.Thread):
 
         peer, i = None, 0
         while not self.stop and not self.wrong:
-            rows = slice(i % 390, i % 390 + 8)
-            i += 8
+            rows = slice(i % 390, i % 390 + ROWS)
+            i += ROWS
             try:
                 peer = peer or Raw(self.served.address)
                 params = ["buy", self.shop.entities(rows), self.shop.inputs(rows), {"now": self.now}]
@@ -259,6 +260,28 @@ def test_kills_under_load_give_no_wrong_answer(shop, serve, tmp_path, now, expec
     assert kill_under_load(shop, serve, tmp_path, now, expected, 4, 600) == 4
 
 
+def test_the_rows_that_a_killed_worker_takes_with_it_are_counted(shop, serve, tmp_path, now, expected):
+    served = serve(shop.config(tmp_path, server=QUICK_RESTARTS))
+    loads = [Load(served, shop, now, expected) for _ in range(2)]
+    for load in loads:
+        load.start()
+    known = pids(served)
+    for _ in range(2):
+        known = kill_one(served, loads, known, 1)
+    for load in loads:
+        load.stop = True
+    for load in loads:
+        load.join(60)
+        assert not load.is_alive() and not load.wrong, load.wrong
+    caller = served.raw()
+    watched = caller.call("drift")["buy"]["drift"]["n"]
+    stats = caller.call("stats")
+    assert stats["models"]["buy"]["served_dropped"] == stats["strange_rows"] == stats["lost_rows"] == 0
+    rows = watched + stats["killed_rows"]
+    answered = ROWS * sum(load.answered for load in loads)
+    assert answered <= rows <= answered + ROWS * sum(load.reset for load in loads)
+
+
 @pytest.mark.long
 def test_many_kills_under_load_give_no_wrong_answer(shop, serve, tmp_path, now, expected):
     assert kill_under_load(shop, serve, tmp_path, now, expected, 1000, 540) >= 20
@@ -267,8 +290,8 @@ def test_many_kills_under_load_give_no_wrong_answer(shop, serve, tmp_path, now, 
 @pytest.mark.long
 def test_workers_that_keep_dying_end_the_server_with_the_reason(shop, serve, tmp_path):
     served = serve(shop.config(tmp_path, server={"workers": 2, "max_restarts": 1}))
-    os.kill(pids(served)[1], signal.SIGKILL)
-    os.kill(pids(served)[0], signal.SIGKILL)
+    for pid in pids(served).values():
+        os.kill(pid, signal.SIGKILL)
     assert served.process.wait(60) == 1
     assert "more than server.max_restarts; the server ends" in served.log.read_text()
 

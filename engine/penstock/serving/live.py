@@ -161,6 +161,7 @@ class LiveModels:
         self._clock = clock
         self.new_cache: Callable[[str, int], _core.FeatureCache] = self._private_cache  # (view, row words)
         self.cache_owner = 0
+        self.counts_drift = True  # of what this process serves; not where rows are forwarded
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
@@ -241,7 +242,8 @@ class LiveModels:
             )
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
         drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
-        served.count_drift(drift.panes)
+        if self.counts_drift:
+            served.count_drift(drift.panes)
         if monitoring.tracing is not None:
             served.trace(monitoring.tracing.capacity)
         return LiveModel(

@@ -7,9 +7,10 @@ the rows that it served; `label`, `stats` and `drift` fetch what is still on its
 changes (a version, the reading of the sources) it tells the followers and waits for them, at most `SYNC_S`;
 one that cannot follow ends and is started anew.
 
-Rows that cannot be sent are counted: while worker 0 is away they wait in each model's ring
-(`served_dropped` when it is full), and those that were on their way when it died are `lost_rows`. A
-follower that is killed takes with it what it had not sent, at most what it served in some 20 ms.
+Rows that cannot be sent are counted: while worker 0 is away they wait in each model's ring (`served_dropped`
+when it is full), and those that were on their way when it died are `lost_rows`. A follower that is killed
+takes with it what it had not sent, at most what it served in some 20 ms: it counts what it serves in a file
+(`arena/served`), by which worker 0 knows how many those are (`killed_rows`).
 
 Epochs number the readings of the sources. A row is stored with a stamp that begins with its reader's epoch,
 and a new epoch empties the caches and refuses older stamps: so no follower puts back a row of a source that
@@ -22,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import socket
 import threading
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.config import Config
@@ -43,6 +46,7 @@ from penstock.serving.link import CallPool, Link, unknown_method
 from penstock.serving.live import LiveModel
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import ADMIN_METHODS
+from penstock.serving.worker_stats import merge_stats
 
 SYNC_S = 30.0  # a follower must have loaded a version by then
 PULL_S = 2.0  # a follower must have sent its rows or counters by then
@@ -53,6 +57,8 @@ OWNERS = 64  # workers of a server, and so owner numbers of one generation
 ARENA = "arena"
 CONTROL = "control"
 _EPOCH = "epoch"
+_SERVED = "served"
+_SERVED_WORDS = 64 * OWNERS  # generations that may be told apart at once
 
 _log = logging.getLogger("penstock.serving")
 Part = tuple[Any, ...]
@@ -75,6 +81,17 @@ class WorkerSpec:
 def control_address(folder_fd: int) -> str:
     """The control socket by its folder's descriptor: a path that is short enough for a socket."""
     return f"/proc/self/fd/{folder_fd}/{CONTROL}"
+
+
+def _served_words(data_dir: Path) -> NDArray[np.uint64]:
+    """Rows served by each of the last worker processes, in a file that all of them map: by owner number."""
+    file = data_dir / ARENA / _SERVED
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, 8 * _SERVED_WORDS)
+        return np.frombuffer(mmap.mmap(fd, 8 * _SERVED_WORDS), np.uint64)
+    finally:
+        os.close(fd)
 
 
 class WorkerEngine(Engine):
@@ -122,7 +139,8 @@ class _Follower:
     generation: int
     pid: int
     link: Link
-    rows: int = 0  # taken in from it
+    owner: int
+    rows: int  # it served so many that it need not send any more: taken in here, or accounted for before
 
 
 class Leader(WorkerEngine):
@@ -134,6 +152,7 @@ class Leader(WorkerEngine):
         self._followers_changed = threading.Condition()
         self._told: dict[str, Any] | None = None
         self.strange_rows = 0  # of versions that are not here any more
+        self.killed_rows = 0  # that followers had served and not sent when they died
         limits = config.server.limits
         self._calls = CallPool("penstock-forwarded", config.server.call_threads, limits.max_calls)
         self._admin_calls = CallPool("penstock-forwarded-admin", 1, limits.max_admin_calls)
@@ -161,6 +180,7 @@ class Leader(WorkerEngine):
 
     def _open(self) -> None:
         super()._open()
+        self._served = _served_words(self.config.data_dir)
         self._told = self._state()
         threading.Thread(target=self._accept, name="penstock-control", daemon=True).start()
 
@@ -184,6 +204,8 @@ class Leader(WorkerEngine):
         with self._followers_changed:
             if self._followers.get(follower.index) is follower:
                 del self._followers[follower.index]
+                served = int(self._served[follower.owner % _SERVED_WORDS])
+                self.killed_rows += max(0, served - follower.rows)
             self._followers_changed.notify_all()
 
     def _present(self) -> list[_Follower]:
@@ -271,32 +293,13 @@ class Leader(WorkerEngine):
         for index, answer in self._ask_all("stats", [], PULL_S).items():
             if isinstance(answer, dict):
                 parts[index] = answer
-        followers = {follower.index: follower for follower in self._present()}
-        result = _add_all([{key: part[key] for key in _SUMMED if key in part} for part in parts.values()])
-        workers = {}
-        for index, part in parts.items():
-            about = {"pid": os.getpid(), "generation": self.spec.generation}
-            if index in followers:
-                about = {"pid": followers[index].pid, "generation": followers[index].generation}
-            workers[str(index)] = {**about, **{key: part[key] for key in _OF_WORKER if key in part}}
-        for name, model in result["models"].items():
-            if "performance" in own["models"].get(name, {}):
-                model["performance"] = own["models"][name]["performance"]
-        caches = {}
-        for name, cache in own["caches"].items():  # one arena: only what is of a process is added up
-            others = [part["caches"].get(name, {}) for index, part in parts.items() if index]
-            caches[name] = {
-                key: value + sum(other.get(key, 0) for other in others)
-                if key.startswith("refresh")
-                else value
-                for key, value in cache.items()
-            }
+        processes = {0: {"pid": os.getpid(), "generation": self.spec.generation}}
+        for follower in self._present():
+            processes[follower.index] = {"pid": follower.pid, "generation": follower.generation}
         return {
-            **own,
-            **result,
-            "caches": caches,
-            "workers": workers,
+            **merge_stats(parts, processes),
             "strange_rows": self.strange_rows,
+            "killed_rows": self.killed_rows,
         }
 
     # Life
@@ -342,8 +345,8 @@ class _Joining:
 
     def _handle(self, method: str, params: list[Any]) -> Any:
         if method == "hello":
-            index, generation, pid = params
-            self._follower = _Follower(index, generation, pid, self._link)
+            index, generation, pid, owner, accounted = params
+            self._follower = _Follower(index, generation, pid, self._link, owner, accounted)
             return self._leader.join(self._follower)
         if self._follower is None:
             raise FailedPreconditionError("say hello first")
@@ -368,7 +371,8 @@ class Follower(WorkerEngine):
         self._link: Link | None = None
         self._joined = threading.Event()
         self._state: dict[str, Any] = {}
-        self._sent_rows = self._taken_rows = 0
+        self._sent_rows = self._taken_rows = 0  # over the link that is open now
+        self._popped_rows = 0  # of the rings: sent, or lost
         self.lost_rows = 0
         self.fault: str | None = None
         self.failed: Callable[[], object] = lambda: None
@@ -382,7 +386,13 @@ class Follower(WorkerEngine):
     def _replay_logs(self) -> None:
         return
 
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.live.counts_drift = False  # worker 0 does, of the rows that it is sent
+
     def _deploy_all(self) -> None:
+        self._served = _served_words(self.config.data_dir)
+        self._served[self.spec.owner % _SERVED_WORDS] = 0
         thread = threading.Thread(target=self._follow, name="penstock-follow", daemon=True)
         with self._changing:  # what worker 0 tells meanwhile waits
             thread.start()
@@ -403,7 +413,8 @@ class Follower(WorkerEngine):
             link = Link(sock, self._answer, lambda method, params: self._calls, frozenset({"taken"}))
             link.start()
             try:
-                hello = [self.spec.index, self.spec.generation, os.getpid()]
+                spec = self.spec
+                hello = [spec.index, spec.generation, os.getpid(), spec.owner, self._popped_rows]
                 state = link.call("hello", hello, JOIN_S)
             except PenstockError:
                 link.close()
@@ -484,7 +495,9 @@ class Follower(WorkerEngine):
             if current is not None and current.bundle.version == version:
                 continue
             model = self.live.warm(name, version) or self.live.load(self.registry.get(name, version))
-            model.forward = self._send_rows
+            if model.forward is None:
+                model.forward = self._send_rows
+                model.served.count_in(self._served[self.spec.owner % _SERVED_WORDS :][:1])
             self.live.publish(model)
 
     def _drain_models(self) -> None:
@@ -494,6 +507,7 @@ class Follower(WorkerEngine):
     def _send_rows(self, model: LiveModel, part: Part) -> None:
         link = self._link
         rows = len(part[0])
+        self._popped_rows += rows
         if link is None:
             self.lost_rows += rows
             return
@@ -543,26 +557,6 @@ class _NoLog:
 
     def close(self) -> None:
         return
-
-
-_SUMMED = ("models", "refresh", "monitor_errors", "server", "lost_rows")
-_OF_WORKER = ("models", "refresh", "monitor_errors", "server", "rows_sent", "lost_rows")
-_GREATEST = ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
-
-
-def _add_all(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of numbers, name by name; of quantiles the greatest, of anything else the first."""
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            known: Any = result.get(key)
-            if isinstance(value, dict):
-                result[key] = _add_all([known or {}, value])
-            elif key not in result or key == "limit_ms" or not isinstance(value, int | float):
-                result.setdefault(key, value)
-            else:
-                result[key] = max(known, value) if key in _GREATEST else known + value
-    return result
 
 
 def _pack_array(array: Any) -> list[Any]:

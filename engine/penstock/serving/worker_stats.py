@@ -1,0 +1,58 @@
+"""The counters of the workers of one server, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SUMMED = ("models", "refresh", "monitor_errors", "server", "lost_rows")
+_OF_WORKER = ("models", "refresh", "monitor_errors", "server", "rows_sent", "lost_rows")
+_GREATEST = ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
+
+
+def _add_all(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of numbers, name by name; of quantiles the greatest, of anything else the first."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            known: Any = result.get(key)
+            if isinstance(value, dict):
+                result[key] = _add_all([known or {}, value])
+            elif key not in result or key == "limit_ms" or not isinstance(value, int | float):
+                result.setdefault(key, value)
+            else:
+                result[key] = max(known, value) if key in _GREATEST else known + value
+    return result
+
+
+def merge_stats(
+    parts: Mapping[int, dict[str, Any]], processes: Mapping[int, dict[str, int]]
+) -> dict[str, Any]:
+    """One `stats` from those of each worker.
+
+    Args:
+        parts: stats by worker; 0 is there, and what only it has (label metrics, the log) is taken from it.
+        processes: {"pid", "generation"} by worker.
+
+    Returns the stats of worker 0 with sums in their places, and by worker under "workers".
+    """
+    own = parts[0]
+    result = _add_all([{key: part[key] for key in _SUMMED if key in part} for part in parts.values()])
+    for name, model in result["models"].items():
+        if "performance" in own["models"].get(name, {}):
+            model["performance"] = own["models"][name]["performance"]
+    caches = {}
+    for name, cache in own["caches"].items():  # one arena: only what is of a process is added up
+        others = [part["caches"].get(name, {}) for index, part in parts.items() if index]
+        caches[name] = {
+            key: value + sum(other.get(key, 0) for other in others) if key.startswith("refresh") else value
+            for key, value in cache.items()
+        }
+    workers = {
+        str(index): {
+            **processes.get(index, {}),
+            **{key: part[key] for key in _OF_WORKER if key in part},
+        }
+        for index, part in parts.items()
+    }
+    return {**own, **result, "caches": caches, "workers": workers}
