@@ -286,8 +286,7 @@ void ServedModel::edge_ended(uint32_t index, const Status& status) {
       follower.formed_ns = std::max(leader.formed_ns, follower.received_ns);
       follower.finished_ns = leader.finished_ns;
       follower.admitted_ns = std::max(follower.received_ns, follower.decoded_ns);
-      follower.run_ns =
-          std::clamp<int64_t>(leader.finished_ns - follower.admitted_ns, 0, leader.run_ns);
+      follower.run_ns = std::clamp<int64_t>(leader.finished_ns - follower.admitted_ns, 0, leader.run_ns);
       if (status.is_ok()) {
         edge_end_with(f, &scores_[leader.first_row * n_outputs_]);
       } else {

@@ -400,8 +400,7 @@ void ServedModel::pump() {
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
     const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns || !model_->inline_ok() ||
-        (edge_ != nullptr && edge_->precomputing)) {
+    if (held_ || predicted > budget_ns || !model_->inline_ok() || (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;
     }

@@ -385,7 +385,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::vector<uint64_t> batch_tags_;
   std::vector<float> batch_rows_;
   std::vector<double> batch_scores_;
-  Status run_failure_;  // of the last run that failed
+  Status run_failure_;                // of the last run that failed
   std::unique_ptr<ServedEdge> edge_;  // null: off
 
   EndCounters request_counts_[2], row_counts_[2];  // [low]
