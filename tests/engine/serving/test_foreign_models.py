@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -65,7 +66,9 @@ Open = Callable[..., Engine]
 def opened(bundles: Path, tmp_path: Path) -> Iterator[Open]:
     made: list[Engine] = []
 
-    def start(models: dict[str, str], *, latency_ms: float = SLOW_MS, caches: str = "") -> Engine:
+    def start(
+        models: dict[str, str], *, latency_ms: float = SLOW_MS, caches: str = "caches: {edge: {mode: off}}"
+    ) -> Engine:
         lines = [f"  {name}: {{path: {bundles}/{name}/1, {options}}}" for name, options in models.items()]
         text = "\n".join(
             [
@@ -425,6 +428,7 @@ def test_engines_that_come_and_go_leave_nothing(opened, bundles, tmp_path):
             pid = process_of(engine)
             engine.predict_vectors("net", rows_of(2))
         assert not Path(f"/proc/{pid}").exists()
+        gc.collect()
         counts.append((descriptors(), threading.active_count()))
     assert len(set(counts[1:])) == 1  # the first may load what stays
 
