@@ -44,6 +44,7 @@ def write_config(folder: Path, bundles: Path, **py: Any) -> Path:
             {
                 "serving": {"max_latency_ms": 60_000},
                 "server": {"goaway_grace": 0.02},
+                "caches": {"edge": {"mode": "off"}},  # each request reaches the model
                 "models": models,
                 "data_dir": str(folder / "data"),
             }

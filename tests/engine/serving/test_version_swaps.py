@@ -64,6 +64,7 @@ def engine(saved: Path, tmp_path: Path) -> Iterator[Engine]:
     """Serves version 1 of `m`; 2 and 3 are in the registry."""
     config, faults = check_text(
         f"serving: {{max_latency_ms: 60000}}\nmodels: {{m: {{path: {saved}/1}}}}\n"
+        "caches: {edge: {mode: off}}\n"
         f"monitoring: {{ring_rows: 1024, label_capacity: 4096, log_bytes: 1MiB}}\ndata_dir: {tmp_path}/data"
     )
     assert config is not None, faults
