@@ -34,6 +34,7 @@ def sanitized(request: pytest.FixtureRequest) -> tuple[str, Path]:
 LONG = {"native_arena_kill": ["1000"]}  # arguments of the long forms
 
 
+@pytest.mark.timeout(900)  # the first of a sanitizer builds them all
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_is_clean(sanitized: tuple[str, Path], program: str) -> None:
     run_clean(sanitized, program, [])

@@ -241,7 +241,7 @@ void repeats_are_hits_and_served_as_computed() {
   const EdgeStats edge = world.edge(&stats);
   CHECK(edge.enabled && edge.active);
   CHECK(edge.cache.hits == 3 && edge.cache.misses == 2 && edge.cache.admitted == 2 && edge.cache.size == 2);
-  CHECK(stats.requests.ok == 5 && stats.rows.ok == 5 && stats.total.count() == 5);
+  CHECK(stats.requests.ok == 5 && stats.rows.ok == 5 && stats.stages.total.count() == 5);
   const Served served(*world.model);
   CHECK(served.n == 5);
   for (size_t i = 0; i < 4; ++i) {
