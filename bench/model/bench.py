@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument(
-        "--compile-limit", type=float, default=900.0, help="seconds that tl2cgen may take for one model"
+        "--compile-limit", type=float, default=300.0, help="seconds that tl2cgen may take for one model"
     )
     options = parser.parse_args()
     facts = machine()

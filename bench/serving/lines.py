@@ -115,18 +115,27 @@ def kernel_lines(book: Book, model: dict[str, Any] | None) -> None:
         for row in model["rows"]
         for column, figure in row["figures"].items()
     }
-    peers = [case for case, _ in medians if not case.startswith("Penstock")]
     levels = {"AVX-512": 25.0, "AVX2": 10.0, "portable": 3.0}
-    for column, targets in (("batch 64", levels), ("batch 1", {"best": 3.0})):
+    for forest, column, targets in (
+        ("200 x 31", "batch 64", levels),
+        ("200 x 31", "batch 1", {"best": 3.0}),
+        ("1 000 x 255", "batch 64", {"best": 4.0}),
+    ):
+        by_case = {
+            case.removeprefix(f"{forest}: "): value
+            for (case, at), value in medians.items()
+            if at == column and case.startswith(f"{forest}: ") and "(ratio)" not in case
+        }
         against = min(
-            ((medians[peer, column], peer) for peer in peers if (peer, column) in medians), default=None
+            ((value, case) for case, value in by_case.items() if not case.startswith("Penstock")),
+            default=None,
         )
         for level, target in targets.items():
-            measure = f"tree kernel, {column}" + ("" if level == "best" else f", {level}")
+            measure = f"tree kernel, {forest}, {column}" + ("" if level == "best" else f", {level}")
             cases = [
                 value
-                for (case, at), value in medians.items()
-                if at == column and case.startswith("Penstock in C++") and (level == "best" or level in case)
+                for case, value in by_case.items()
+                if case.startswith("Penstock in C++") and (level == "best" or level in case)
             ]
             text = f"<= 1/{target:g} of the best peer"
             if against is None or not cases:

@@ -75,7 +75,7 @@ def test_a_part_that_is_missing_becomes_a_note(lines):
 def _model(portable, peers):
     def row(case, batch1, batch64):
         figures = {"batch 1": {"median": batch1}, "batch 64": {"median": batch64}}
-        return {"case": case, "figures": figures}
+        return {"case": f"200 x 31: {case}", "figures": figures}
 
     rows = [row("Penstock in C++, portable", 3.0, portable), row("Penstock in C++, AVX-512", 2.0, 10.0)]
     return {"commit": "abc", "rows": rows + [row(name, *figures) for name, figures in peers.items()]}
@@ -86,14 +86,15 @@ def test_kernel_lines_take_the_best_peer(lines):
     lines.kernel_lines(book, _model(99.0, {"tl2cgen": (13.0, 300.0), "onnxruntime": (9.0, 350.0)}))
     found = {line.measure: (line.peer, line.passed) for line in book.lines}
     assert found == {
-        "tree kernel, batch 64, AVX-512": ("tl2cgen", True),  # 10 <= 300 / 25
-        "tree kernel, batch 64, AVX2": ("", None),
-        "tree kernel, batch 64, portable": ("tl2cgen", True),
-        "tree kernel, batch 1": ("onnxruntime", True),  # 2 <= 9 / 3
+        "tree kernel, 200 x 31, batch 64, AVX-512": ("tl2cgen", True),  # 10 <= 300 / 25
+        "tree kernel, 200 x 31, batch 64, AVX2": ("", None),
+        "tree kernel, 200 x 31, batch 64, portable": ("tl2cgen", True),
+        "tree kernel, 200 x 31, batch 1": ("onnxruntime", True),  # 2 <= 9 / 3
+        "tree kernel, 1 000 x 255, batch 64": ("", None),
     }
     book = lines.Book()
     lines.kernel_lines(book, _model(101.0, {"tl2cgen": (5.9, 300.0)}))
-    assert [line.passed for line in book.lines] == [True, None, False, False]
+    assert [line.passed for line in book.lines] == [True, None, False, False, None]
     book = lines.Book()
     lines.kernel_lines(book, None)
     assert book.lines[0].note.startswith("not available")
