@@ -186,7 +186,7 @@ class Peer:
 
     calls: ClassVar[list[Any]] = []
 
-    def __init__(self, listen: list[str]) -> None:
+    def __init__(self, listen: list[str], **credentials: Any) -> None:
         self.calls.append(listen)
 
     def __enter__(self) -> Peer:

@@ -84,7 +84,7 @@ class Engine:
         self._filling = threading.Lock()
         self._closing = threading.Event()
         self.monitor_errors = self.refresh_errors = 0
-        self.telemetry = Telemetry(config, self.stats)
+        self.telemetry = self._new_telemetry()
         self._threads: list[threading.Thread] = []
         _open_engines.add(self)
         try:
@@ -122,6 +122,9 @@ class Engine:
 
     def _take_lock(self) -> DataDirLock | None:
         return DataDirLock(self.config.data_dir)
+
+    def _new_telemetry(self) -> Telemetry:
+        return Telemetry(self.config, self.stats)
 
     def _new_core(self) -> _core.ServingCore:
         return _core.ServingCore()

@@ -488,6 +488,19 @@ class Server:
             farewell.transport.abort()
 
 
+def reload_on_hangup(server: Server, reread: Callable[[], ServerSettings]) -> None:
+    """Have SIGHUP take the certificates and tokens of the settings that `reread` returns."""
+
+    def on_hangup() -> None:
+        try:
+            server.reload(reread())
+            _log.warning("read the certificates and tokens again")
+        except PenstockError as error:
+            _log.error("kept the certificates and tokens: %s", error)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+
+
 def run(
     engine: ServedEngine,
     settings: ServerSettings,
@@ -513,15 +526,8 @@ def run(
                 os._exit(1)
             server.stop()
 
-        def on_hangup() -> None:
-            try:
-                if reread is not None:
-                    server.reload(reread())
-                    _log.warning("read the certificates and tokens again")
-            except PenstockError as error:
-                _log.error("kept the certificates and tokens: %s", error)
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+        if reread is not None:
+            reload_on_hangup(server, reread)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal)
         addresses = await server.start()

@@ -71,6 +71,7 @@ class Supervisor:
         self._addresses: list[str] = []
         self._restarts: deque[float] = deque()
         self._signals = 0
+        self._hangups = 0
         self._stopping_since: float | None = None
         self._status = 0
         self.lock: DataDirLock | None = None
@@ -119,9 +120,10 @@ class Supervisor:
     @contextlib.contextmanager
     def _handling_signals(self):  # type: ignore[no-untyped-def]
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self._signals += number != signal.SIGCHLD
+            self._signals += number in (signal.SIGTERM, signal.SIGINT)
+            self._hangups += number == signal.SIGHUP
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
         before = {number: signal.signal(number, on_signal) for number in numbers}
         wakeup = signal.set_wakeup_fd(self._wake_end, warn_on_full_buffer=False)
         try:
@@ -138,6 +140,7 @@ class Supervisor:
             self._wait()
             self._reap()
             self._obey()
+            self._pass_hangups_on()
             if self._stopping_since is not None:
                 if not self.pids:
                     return
@@ -152,6 +155,14 @@ class Supervisor:
                 assert self.lock is not None
                 self.lock.announce(self._addresses)
                 on_listening(self._addresses)
+
+    def _pass_hangups_on(self) -> None:
+        """The workers that serve read the certificates and tokens again; the others do when they start."""
+        if self._hangups:
+            self._hangups = 0
+            for worker in self._workers:
+                if worker.process is not None and worker.listening:
+                    worker.process.send_signal(signal.SIGHUP)
 
     def _wait(self) -> None:
         for key, _ in self._selector.select(_POLL_S):

@@ -19,11 +19,17 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from penstock.config import load_config
+from penstock.config import Config, load_config
 from penstock.errors import PenstockError
 from penstock.serving.listeners import Listener, share_all
 from penstock.serving.protocol import ADMIN_METHODS, pack_result, unpack_params
-from penstock.serving.server import _SWITCH_INTERVAL, Server, ServerSettings, _fit_files
+from penstock.serving.server import (
+    _SWITCH_INTERVAL,
+    Server,
+    ServerSettings,
+    _fit_files,
+    reload_on_hangup,
+)
 from penstock.serving.worker_engine import Follower, Leader, WorkerEngine, WorkerSpec
 
 
@@ -76,6 +82,8 @@ def run(engine: WorkerEngine, settings: ServerSettings, order: WorkerOrder) -> i
         loop = asyncio.get_running_loop()
         server = WorkerServer(engine, settings, order)
         engine.server_stats = server.stats
+        engine.telemetry.server_stats = server.stats
+        reload_on_hangup(server, lambda: settings_of(load_config(order.config), order))
 
         def on_signal() -> None:
             if server.draining:
@@ -104,6 +112,11 @@ def run(engine: WorkerEngine, settings: ServerSettings, order: WorkerOrder) -> i
     return 0 if answered and getattr(engine, "fault", None) is None else 1
 
 
+def settings_of(config: Config, order: WorkerOrder) -> ServerSettings:
+    """The settings of this worker's server."""
+    return replace(ServerSettings.from_config(config), listen=tuple(order.listen))
+
+
 def main(text: str) -> int:
     """A worker's life; returns its exit status."""
     given: dict[str, Any] = json.loads(text)
@@ -118,9 +131,8 @@ def main(text: str) -> int:
             engine = Leader(config, spec, socket.socket(fileno=order.control_fd))
         else:
             engine = Follower(config, spec)
-        settings = replace(ServerSettings.from_config(config), listen=tuple(order.listen))
         try:
-            return run(engine, settings, order)
+            return run(engine, settings_of(config, order), order)
         finally:
             engine.close()
     except PenstockError as error:

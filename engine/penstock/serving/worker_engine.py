@@ -46,6 +46,7 @@ from penstock.serving.link import CallPool, Link, unknown_method
 from penstock.serving.live import LiveModel
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import ADMIN_METHODS
+from penstock.serving.telemetry import Telemetry
 from penstock.serving.worker_stats import merge_stats
 
 SYNC_S = 30.0  # a follower must have loaded a version by then
@@ -385,6 +386,11 @@ class Follower(WorkerEngine):
 
     def _replay_logs(self) -> None:
         return
+
+    def _new_telemetry(self) -> Telemetry:
+        """Without the exposition: worker 0 has that of all."""
+        monitoring = self.config.monitoring.model_copy(update={"prometheus": None})
+        return Telemetry(self.config.model_copy(update={"monitoring": monitoring}), self.stats)
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -7,21 +7,37 @@ from typing import Any
 
 _SUMMED = ("models", "refresh", "monitor_errors", "server", "lost_rows")
 _OF_WORKER = ("models", "refresh", "monitor_errors", "server", "rows_sent", "lost_rows")
-_GREATEST = ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
+_GREATEST = frozenset(
+    ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns", "max_wait_ns", "busy_ratio", "queue_delay_ratio")
+)
+_LEAST = frozenset(("attainment", "attainment_10s", "attainment_60s"))
+
+
+def _add(key: str, known: Any, value: Any) -> Any:
+    """One figure of two workers; None where neither has one."""
+    if isinstance(value, dict) or isinstance(known, dict):
+        names = dict.fromkeys([*(known or {}), *(value or {})])
+        return {name: _add(name, (known or {}).get(name), (value or {}).get(name)) for name in names}
+    if known is None or value is None:
+        return value if known is None else known
+    if key == "le_us":  # cumulative counts at the same edges
+        return [[edge, count + more] for (edge, count), (_, more) in zip(known, value)]
+    if key == "state":  # of a breaker: one that is not closed is what matters
+        return value if known == "closed" else known
+    if isinstance(value, bool):
+        return known or value
+    if key == "limit_ms" or not isinstance(value, int | float):
+        return known
+    if key in _GREATEST:
+        return max(known, value)
+    return min(known, value) if key in _LEAST else known + value
 
 
 def _add_all(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of numbers, name by name; of quantiles the greatest, of anything else the first."""
+    """Sums of counts, name by name; the worst worker's quantiles and ratios; the first of anything else."""
     result: dict[str, Any] = {}
     for part in parts:
-        for key, value in part.items():
-            known: Any = result.get(key)
-            if isinstance(value, dict):
-                result[key] = _add_all([known or {}, value])
-            elif key not in result or key == "limit_ms" or not isinstance(value, int | float):
-                result.setdefault(key, value)
-            else:
-                result[key] = max(known, value) if key in _GREATEST else known + value
+        result = _add("", result, part)
     return result
 
 

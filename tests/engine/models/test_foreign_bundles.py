@@ -274,7 +274,7 @@ def test_child_that_never_gets_ready_is_given_up(copy):
 
 
 def test_folder_of_the_entry_point_is_checked(tmp_path):
-    for name, message in (("model.yaml", "makes itself"), ("a b.py", "cannot be in a bundle")):
+    for name, message in (("model.yaml", "makes its own"), ("a b.py", "cannot be in a bundle")):
         code = code_folder(tmp_path / f"code-{name[0]}")
         (code / name).write_text("")
         with pytest.raises(InvalidArgumentError, match=message):

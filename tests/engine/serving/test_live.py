@@ -26,7 +26,9 @@ def test_a_drain_ends_though_rows_come_faster_than_it_takes_them():
 
     ignored = SimpleNamespace(add=lambda *_: None, append=lambda *_: None)
     bundle = SimpleNamespace(name="m", version="1", inputs=[("a", "float32")])
-    model = LiveModel(bundle, None, Served(), ignored, ignored, None, ignored, ring_rows)  # type: ignore[arg-type]
+    model = LiveModel(
+        bundle, None, Served(), ignored, "thread", 0, ignored, ignored, None, ignored, ring_rows
+    )
     model.drain()
     assert ring_rows <= sum(taken) < ring_rows + max(taken)  # all that can have waited, and no more than that
     assert model.newest_us == 7
