@@ -13,7 +13,7 @@ from common import Absent
 from lines import Line, attempt
 from servers import Contender, Measured, Server, configuration, free_port, measure, penstock
 
-from penstock import loadgen
+from penstock import Client, loadgen
 from penstock.config import CachesConfig
 from penstock.errors import PenstockError
 from penstock.loadgen import Load, Requests, vector_requests
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LIMIT_MS = 50.0
 ZIPF_KEYS = 1_000_000
 PIPELINED: dict[str, Any] = {"connections": 8, "in_flight": 64}
-OPEN: dict[str, Any] = {"connections": 64, "in_flight": 1000}
+OPEN: dict[str, Any] = {"connections": 8, "in_flight": 1000}  # as many connections as the capacity is of
 # A client that bounds what it has in flight, as real ones do: at twice the server's lane, which it so fills.
 # Without the bound the backlog would stand in the sockets' buffers, where no server can see how old it is.
 OVERLOAD: dict[str, Any] = {"connections": 64, "in_flight": 128, "shed": True}
@@ -145,7 +145,12 @@ def overload_lines(run: Run) -> None:
         run.book,
         "5x overload, goodput over its peak, model the bottleneck (onnxruntime)",
         ">= 0.9x",
-        lambda: _overload(run, "model", serve(run, "overload, onnx", onnx_bundle(run)), target["model"]),
+        lambda: _overload(
+            run,
+            "model",
+            serve(run, "overload, onnx", onnx_bundle(run), caches={"edge": {"mode": "off"}}),
+            target["model"],
+        ),
     )
 
 
@@ -196,15 +201,18 @@ def _overload(run: Run, bottleneck: str, ours: Contender, target: float) -> None
         f"capacity {capacity:,.0f}/s; {refused / due:.0%} refused, {shed / due:.0%} found all "
         f"{OVERLOAD['connections'] * OVERLOAD['in_flight']:,} places in flight taken",
     )
-    text = f"5x overload, refusals of a light client beside it, p99 ({bottleneck})"
-    refusals = [found for one in probes if (found := one.from_send.get("RESOURCE_EXHAUSTED")) is not None]
-    count = sum(one.count for one in refusals)
-    if refusals:
-        note = f"{count:,} refusals; from the client's write, so with its own and the loop's waiting"
-        book.limit(text, float(np.median([one.p99 for one in refusals])) / 1e3, "ms", 2, note)
+    text = f"5x overload, the latest refusal after its read ({bottleneck})"
+    with Client(ours.address) as client:
+        refuse = client.stats()["models"]["forest"]["stages"]["refuse"]
+    seen = [found for one in probes if (found := one.from_send.get("RESOURCE_EXHAUSTED")) is not None]
+    if refuse["count"]:
+        note = f"{refuse['count']:,} refusals, by the server's clock; p99.9 {refuse['p999_ns'] / 1e6:.2g} ms"
+        if seen:
+            p99 = float(np.median([one.p99 for one in seen])) / 1e3
+            note += f"; a light client beside it, from its write: p99 {p99:.2g} ms"
+        book.limit(text, refuse["max_ns"] / 1e6, "ms", 2, note)
     else:
-        answers = sum(one.ok.count for one in probes if one.ok is not None)
-        book.missing(text, "<= 2 ms", f"none of its requests was refused, {answers:,} were answered")
+        book.missing(text, "<= 2 ms", "none was refused on arrival")
     line = Line(f"5x overload, memory flat ({bottleneck})", "<= 1.05x", "MiB", after / 2**20)
     line.peer, line.theirs, line.ratio = "before", before / 2**20, after / before
     line.passed = line.ratio <= 1.05
@@ -285,7 +293,9 @@ def edge_lines(run: Run) -> None:
             requests = zipf_requests(run, count) if "Zipf" in text else unique_requests(run, count)
             run.say(text)
             name = f"edge {len(run.book.lines)}"
-            on = serve(run, f"{name} on", bundle, caches={"edge": {"mode": mode}})
+            # Rows come again after some seconds: without a short life they would be hits then.
+            life = {} if "Zipf" in text else {"ttl": "100ms"}
+            on = serve(run, f"{name} on", bundle, caches={"edge": {"mode": mode, **life}})
             off = serve(run, f"{name} off", bundle, caches={"edge": {"mode": "off"}})
             for _ in range(run.plan.rounds):
                 for who, state in ((on, "on"), (off, "off")):

@@ -224,7 +224,8 @@ py::dict stats(ServedModel& self) {
   const StageHistograms& h = s->stages;
   const py::dict stages("receive"_a = latency(h.receive), "gather"_a = latency(h.gather),
                         "queue"_a = latency(h.queue), "run"_a = latency(h.run),
-                        "encode"_a = latency(h.encode), "total"_a = latency(h.total));
+                        "encode"_a = latency(h.encode), "total"_a = latency(h.total),
+                        "refuse"_a = latency(h.refuse));
   const double limit_ns = static_cast<double>(self.config().max_latency_ns);
   return py::dict("requests"_a = counters(s->requests), "rows"_a = counters(s->rows), "batches"_a = batches,
                   "latency"_a = stages["total"], "stages"_a = stages, "run"_a = latency(s->run),

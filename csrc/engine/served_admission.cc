@@ -57,17 +57,18 @@ void ServedModel::read_request_ids(const wire::Options& options, uint32_t rows, 
   }
 }
 
-void ServedModel::count_refused(Code code, uint32_t rows, bool low) {
+void ServedModel::count_refused(Code code, uint32_t rows, bool low, int64_t received_ns) {
   meter_.ended(code, rows);
+  meter_.refused(mono_ns() - received_ns);
   ++request_counts_[low].submitted;
   ++request_counts_[low].rejected;
   row_counts_[low].submitted += rows;
   row_counts_[low].rejected += rows;
 }
 
-Status ServedModel::refuse(Status status, uint32_t rows, bool low) {
+Status ServedModel::refuse(Status status, uint32_t rows, bool low, int64_t received_ns) {
   const std::lock_guard lock(mutex_);
-  count_refused(status.code, rows, low);
+  count_refused(status.code, rows, low, received_ns);
   return status;
 }
 
@@ -106,7 +107,7 @@ Status ServedModel::refuse_early(const Admission& admission, int64_t* retry_afte
     learn_from_refusal(admission.rows);
     status = refusal(checked, retry_after_ms);
   }
-  count_refused(status.code, admission.rows, admission.low);
+  count_refused(status.code, admission.rows, admission.low, admission.received_ns);
   look(admission.received_ns);
   return status;
 }
@@ -120,7 +121,7 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
     status = {Code::kFailedPrecondition,
               "model '" + config_.name + "' has no feature service; expected a call of predict_vectors"};
   }
-  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority, received_ns);
   const bool use_cache = !call.options.no_cache;
   scratch.edge.used = false;
   if (use_cache && edge_in_use() && edge_answers(admission, call, first_id, scratch, &status, tag))
@@ -132,7 +133,7 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
   admission.decoded_ns = mono_ns();
   status = plan_->gather(call, admission.now_us, received_ns, use_cache, nullptr, scratch.plan,
                          &scratch.gathered, &scratch.misses);
-  if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low, received_ns);
   if (!scratch.misses.empty())
     return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
   read_request_ids(call.options, call.rows, first_id, scratch);
@@ -150,7 +151,7 @@ Status ServedModel::predict_vectors(const wire::VectorsCall& call, const Target&
         Status::invalid("data is of " + std::to_string(call.bytes) + " bytes; expected " +
                         std::to_string(call.rows) + " rows of " + std::to_string(n_features_) + " float32");
   }
-  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority);
+  if (!status.is_ok()) return refuse(std::move(status), call.rows, call.options.low_priority, received_ns);
   scratch.edge.used = false;
   if (!call.options.no_cache && edge_in_use() &&
       edge_answers(admission, call, first_id, scratch, &status, tag)) {
@@ -181,7 +182,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
                                 bool needs_run) {
   meter_.saw(admission.received_ns);
   if (stopping_ || (needs_run && !breaker_.closed())) {
-    count_refused(Code::kUnavailable, admission.rows, admission.low);
+    count_refused(Code::kUnavailable, admission.rows, admission.low, admission.received_ns);
     if (stopping_) return {Code::kUnavailable, "model '" + config_.name + "' was unloaded"};
     look(admission.received_ns);
     return unavailable(admission.received_ns, retry_after_ms);
@@ -190,7 +191,7 @@ Status ServedModel::new_request(const Admission& admission, uint32_t* index, int
   const uint32_t peer = peers_.acquire(admission.target.connection, &fresh);
   if (peer == kNone || !within_share(peers_[peer].held - 1, 1, free_requests_.size(), requests_.size())) {
     if (peer != kNone) peers_.release(peer);
-    count_refused(Code::kResourceExhausted, admission.rows, admission.low);
+    count_refused(Code::kResourceExhausted, admission.rows, admission.low, admission.received_ns);
     look(admission.received_ns);
     return too_many();
   }
@@ -235,6 +236,7 @@ Status ServedModel::admit(const Admission& admission, const float* rows, const u
   if (!status.is_ok()) {
     unlink(index);
     count_end(requests_[index], status.code);
+    meter_.refused(mono_ns() - admission.received_ns);
     free_request(index);
   }
   return status;

@@ -288,12 +288,12 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   Status check_options(const wire::Options& options, uint32_t rows, int64_t received_ns, int64_t wall_us,
                        Admission* admission) const;
   void read_request_ids(const wire::Options& options, uint32_t rows, uint64_t first_id, Scratch& scratch);
-  Status refuse(Status status, uint32_t rows, bool low);
+  Status refuse(Status status, uint32_t rows, bool low, int64_t received_ns);
   Status refuse_early(const Admission& admission, int64_t* retry_after_ms);
   Status unavailable(int64_t now_ns, int64_t* retry_after_ms) const;
   Status refusal(const Lane::Submitted& submitted, int64_t* retry_after_ms) const;
   Status too_many() const;
-  void count_refused(Code code, uint32_t rows, bool low);
+  void count_refused(Code code, uint32_t rows, bool low, int64_t received_ns);
   void look(int64_t now_ns) { look_until_ns_.store(now_ns + kLookNs, std::memory_order_relaxed); }
   Status admit(const Admission& admission, const float* rows, const uint8_t* row_status,
                const int64_t* event_time, Scratch& scratch, int64_t* retry_after_ms, uint64_t* tag);

@@ -27,6 +27,7 @@ struct StageTimes {
 
 struct StageHistograms {
   LatencyHistogram receive, gather, queue, run, encode, total;  // total: of every request that was queued
+  LatencyHistogram refuse;  // read callback to refusal, of those refused on arrival
 };
 
 struct MeterWindow {
@@ -70,6 +71,7 @@ class ServingMeter {
     stages_.encode.add(times.encode_ns);
     panes_.at(now_ns_).queue_delay.add(times.queue_ns);
   }
+  void refused(int64_t elapsed_ns) { stages_.refuse.add(elapsed_ns); }
   void took(int64_t total_ns) { stages_.total.add(total_ns); }
 
   // One run at a time.

@@ -74,7 +74,7 @@ class EngineCollector(Collector):
             stats, server = self._stats(), self._server_stats()
         yield InfoMetricFamily("penstock_build", "Version of Penstock.", value={"version": self._version})
         yield from _model_metrics(stats["models"])
-        yield from _cache_metrics(stats["caches"])
+        yield from _cache_metrics(stats["caches"], stats["models"])
         yield from _log_metrics(stats)
         if server is not None:
             yield from _server_metrics(server)
@@ -199,7 +199,12 @@ def _model_metrics(models: Mapping[str, Stats]) -> Iterator[Metric]:
     duration = _histogram(
         "request_duration_seconds", "From the read callback of a request to its reply.", *own
     )
-    stages = _histogram("stage_duration_seconds", "Time of requests answered OK by stage.", *own, "stage")
+    stages = _histogram(
+        "stage_duration_seconds",
+        "Time of requests answered OK by stage; refuse: of those refused on arrival.",
+        *own,
+        "stage",
+    )
     run = _histogram("batch_run_duration_seconds", "Time of a batch in the model.", *own)
     batch_rows = _histogram("batch_rows", "Rows of a batch.", *own)
     runs = _counter("batches", "Batches by the thread that ran them.", *own, "thread")
@@ -258,12 +263,16 @@ def _model_metrics(models: Mapping[str, Stats]) -> Iterator[Metric]:
     yield from (attainment, met, due, good, parked, missed, lost, traces, limit)
 
 
-def _cache_metrics(caches: Mapping[str, Stats]) -> Iterator[Metric]:
+def _cache_metrics(caches: Mapping[str, Stats], models: Mapping[str, Stats]) -> Iterator[Metric]:
+    """Of the feature caches by view, and of the edge caches by model."""
     own = ("cache", "view")
+    found_in = {("features", view): found for view, found in caches.items()}
+    found_in |= {("edge", name): model["edge"] for name, model in models.items() if model["edge"]["enabled"]}
     for what, text in _CACHE_COUNTS.items():
         counter = _counter(f"cache_{what}", text, *own)
-        for view, found in caches.items():
-            counter.add_metric(["features", view], found[what])
+        for labels, found in found_in.items():
+            if what in found:
+                counter.add_metric(labels, found[what])
         yield counter
     for name, what, text in (
         ("cache_rows", "size", "Rows that a cache holds."),
@@ -271,8 +280,8 @@ def _cache_metrics(caches: Mapping[str, Stats]) -> Iterator[Metric]:
         ("cache_bytes", "bytes", "Memory of a cache."),
     ):
         gauge = _gauge(name, text, *own)
-        for view, found in caches.items():
-            gauge.add_metric(["features", view], found[what])
+        for labels, found in found_in.items():
+            gauge.add_metric(labels, found[what])
         yield gauge
 
 

@@ -367,3 +367,16 @@ def test_a_lost_connection_costs_only_its_own_requests(core: Any, image: bytes) 
     stats = served.stats()
     conserved(stats)
     assert stats["requests"]["cancelled"] == 21 and stats["requests"]["ok"] == 19
+
+
+def test_what_is_refused_on_arrival_is_timed(core: Any, image: bytes) -> None:
+    served = core.load("m", "1", image, max_requests=4)
+    core.publish(served)
+    connection = connect(core)
+    send(connection, request(1, 0))
+    assert served.stats()["stages"]["refuse"]["count"] == 1
+    served._hold(True)
+    send(connection, b"".join(request(msgid) for msgid in range(2, 12)))
+    stats = served.stats()
+    assert stats["stages"]["refuse"]["count"] == stats["requests"]["rejected"] > 1
+    served._hold(False)

@@ -250,7 +250,7 @@ def test_the_exposition_parses_and_says_what_the_stats_say(bundles: Path, tmp_pa
         assert total == pytest.approx(stats["latency"]["sum_ns"] / 1e9)  # seconds
         run = value(families, "penstock_stage_duration_seconds_sum", **own, stage="run")
         assert run == pytest.approx(stats["stages"]["run"]["sum_ns"] / 1e9)
-        assert histograms_are_sound(families) == 8  # total, five stages, batch time, batch rows
+        assert histograms_are_sound(families) == 9  # total, six stages, batch time, batch rows
         for family in families.values():
             assert family.name.startswith("penstock_") and family.documentation.endswith(".")
             if family.type == "counter":
