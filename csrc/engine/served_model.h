@@ -15,8 +15,9 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
-// The code is in four files: served_admission.cc (the way in), served_parking.cc (misses), served_edge.cc
-// (the edge cache and equal requests), served_model.cc (the rest).
+// The code is in five files: served_admission.cc (the way in), served_parking.cc (misses), served_runs.cc
+// (batches and their threads), served_edge.cc (the edge cache and equal requests), served_model.cc (the
+// rest).
 #pragma once
 
 #include <atomic>

@@ -40,6 +40,7 @@ from penstock.models.registry import ModelRegistry
 from penstock.monitoring.label_log import LabelLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
+from penstock.serving.labels import Labels
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
@@ -107,6 +108,7 @@ class Engine:
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         self._prepare()
         self._deploy_all()
@@ -167,26 +169,7 @@ class Engine:
         return self.live.load(self.registry.get(name, settings.version))
 
     def _replay_logs(self) -> None:
-        """Give the label join what was served and labelled before a restart."""
-        import pyarrow.compute as pc
-
-        for name, performance in self.live.performance.items():
-            try:
-                table = self.served_log.read(name)
-            except NotFoundError:
-                continue
-            if table.num_rows:  # windows end where they did
-                self.live.get(name).newest_us = pc.max(table["now_us"]).as_py()
-            for version in table["version"].unique().to_pylist():
-                part = table.filter(pc.equal(table["version"], version))
-                scores = part["score"].to_numpy()
-                if len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0:
-                    performance.record(
-                        part["rid"].to_numpy(), part["now_us"].to_numpy(), scores, str(version)
-                    )
-        if self.live.performance:
-            for ids, labels, times in self.label_log.read():
-                self._join(ids, labels, times)
+        self.labels.replay()
 
     # Threads
 
@@ -430,41 +413,9 @@ class Engine:
 
     def label(self, request_ids: Any, labels: Any, times: Any = None) -> dict[str, int]:
         """Join labels (0 or 1) by request id; they are on disk when this returns. Counts by outcome."""
-        ids, values = _listed("request_ids", request_ids), _listed("labels", labels)
-        stamps = [self.clock.now_us()] * len(ids) if times is None else _listed("times", times)
-        for name, given in (("labels", values), ("times", stamps)):
-            if len(given) != len(ids):
-                raise InvalidArgumentError(
-                    f"{name} has {len(given)} values; expected {len(ids)}, one per row"
-                )
-        for row, (rid, label) in enumerate(zip(ids, values)):
-            if type(rid) is not int or not 0 <= rid < 1 << 64:
-                raise InvalidArgumentError(f"request_ids[{row}] is {rid!r}; expected a uint64")
-            if label not in (0, 1):
-                raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
-        stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
-        for row, stamp in enumerate(stamps):  # all is checked before the log: what it holds is joined again
-            if not 0 <= stamp < 1 << 63:
-                raise InvalidArgumentError(
-                    f"times[{row}] is {stamp}; expected int64 microseconds UTC, at least 0"
-                )
-        if not self.live.performance:
-            raise FailedPreconditionError("no model with probability scores is served; labels have no use")
+        checked = self.labels.check(request_ids, labels, times)
         self.drain_served()
-        values = [int(label) for label in values]
-        self.served_log.flush()  # a label on disk is of no use after a crash without its row
-        self.label_log.append(ids, values, stamps)
-        return self._join(ids, values, stamps)
-
-    def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
-        """Counts by outcome. An id belongs to one model at most: to the others it is an orphan."""
-        totals: dict[str, int] = {}
-        for performance in self.live.performance.values():
-            counts = performance.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))
-            for what, n in counts.items():
-                totals[what] = totals.get(what, 0) + n
-        totals["orphan"] -= len(ids) * (len(self.live.performance) - 1)
-        return totals
+        return self.labels.take(*checked)
 
     def health(self) -> dict[str, Any]:
         from penstock import __version__
@@ -616,11 +567,3 @@ class Engine:
 
 def _no_rows(cache: _core.FeatureCache) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     return np.empty((0, cache.row_words), np.uint64), np.empty((0, 4), np.int64)
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise InvalidArgumentError(f"{name} is {values!r}; expected a list")
-    return list(values)
