@@ -320,6 +320,7 @@ py::tuple call_local(ServingCore& core, bool vectors, const py::bytes& params, b
     if (!call.model->take(call.tag, &result)) result.status = {Code::kInternal, "the request was lost"};
   }
   if (!result.status.is_ok()) return failure(result.status, result.retry_after_ms);
+  core.shadow(*call.model, result);
   const size_t outputs = call.model->n_outputs();
   py::array scores = array_of(result.scores, result.rows * outputs);
   if (outputs > 1)

@@ -158,6 +158,8 @@ void ServedModel::end(uint32_t index, Status status) {
     request.target.waiter->ended.notify_all();
   } else if (request.target.connection != 0) {
     events_->ended(shared_from_this(), tag_of(index, request.generation), request.target.connection);
+  } else if (request.target.shadow) {
+    end_shadow(index);
   } else {
     count_end(request, Code::kCancelled);
     free_request(index);
@@ -398,9 +400,9 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       out->request_ids[r] = request_ids_[row];
       out->row_status[r] = row_status_[row];
       out->with_status = out->with_status || row_status_[row] != 0;
-      served_.push(request_ids_[row], request->now_us, row_status_[row], &scores_[row * n_outputs_],
-                   &rows_[row * n_features_], n_views_ == 0 ? nullptr : &event_time_[row * n_views_]);
+      serve_row(*request, row, 0);
     }
+    if (request->target.shadowed) copy_features(*request, out);
     meter_.answered(out->times);
   }
   meter_.took(out->times.total_ns);
