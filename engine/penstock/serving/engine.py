@@ -46,6 +46,7 @@ from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 from penstock.serving.refresher import Refresher
 from penstock.serving.telemetry import Telemetry
+from penstock.serving.trials import Trials
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
@@ -108,6 +109,7 @@ class Engine:
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.trials = Trials(config, self.live, self.registry, self.clock)
         self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         self._prepare()
@@ -143,6 +145,7 @@ class Engine:
     def _deploy_all(self) -> None:
         for name, model in self._configured().items():
             self.live.publish(self._deploy(name, model))
+        self.trials.restore()
 
     def _configured(self) -> dict[str, ModelConfig]:
         if self.config.models:
@@ -323,7 +326,7 @@ class Engine:
     # State
 
     def promote(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """Make `version` (default: the challenger) the champion, durably, and serve it."""
+        """Make `version` (default: the challenger) the champion, durably, and serve it. Ends a trial."""
         with self._changing:
             live = self.live.get(name)
             bundle = self.registry.get(name, version or "challenger")
@@ -345,7 +348,7 @@ class Engine:
         self.live.publish(model)
 
     def rollback(self, name: str) -> dict[str, Any]:
-        """Serve the champion before this one again."""
+        """Serve the champion before this one again. Ends a trial."""
         with self._changing:
             self.live.get(name)
             bundle = self.registry.get(name, "previous")
@@ -353,6 +356,26 @@ class Engine:
             with self._published(model):
                 self.registry.rollback(name)
             return {"model": name, "version": bundle.version}
+
+    def canary(self, name: str, version: str | None = None, *, share: float) -> dict[str, Any]:
+        """Have `version` (default: the challenger) answer `share` (0 to 1) of the sticky keys; 0 ends it.
+
+        A sticky key is the entities of a request's first row, or that row of bare vectors: one key is
+        answered by the same version as long as the trial lasts, and a greater share keeps those it had. The
+        trial outlives a restart; another champion ends it.
+
+        Raises InvalidArgumentError, NotFoundError, FailedPreconditionError, BundleError.
+        """
+        with self._changing:
+            return self.trials.change("canary", name, version, share)
+
+    def shadow(self, name: str, version: str | None = None, *, share: float) -> dict[str, Any]:
+        """As `canary`, but the champion answers: `version` scores the rows it answered too, unseen.
+
+        It must have the champion's features. What it has no room for it leaves out, counted.
+        """
+        with self._changing:
+            return self.trials.change("shadow", name, version, share)
 
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
         """Bring the online store up to `end` (default: now); reads sources that changed again."""
@@ -438,6 +461,7 @@ class Engine:
                 **model.describe(),
                 "versions": versions.get(name, []),
                 "aliases": self.registry.aliases(name),
+                **self.trials.describe(name),
             }
         return described
 
@@ -455,7 +479,7 @@ class Engine:
                 entry["performance"] = model.performance.metrics(
                     model.newest_us or self.clock.now_us(), window_us
                 )
-            models[name] = entry
+            models[name] = {**entry, **self.trials.stats(name)}
         return {
             "models": models,
             "models_memory": self.live.memory(),
@@ -482,9 +506,8 @@ class Engine:
         for each in [*self.live.live] if name is None else [name]:
             model = self.live.get(each)
             reports[each] = {
-                "version": model.bundle.version,
-                "drift": model.drift.report(end_us=end_us, window_us=window_us).to_dict(),
-                "freshness": model.freshness.report(end_us=end_us, window_us=window_us).to_dict(),
+                **model.watched(end_us, window_us),
+                **self.trials.drift(each, end_us, window_us),
             }
         return reports
 
@@ -549,6 +572,8 @@ class Engine:
             "apply": (self.apply, 0, 0),
             "promote": (self.promote, 1, 2),
             "rollback": (self.rollback, 1, 1),
+            "canary": (lambda model, share, version=None: self.canary(model, version, share=share), 2, 3),
+            "shadow": (lambda model, share, version=None: self.shadow(model, version, share=share), 2, 3),
         }
         if method not in known:
             raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")

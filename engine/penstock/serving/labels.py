@@ -11,7 +11,7 @@ from penstock.errors import FailedPreconditionError, InvalidArgumentError, NotFo
 from penstock.monitoring.label_log import LabelLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
-from penstock.serving.live import LiveModels
+from penstock.serving.live import SHADOW_ROW, LiveModels
 
 Checked = tuple[list[int], list[int], list[int]]  # ids, labels, times in microseconds
 
@@ -38,10 +38,13 @@ class Labels:
             for version in table["version"].unique().to_pylist():
                 part = table.filter(pc.equal(table["version"], version))
                 scores = part["score"].to_numpy()
-                if len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0:
-                    performance.record(
-                        part["rid"].to_numpy(), part["now_us"].to_numpy(), scores, str(version)
-                    )
+                if not (len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0):
+                    continue
+                ids, times = part["rid"].to_numpy(), part["now_us"].to_numpy()
+                shadow = (part["status"].to_numpy() & SHADOW_ROW) != 0
+                for tracker, mine in ((performance, ~shadow), (self._live.unseen.get(name), shadow)):
+                    if tracker is not None and mine.any():
+                        tracker.record(ids[mine], times[mine], scores[mine], str(version))
         if self._live.performance:
             for ids, labels, times in self._label_log.read():
                 self._join(ids, labels, times)
@@ -77,7 +80,12 @@ class Labels:
         return self._join(ids, labels, times)
 
     def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
-        """Counts by outcome. An id belongs to one model at most: to the others it is an orphan."""
+        """Counts by outcome. An id belongs to one model at most: to the others it is an orphan.
+
+        What a shadow scored is joined too, but counted only where it was answered.
+        """
+        for unseen in list(self._live.unseen.values()):
+            unseen.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))
         totals: dict[str, int] = {}
         for performance in self._live.performance.values():
             counts = performance.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))

@@ -7,6 +7,7 @@ from typing import Any
 
 _SUMMED = ("models", "refresh", "monitor_errors", "server", "lost_rows")
 _OF_WORKER = ("models", "refresh", "monitor_errors", "server", "rows_sent", "lost_rows")
+_OF_CONFIG = ("limit_ms", "share")  # the same in every worker
 _GREATEST = ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
 
 
@@ -18,7 +19,7 @@ def _add_all(parts: list[dict[str, Any]]) -> dict[str, Any]:
             known: Any = result.get(key)
             if isinstance(value, dict):
                 result[key] = _add_all([known or {}, value])
-            elif key not in result or key == "limit_ms" or not isinstance(value, int | float):
+            elif key not in result or key in _OF_CONFIG or not isinstance(value, int | float):
                 result.setdefault(key, value)
             else:
                 result[key] = max(known, value) if key in _GREATEST else known + value
@@ -41,6 +42,9 @@ def merge_stats(
     for name, model in result["models"].items():
         if "performance" in own["models"].get(name, {}):
             model["performance"] = own["models"][name]["performance"]
+        for key in ("performance", "live_performance"):
+            if key in own["models"].get(name, {}).get("trial", {}):
+                model["trial"][key] = own["models"][name]["trial"][key]
     caches = {}
     for name, cache in own["caches"].items():  # one arena: only what is of a process is added up
         others = [part["caches"].get(name, {}) for index, part in parts.items() if index]
