@@ -472,7 +472,8 @@ void bind_engine(py::module_& m) {
            "auto\n"
            "or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
-           "Make it the live version of its name; returns the one before it, still running, or None.")
+           "Make it the live version of its name; returns the one before it, still running, or None. Ends a "
+           "trial.")
       .def(
           "put_on_trial",
           [](ServingCore& self, const std::string& name, std::shared_ptr<ServedModel> model, bool shadow,
@@ -487,7 +488,8 @@ void bind_engine(py::module_& m) {
           py::arg("name"), py::arg("model"), py::arg("shadow") = false, py::arg("share") = 0.0,
           "Let a version (None: none) take part in that share of the sticky keys: it answers them, or "
           "scores\n"
-          "them unseen as a shadow. In place of the trial before. ValueError if the name is not live.")
+          "them unseen as a shadow. In place of the trial before. ValueError if the name is not live, or a "
+          "shadow takes other inputs.")
       .def("retire", &ServingCore::retire, py::arg("name"))
       .def("live", &ServingCore::models, "The live models.")
       .def(

@@ -39,14 +39,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "m"
 
 
-@pytest.fixture
-def opened(bundles: Path, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+@pytest.fixture(params=["off", "on"])
+def opened(bundles: Path, tmp_path: Path, request: Any) -> Iterator[Callable[[], Engine]]:
     """Opens the engine, again when it was closed; champion 1, challenger 3."""
     config, faults = check_text(
         f"""
 serving: {{max_latency_ms: 10000}}
 monitoring: {{pane: 1d, window: 10d}}
-caches: {{edge: {{mode: "off"}}}}
+caches: {{edge: {{mode: "{request.param}"}}}}
 data_dir: {tmp_path}/data
 """
     )
