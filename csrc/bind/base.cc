@@ -3,6 +3,13 @@
 
 namespace penstock::bind {
 
+Code code_of(const std::string& name) {
+  for (uint8_t code = 1; code <= static_cast<uint8_t>(Code::kInternal); ++code) {
+    if (name == code_name(static_cast<Code>(code))) return static_cast<Code>(code);
+  }
+  throw py::value_error("code is " + name + "; expected a canonical code");
+}
+
 void bind_base(py::module_& m) {
   m.def(
       "cpu_level", [] { return static_cast<int>(cpu_level()); },

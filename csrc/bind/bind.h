@@ -3,6 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "base/status.h"
+
 namespace penstock::bind {
 
 namespace py = pybind11;
@@ -14,7 +18,11 @@ void bind_cache(py::module_& m);
 void bind_drift(py::module_& m);
 void bind_features(py::module_& m);
 void bind_backends(py::module_& m);
+void bind_connection(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_load(py::module_& m);
+
+// The canonical code of that name; ValueError.
+Code code_of(const std::string& name);
 
 }  // namespace penstock::bind

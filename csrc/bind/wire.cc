@@ -204,13 +204,6 @@ void feed(Session& session, std::string_view bytes) {
   }
 }
 
-Code code_of(const std::string& name) {
-  for (uint8_t code = 1; code <= static_cast<uint8_t>(Code::kInternal); ++code) {
-    if (name == code_name(static_cast<Code>(code))) return static_cast<Code>(code);
-  }
-  throw py::value_error("code is " + name + "; expected a canonical code");
-}
-
 bool reply_scores(Session& session, uint32_t msgid, const std::vector<double>& scores,
                   const std::string& version, const std::vector<uint64_t>& request_ids,
                   const std::optional<std::vector<uint8_t>>& status,

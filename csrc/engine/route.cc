@@ -36,6 +36,26 @@ void add_value(KeyHasher& hasher, wire::Cursor value) {
 
 }  // namespace
 
+bool same_inputs(const ServedModel& a, const ServedModel& b) {
+  return a.n_features() == b.n_features() && a.n_views() == b.n_views();
+}
+
+Status may_try(const ServedModel& champion, const Trial& trial) {
+  if (trial.model == nullptr) return {};
+  const auto refused = [&](const std::string& what) {
+    return Status{Code::kFailedPrecondition, "version '" + trial.model->config().version + "' of model '" +
+                                                 champion.config().name + "' " + what};
+  };
+  if (trial.model.get() == &champion) return refused("is live; expected another one");
+  if (trial.mode == TrialMode::kShadow && !same_inputs(champion, *trial.model)) {
+    return refused("takes " + std::to_string(trial.model->n_features()) + " inputs of " +
+                   std::to_string(trial.model->n_views()) +
+                   " views; a shadow needs those of the live version, " +
+                   std::to_string(champion.n_features()) + " of " + std::to_string(champion.n_views()));
+  }
+  return {};
+}
+
 bool takes_part(const Trial& trial, const wire::PredictCall& call) {
   if (trial.share == 0 || trial.share >= Trial::kWhole) return trial.share != 0;
   KeyHasher hasher = hasher_of(trial);

@@ -26,6 +26,12 @@ struct Trial {
   uint32_t share = 0;  // 0 .. kWhole
 };
 
+// Both take rows of the same width, with event times of as many views. What the columns mean is the caller's
+// to compare.
+bool same_inputs(const ServedModel& a, const ServedModel& b);
+// FAILED_PRECONDITION if the trial's model cannot be tried beside this live one.
+Status may_try(const ServedModel& champion, const Trial& trial);
+
 // The version on trial takes part in a call: its sticky key falls into the share.
 bool takes_part(const Trial& trial, const wire::PredictCall& call);
 bool takes_part(const Trial& trial, const wire::VectorsCall& call);

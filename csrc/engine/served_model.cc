@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 
 #include "model/tree_ensemble.h"
 
@@ -32,7 +31,6 @@ constexpr size_t reply_bytes_per_row(size_t outputs) {
 }
 
 constexpr size_t kMaxPeers = 65'536;
-constexpr int64_t kStopLook = 1'000'000'000;  // how often stop() looks at a run that it waits for
 
 // One record for each request that may be held, up to a limit: each may be of another peer.
 size_t peers_of(const LaneConfig& lane) {
@@ -119,36 +117,6 @@ Status ServedModel::warm_up() {
   return {};
 }
 
-void ServedModel::start() {
-  executor_done_ = false;
-  thread_ = std::thread([this] {
-    // The last reference to the model may go with a detached executor, after its last use of it.
-    const std::shared_ptr<ServedModel> last = executor();
-  });
-}
-
-void ServedModel::stop() {
-  std::unique_lock lock(mutex_);
-  if (stopping_) return;
-  stopping_ = true;
-  held_ = false;
-  end_all({Code::kUnavailable, "model '" + config_.name + "' was unloaded"}, -1);
-  work_.notify_all();
-  lock.unlock();
-  model_->interrupt();
-  lock.lock();
-  if (!thread_.joinable()) return;
-  while (!executor_done_ && !breaker_.hung()) {
-    const int64_t due = std::min(breaker_.due_ns(), mono_ns() + kStopLook);
-    executor_ended_.wait_until(lock, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(due)));
-    (void)breaker_.check(mono_ns());
-  }
-  if (!executor_done_) keep_alive_ = weak_from_this().lock();
-  const bool detached = keep_alive_ != nullptr;
-  lock.unlock();
-  detached ? thread_.detach() : thread_.join();
-}
-
 ServedModel::Request* ServedModel::find(uint64_t tag) {
   const auto index = static_cast<uint32_t>(tag);
   if (index >= requests_.size()) return nullptr;
@@ -190,6 +158,8 @@ void ServedModel::end(uint32_t index, Status status) {
     request.target.waiter->ended.notify_all();
   } else if (request.target.connection != 0) {
     events_->ended(shared_from_this(), tag_of(index, request.generation), request.target.connection);
+  } else if (request.target.shadow) {
+    end_shadow(index);
   } else {
     count_end(request, Code::kCancelled);
     free_request(index);
@@ -291,148 +261,6 @@ void ServedModel::trip(int64_t now_ns) {
   int64_t retry_after_ms = -1;
   const Status status = unavailable(now_ns, &retry_after_ms);
   end_all(status, retry_after_ms);
-}
-
-bool ServedModel::anybody_waits() const {
-  for (const uint64_t tag : batch_tags_) {
-    const Request& request = requests_[static_cast<uint32_t>(tag)];
-    if (request.generation == tag >> 32 && request.state == State::kQueued) return true;
-  }
-  return false;
-}
-
-void ServedModel::run_batch(std::unique_lock<std::mutex>& lock, bool on_executor) {
-  const int64_t formed = mono_ns();
-  const std::span<const Piece> pieces = lane_.next_batch(formed);
-  batch_.assign(pieces.begin(), pieces.end());
-  report_ended();
-  if (batch_.empty()) return;
-  batch_tags_.clear();
-  size_t n = 0;
-  int64_t latest = 0;
-  for (const Piece& piece : batch_) {
-    Request& request = requests_[static_cast<uint32_t>(slot_tags_[piece.slot])];
-    batch_tags_.push_back(slot_tags_[piece.slot]);
-    latest = std::max(latest, request.deadline_ns);
-    if (request.formed_ns == 0) {
-      request.formed_ns = formed;
-      max_wait_ns_[request.low] = std::max(max_wait_ns_[request.low], formed - request.received_ns);
-    }
-    uint32_t row = row_at(request, piece.first_row);
-    for (uint32_t r = 0; r < piece.rows; ++r, ++n) {
-      std::copy_n(&rows_[row * n_features_], n_features_, &batch_rows_[n * n_features_]);
-      if (r + 1 < piece.rows) row = next_row_[row];
-    }
-  }
-  breaker_.started(formed, lane_.run_time().predict(n));
-  meter_.run_began(formed);
-  const bool waits = on_executor && !may_run();
-  if (waits) work_.wait(lock, [this] { return may_run(); });
-  const int64_t started = mono_ns();
-  // The thread may have stood still since the batch was formed: no run for those who all would get their
-  // answer too late, or have it.
-  if (started >= latest || (waits && !anybody_waits())) {
-    const bool opened = breaker_.finished(started, true).opened;
-    meter_.ran(started, started);
-    lane_.finish(batch_, started, started, true, false);
-    report_ended();
-    if (opened) trip(started);
-    return;
-  }
-  ++batches_[n];
-  ++(on_executor ? executor_runs_ : inline_runs_);
-  lock.unlock();
-  Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
-  const bool run_ok = status.is_ok();
-  const int64_t finished = mono_ns();
-  lock.lock();
-  run_.add(finished - started);
-  meter_.ran(started, finished);
-  size_t from = 0;
-  for (size_t p = 0; p < batch_.size(); ++p) {
-    const Piece& piece = batch_[p];
-    Request* request = find(batch_tags_[p]);
-    if (request != nullptr && request->state == State::kQueued) {
-      request->run_ns += finished - started;
-      request->finished_ns = finished;
-      uint32_t row = row_at(*request, piece.first_row);
-      for (uint32_t r = 0; r < piece.rows; ++r) {
-        const double* scores = &batch_scores_[(from + r) * n_outputs_];
-        std::copy_n(scores, n_outputs_, &scores_[row * n_outputs_]);
-        if (may_lack_scores_ &&
-            !std::all_of(scores, scores + n_outputs_, [](double s) { return std::isfinite(s); }))
-          request->no_score = true;
-        if (r + 1 < piece.rows) row = next_row_[row];
-      }
-      if (edge_ != nullptr && run_ok && !request->no_score) edge_fill(*request, piece, finished);
-    }
-    from += piece.rows;
-  }
-  const Breaker::Outcome outcome = breaker_.finished(finished, run_ok);
-  if (edge_ != nullptr && !outcome.hung) edge_learn(finished - started, n);
-  if (!run_ok) run_failure_ = std::move(status);
-  lane_.finish(batch_, started, finished, run_ok, !outcome.hung);
-  report_ended();
-  if (outcome.opened && !stopping_) trip(finished);
-  if (!breaker_.closed()) work_.notify_one();  // the executor probes
-}
-
-// A batch of zeros that nobody waits for: does the model answer again? Nothing else runs meanwhile, since
-// nothing is admitted while the breaker is not closed.
-void ServedModel::probe(std::unique_lock<std::mutex>& lock) {
-  const size_t n = config_.lane.policy.max_batch_rows;
-  breaker_.probe();
-  breaker_.started(mono_ns(), lane_.run_time().predict(n));
-  std::fill(batch_rows_.begin(), batch_rows_.end(), 0.0f);
-  work_.wait(lock, [this] { return may_run(); });
-  lock.unlock();
-  const int64_t started = mono_ns();
-  const Status status = model_->run(batch_rows_.data(), n, batch_scores_.data());
-  const int64_t finished = mono_ns();
-  lock.lock();
-  const bool hung = breaker_.finished(finished, status.is_ok()).hung;
-  if (status.is_ok() && !hung) lane_.record_run(n, finished - started);
-}
-
-void ServedModel::pump() {
-  std::unique_lock lock(mutex_);
-  int64_t budget_ns = config_.inline_limit_ns;
-  while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
-    const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
-    const int64_t predicted = lane_.run_time().predict(rows);
-    if (held_ || predicted > budget_ns || !model_->inline_ok() || (edge_ != nullptr && edge_->precomputing)) {
-      work_.notify_one();
-      return;
-    }
-    budget_ns -= predicted;
-    run_batch(lock, false);
-  }
-}
-
-// Returns what a detached executor must let go last.
-std::shared_ptr<ServedModel> ServedModel::executor() {
-  std::unique_lock lock(mutex_);
-  const auto has_work = [this] {
-    return stopping_ || (lane_.queued_rows() > 0 && lane_.running_batches() == 0);
-  };
-  while (!stopping_) {
-    const int64_t probe_at = breaker_.probe_at_ns();
-    if (probe_at == Breaker::kNever) {
-      work_.wait(lock, [&] { return has_work() || breaker_.probe_at_ns() != Breaker::kNever; });
-    } else {
-      work_.wait_until(lock, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(probe_at)),
-                       has_work);
-    }
-    if (stopping_) break;
-    if (mono_ns() >= breaker_.probe_at_ns()) {
-      probe(lock);
-    } else if (has_work()) {
-      run_batch(lock, true);
-    }
-  }
-  executor_done_ = true;
-  executor_ended_.notify_all();
-  return std::move(keep_alive_);
 }
 
 void ServedModel::expire(int64_t now_ns) {
@@ -572,9 +400,9 @@ bool ServedModel::take(uint64_t tag, Result* out, size_t max_bytes) {
       out->request_ids[r] = request_ids_[row];
       out->row_status[r] = row_status_[row];
       out->with_status = out->with_status || row_status_[row] != 0;
-      served_.push(request_ids_[row], request->now_us, row_status_[row], &scores_[row * n_outputs_],
-                   &rows_[row * n_features_], n_views_ == 0 ? nullptr : &event_time_[row * n_views_]);
+      serve_row(*request, row, 0);
     }
+    if (request->target.shadowed) copy_features(*request, out);
     meter_.answered(out->times);
   }
   meter_.took(out->times.total_ns);
@@ -624,14 +452,6 @@ void ServedModel::trace(size_t capacity) {
 void ServedModel::take_traces(std::vector<TraceRecord>& out) {
   const std::lock_guard lock(mutex_);
   traces_.take(out);
-}
-
-void ServedModel::hold_for_test(bool held) {
-  {
-    const std::lock_guard lock(mutex_);
-    held_ = held;
-  }
-  work_.notify_all();
 }
 
 }  // namespace penstock

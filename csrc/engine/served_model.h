@@ -15,8 +15,9 @@
 // request for ever; a batch copies rows in before it runs and scores out after, under the lock, so a request
 // that ended meanwhile (even in a hung run) frees its rows at once.
 // Threads: any, except where said. One mutex; the sink is called under it and must not call back.
-// The code is in four files: served_admission.cc (the way in), served_parking.cc (misses), served_edge.cc
-// (the edge cache and equal requests), served_model.cc (the rest).
+// The code is in six files: served_admission.cc (the way in), served_parking.cc (misses), served_runs.cc
+// (batches and their threads), served_edge.cc (the edge cache and equal requests), served_shadow.cc (rows
+// that another version answered), served_model.cc (the rest).
 #pragma once
 
 #include <atomic>
@@ -65,11 +66,14 @@ struct Waiter {
   bool done = false;
 };
 
-// Where a reply goes: a connection's id and msgid, or a waiter; neither once the peer is gone.
+// Where a reply goes: a connection's id and msgid, or a waiter; neither once the peer is gone, nor where the
+// request is a shadow's.
 struct Target {
   uint64_t connection = 0;
   uint32_t msgid = 0;
   Waiter* waiter = nullptr;
+  bool shadowed = false;  // a version on trial scores the rows too, once they are answered
+  bool shadow = false;    // nobody waits: the request ends by itself
 };
 
 struct EndCounters {
@@ -113,7 +117,14 @@ struct Result {
   std::vector<double> scores;
   std::vector<uint64_t> request_ids;
   std::vector<uint8_t> row_status;
+  // Only of a request that is target.shadowed and ok: its rows, and the event times of their views.
+  int64_t now_us = 0;
+  std::vector<float> features;
+  std::vector<int64_t> event_time;
 };
+
+// In the status of a served row: a shadow scored it, and nobody was told.
+inline constexpr uint8_t kShadowRow = 0x80;
 
 struct ServedModelStats {
   EndCounters requests, rows;  // of both classes
@@ -175,6 +186,10 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
                          int64_t wall_us, uint64_t first_id, Scratch& scratch, int64_t* retry_after_ms,
                          uint64_t* tag);
 
+  // Scores the rows that another version answered, of the same features and views, as a request of the low
+  // class that nobody waits for. Only the executor runs it. What finds no room is refused and counted.
+  void shadow(const Result& answered);
+
   // Runs what is queued, here while short, else on the executor.
   void pump();
   void expire(int64_t now_ns);
@@ -216,6 +231,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   ServedRing& served() { return served_; }
   size_t n_features() const { return n_features_; }
   size_t n_outputs() const { return n_outputs_; }
+  size_t n_views() const { return n_views_; }
   void stats(ServedModelStats* out);
   // Keeps up to `capacity` sampled requests that ended, until take_traces() moves them to `out`, which is
   // reused from call to call.
@@ -316,6 +332,9 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   void count_end(const Request& request, Code code);
   StageTimes times_of(const Request& request, int64_t now_ns) const;
   void free_request(uint32_t index);
+  void copy_features(const Request& request, Result* out) const;
+  void serve_row(const Request& request, uint32_t row, uint8_t flags);
+  void end_shadow(uint32_t index);
   uint32_t row_at(Request& request, uint32_t index);
   void learn_from_refusal(uint32_t rows);
   void report_ended();

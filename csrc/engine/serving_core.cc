@@ -131,7 +131,8 @@ void Connection::received(size_t n, std::vector<Call>* others) {
       const auto& model = vectors ? route.choose(core.vectors_call_) : route.choose(core.predict_call_);
       core.touch(model);
       uint64_t tag;
-      const Target target{id_, msgid, nullptr};
+      const bool shadowed = vectors ? route.shadows(core.vectors_call_) : route.shadows(core.predict_call_);
+      const Target target{id_, msgid, nullptr, shadowed};
       const uint64_t first_id = core.next_ids(vectors ? core.vectors_call_.rows : core.predict_call_.rows);
       status = vectors ? model->predict_vectors(core.vectors_call_, target, received_ns, now_us, first_id,
                                                 core.scratch_, &retry_after_ms, &tag)
@@ -226,8 +227,14 @@ ServingCore::~ServingCore() {
 
 std::shared_ptr<ServedModel> ServingCore::publish(std::shared_ptr<ServedModel> model) {
   const std::lock_guard lock(models_mutex_);
-  std::swap(models_[model->config().name].champion, model);
+  Route& route = models_[model->config().name];
+  const bool same = route.champion == model;
+  std::swap(route.champion, model);
   if (model != nullptr) replaced_.push_back(model);
+  if (!same && route.trial.model != nullptr) {
+    replaced_.push_back(std::move(route.trial.model));
+    route.trial = {};
+  }
   return model;
 }
 
@@ -276,12 +283,24 @@ Status ServingCore::put_on_trial(const std::string& name, Trial trial) {
     const std::lock_guard lock(models_mutex_);
     const auto at = models_.find(name);
     if (at != models_.end()) {
+      if (Status status = may_try(*at->second.champion, trial); !status.is_ok()) return status;
       std::swap(at->second.trial, trial);
       if (trial.model != nullptr) replaced_.push_back(std::move(trial.model));
       return {};
     }
   }
   return unknown_model(name);
+}
+
+// A trial that ended meanwhile takes no rows.
+std::shared_ptr<ServedModel> ServingCore::shadow_rows(const ServedModel& answered_by, const Result& result) {
+  Route route;
+  if (!find(answered_by.config().name, &route)) return nullptr;
+  std::shared_ptr<ServedModel> model = std::move(route.trial.model);
+  if (model == nullptr || route.trial.mode != TrialMode::kShadow || !same_inputs(answered_by, *model))
+    return nullptr;
+  model->shadow(result);
+  return model;
 }
 
 std::vector<std::shared_ptr<ServedModel>> ServingCore::models() {
@@ -377,6 +396,9 @@ void ServingCore::deliver_ended() {
                                       result_.retry_after_ms);
       }
       if (&connection != reading_) mark_dirty(connection);
+      if (result_.target.shadowed && result_.status.is_ok()) {
+        if (const auto shadow = shadow_rows(*model, result_)) arm(shadow->next_deadline());
+      }
     }
     delivering_.clear();
   }
@@ -498,7 +520,8 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
   Route route;
   if (!find(name, &route)) return unknown_model(name);
   call->model = vectors ? route.choose(vectors_call) : route.choose(predict_call);
-  const Target target{0, 0, &call->waiter};
+  const bool shadowed = vectors ? route.shadows(vectors_call) : route.shadows(predict_call);
+  const Target target{0, 0, &call->waiter, shadowed};
   const uint64_t first_id = next_ids(vectors ? vectors_call.rows : predict_call.rows);
   status = vectors ? call->model->predict_vectors(vectors_call, target, received_ns, now_us, first_id,
                                                   scratch, &call->retry_after_ms, &call->tag)

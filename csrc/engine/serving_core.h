@@ -117,6 +117,11 @@ class ServingCore : public ModelEvents {
       const bool canary = trial.model != nullptr && trial.mode == TrialMode::kCanary;
       return canary && takes_part(trial, call) ? trial.model : champion;
     }
+    // Whether a shadow is to score the call's rows too.
+    template <class Call>
+    bool shadows(const Call& call) const {
+      return trial.model != nullptr && trial.mode == TrialMode::kShadow && takes_part(trial, call);
+    }
   };
 
   static constexpr uint32_t kMaxWorkers = 64;
@@ -128,10 +133,12 @@ class ServingCore : public ModelEvents {
   ServingCore(const ServingCore&) = delete;
   ServingCore& operator=(const ServingCore&) = delete;
 
-  // The model answers to its name from now on. The version before it is returned, still running, or null.
+  // The model answers to its name from now on. The version before it is returned, still running, or null. A
+  // trial compares a version with the live one: another live one ends it.
   std::shared_ptr<ServedModel> publish(std::shared_ptr<ServedModel> model);
   // Puts a version on trial beside the live one of its name, in place of the one before it; a trial without a
-  // model ends it. NOT_FOUND: no version of that name is live.
+  // model ends it. NOT_FOUND: no version of that name is live. FAILED_PRECONDITION: a shadow that takes other
+  // inputs than the live one, or the live one itself.
   Status put_on_trial(const std::string& name, Trial trial);
   std::shared_ptr<ServedModel> retire(const std::string& name);
   std::shared_ptr<ServedModel> find(std::string_view name);
@@ -168,6 +175,10 @@ class ServingCore : public ModelEvents {
     uint64_t tag = 0;
     int64_t retry_after_ms = -1;
   };
+  // What begin_local() began was taken with this result: its rows go to the shadow that wants them.
+  void shadow(const ServedModel& answered_by, const Result& result) {
+    if (result.target.shadowed && result.status.is_ok()) (void)shadow_rows(answered_by, result);
+  }
   Status begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch, LocalCall* call);
 
   // The loader: waits up to timeout_ns for misses; false when there are none or the core is closed.
@@ -206,6 +217,7 @@ class ServingCore : public ModelEvents {
   void touch(const std::shared_ptr<ServedModel>& model);
   void pump_touched();
   void deliver_ended();
+  std::shared_ptr<ServedModel> shadow_rows(const ServedModel& answered_by, const Result& result);
   void mark_dirty(Connection& connection);
   const std::vector<uint64_t>& send_dirty();
   void arm(int64_t deadline_ns);

@@ -701,7 +701,7 @@ class ServingCore(metaclass=_NativeType):
         """
     def publish(self, model: ServedModel) -> ServedModel | None:
         """
-        Make it the live version of its name; returns the one before it, still running, or None.
+        Make it the live version of its name; returns the one before it, still running, or None. Ends a trial.
         """
     def put_on_trial(
         self,
@@ -712,7 +712,7 @@ class ServingCore(metaclass=_NativeType):
     ) -> None:
         """
         Let a version (None: none) take part in that share of the sticky keys: it answers them, or scores
-        them unseen as a shadow. In place of the trial before. ValueError if the name is not live.
+        them unseen as a shadow. In place of the trial before. ValueError if the name is not live, or a shadow takes other inputs.
         """
     def retire(self, name: str) -> ServedModel | None: ...
     def wait_misses(self, timeout_s: typing.SupportsFloat | typing.SupportsIndex) -> typing.Any:

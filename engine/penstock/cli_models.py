@@ -1,8 +1,8 @@
-"""`penstock models`: list, add, promote and roll back the models of a data directory.
+"""`penstock models`: list, add, promote, try and roll back the models of a data directory.
 
 Each command is one call of `call_models`, whose arguments and result are plain values. While a server holds
-the data directory, `promote` and `rollback` go through its socket, for it must serve what they choose; `list`
-and `add` change nothing that is served and work on the registry itself.
+the data directory, a change of what is served goes through its socket; `list` and `add` change nothing that
+is served and work on the registry itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from penstock.cli_holder import alone, holder, holder_client
 from penstock.errors import InvalidArgumentError, PenstockError, to_wire
 
 app = typer.Typer(
-    help="List, add, promote and roll back model versions.", no_args_is_help=True, add_completion=False
+    help="List, add, promote, try and roll back model versions.", no_args_is_help=True, add_completion=False
 )
 
+_CHANGES = ("promote", "rollback", "canary", "shadow")  # what a server serves
 _CONFIG_NAME = "inference-config.yaml"
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The data directory.")]
 ConfigFile = Annotated[
@@ -87,19 +88,72 @@ def rollback(
         typer.echo(f"champion of {result['model']} is {result['version']}")
 
 
+Version = Annotated[str | None, typer.Argument(help="A version or an alias; the challenger if left out.")]
+Share = Annotated[float, typer.Option("--share", help="Of the sticky keys, 0 to 1; 0 ends the trial.")]
+
+
+@app.command()
+def canary(
+    name: Name,
+    share: Share,
+    version: Version = None,
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Have a version answer a share of the keys, until another champion or a share of 0 ends the trial."""
+    _try(data_dir, config, as_json, "canary", name, version, share)
+
+
+@app.command()
+def shadow(
+    name: Name,
+    share: Share,
+    version: Version = None,
+    data_dir: DataDir = None,
+    config: ConfigFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Have a version score a share of the keys too, unseen, while the champion answers."""
+    _try(data_dir, config, as_json, "shadow", name, version, share)
+
+
+def _try(
+    data_dir: Path | None,
+    config: Path | None,
+    as_json: bool,
+    mode: str,
+    name: str,
+    version: str | None,
+    share: float,
+) -> None:
+    params = {"name": name, "version": version, "share": share}
+    result = _run(data_dir, config, as_json, mode, params)
+    if as_json:
+        return
+    if result["version"] is None:
+        typer.echo(f"no version of {result['model']} is on trial")
+    else:
+        typer.echo(f"{mode} of {result['model']} is {result['version']}, share {result['share']:g}")
+
+
 def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Do `method` on the registry in `data_dir`, or by the server that holds it; plain values in and out.
 
     list {} -> {"models": [version, ...]}; add {path} -> version; promote {name, version | None} and
-    rollback {name} -> {"model", "version"}.
+    rollback {name} -> {"model", "version"}; canary and shadow {name, version | None, share} -> {"model",
+    "version" | None, "mode", "share"}.
     A version is `ModelInfo.to_dict()`. Raises PenstockError or OSError.
     """
-    if method in ("promote", "rollback") and (server := holder(data_dir)) is not None:
+    if method in _CHANGES and (server := holder(data_dir)) is not None:
         with holder_client(server) as client:
             name = params["name"]
+            if method in ("canary", "shadow"):
+                tried = client.call(method, name, params["share"], params["version"])
+                return {key: tried[key] for key in ("model", "version", "mode", "share")}
             found = client.promote(name, params["version"]) if method == "promote" else client.rollback(name)
             return {"model": found["model"], "version": found["version"]}
-    from penstock.models.registry import ModelRegistry
+    from penstock.models.registry import ModelRegistry, Trial
 
     registry = ModelRegistry(data_dir / "models", data_dir / "registry")
     if method == "list":
@@ -113,7 +167,24 @@ def call_models(data_dir: Path, method: str, params: Mapping[str, Any]) -> dict[
                 registry.promote(name, params["version"]) if method == "promote" else registry.rollback(name)
             )
         return {"model": name, "version": chosen}
-    raise InvalidArgumentError(f"method is {method!r}; expected one of add, list, promote, rollback")
+    if method in ("canary", "shadow"):
+        name, share = params["name"], params["share"]
+        if not 0 <= share <= 1:
+            raise InvalidArgumentError(f"share is {share}; expected a number from 0 to 1")
+        with alone(data_dir):
+            version = None
+            if share > 0:
+                version = registry.get(name, params["version"] or "challenger").version
+            registry.set_trial(
+                name,
+                None
+                if version is None
+                else Trial(version, "canary" if method == "canary" else "shadow", share),
+            )
+        return {"model": name, "version": version, "mode": method, "share": share}
+    raise InvalidArgumentError(
+        f"method is {method!r}; expected one of add, canary, list, promote, rollback, shadow"
+    )
 
 
 def _run(
@@ -147,7 +218,10 @@ def _find_data_dir(data_dir: Path | None, config: Path | None) -> Path:
 
 
 def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
-    head = (info["name"], info["version"], ",".join(info["aliases"]) or "-")
+    aliases = list(info["aliases"])
+    if info["trial"]:
+        aliases.append(f"{info['trial']['mode']} {info['trial']['share']:g}")
+    head = (info["name"], info["version"], ",".join(aliases) or "-")
     if info["fault"]:
         return (*head, f"unreadable: {info['fault']}", "", "", "", "")
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in info["metrics"].items())

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from penstock import diskio
-from penstock.errors import BundleError, FailedPreconditionError, NotFoundError
+from penstock.errors import BundleError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from penstock.models.bundle import ModelBundle, load_bundle
 from penstock.models.manifest import (
     ALIASES,
@@ -33,8 +33,22 @@ _PREFIX = ".adding-"
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A version on trial beside the champion: a "canary" answers `share` (0 to 1) of the sticky keys, a
+    "shadow" scores them unseen.
+    """
+
+    version: str
+    mode: Literal["canary", "shadow"]
+    share: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """A registered version. `fault` says why it cannot be read; then only name, version and aliases hold."""
+    """A registered version, and its trial while it is on one.
+
+    `fault` says why it cannot be read; then only name, version, aliases and trial hold.
+    """
 
     name: str
     version: str
@@ -46,10 +60,19 @@ class ModelInfo:
     created_us: int | None = None
     metrics: dict[str, float] | None = None
     fault: str | None = None
+    trial: Trial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "aliases": list(self.aliases)}
+
+
+class _Trial(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Component
+    mode: Literal["canary", "shadow"]
+    share: Annotated[float, Field(gt=0, le=1)]
 
 
 class _Entry(BaseModel):
@@ -59,6 +82,7 @@ class _Entry(BaseModel):
     champion: Component | None = None
     challenger: Component | None = None
     previous: Component | None = None
+    trial: _Trial | None = None
 
 
 class _State(BaseModel):
@@ -132,7 +156,8 @@ class ModelRegistry:
     def promote(self, name: str, version: str | None = None) -> str:
         """Make `version` (a version or an alias; default: the challenger) the champion; returns the version.
 
-        The champion before it is kept as "previous". Promoting the champion changes nothing.
+        The champion before it is kept as "previous". A trial compares with the champion: a new one ends it.
+        Promoting the champion changes nothing.
         """
         self.aliases(name)
         with self._writing():
@@ -140,7 +165,7 @@ class ModelRegistry:
             entry = self._entry(state, name)
             chosen = self._load(name, entry, "challenger" if version is None else version).version
             if chosen != entry.champion:
-                entry.previous, entry.champion = entry.champion, chosen
+                entry.previous, entry.champion, entry.trial = entry.champion, chosen, None
                 if entry.challenger == chosen:
                     entry.challenger = None
                 self._write(state)
@@ -153,11 +178,39 @@ class ModelRegistry:
             state = self._read()
             entry = self._entry(state, name)
             chosen = self._load(name, entry, "previous").version
-            entry.previous, entry.champion = entry.champion, chosen
+            entry.previous, entry.champion, entry.trial = entry.champion, chosen, None
             if entry.challenger == chosen:
                 entry.challenger = None
             self._write(state)
             return chosen
+
+    def trial(self, name: str) -> Trial | None:
+        """The trial of `name` that is on, if any."""
+        found = self._entry(self._read(), name).trial
+        return None if found is None else Trial(found.version, found.mode, found.share)
+
+    def set_trial(self, name: str, trial: Trial | None) -> None:
+        """Put a version on trial in place of the one that is (None: end it).
+
+        Raises FailedPreconditionError if it is the champion, InvalidArgumentError for a share that is not
+        more than 0 and at most 1.
+        """
+        if trial is not None and not 0 < trial.share <= 1:
+            raise InvalidArgumentError(f"share is {trial.share}; expected more than 0, at most 1")
+        self.aliases(name)
+        with self._writing():
+            state = self._read()
+            entry = self._entry(state, name)
+            new = None
+            if trial is not None:
+                if self._load(name, entry, trial.version).version == entry.champion:
+                    raise FailedPreconditionError(
+                        f"version '{entry.champion}' of model '{name}' is the champion; expected another one"
+                    )
+                new = _Trial(version=trial.version, mode=trial.mode, share=trial.share)
+            if new != entry.trial:
+                entry.trial = new
+                self._write(state)
 
     def _entry(self, state: _State, name: str) -> _Entry:
         entry = state.models.get(name)
@@ -187,10 +240,13 @@ class ModelRegistry:
 
     def _info(self, name: str, version: str, entry: _Entry) -> ModelInfo:
         aliases = tuple(alias for alias in ALIASES if getattr(entry, alias) == version)
+        trial = None
+        if entry.trial is not None and entry.trial.version == version:
+            trial = Trial(version, entry.trial.mode, entry.trial.share)
         try:
             manifest = read_manifest(self._models / name / version)
         except BundleError as error:
-            return ModelInfo(name, version, aliases, fault=str(error))
+            return ModelInfo(name, version, aliases, fault=str(error), trial=trial)
         return ModelInfo(
             name,
             version,
@@ -201,6 +257,7 @@ class ModelRegistry:
             n_inputs=len(manifest.inputs),
             created_us=manifest.training.created_us,
             metrics=dict(manifest.metrics),
+            trial=trial,
         )
 
     def _copy(self, source: Path, manifest: Manifest, target: Path) -> None:
@@ -222,7 +279,9 @@ class ModelRegistry:
             state = _State.model_validate_json(data)
             for name, entry in state.models.items():
                 check_component("model", name)
-                unknown = {getattr(entry, alias) for alias in ALIASES} - {None, *entry.versions}
+                named = {getattr(entry, alias) for alias in ALIASES}
+                named.add(None if entry.trial is None else entry.trial.version)
+                unknown = named - {None, *entry.versions}
                 if unknown:
                     raise FailedPreconditionError(f"{self._file}: model '{name}' has no {sorted(unknown)}")
         except ValidationError as error:

@@ -1,7 +1,8 @@
 """The log of served rows: Arrow IPC streams under ``data_dir/log/``, one row per answered row.
 
 A segment file ``served-MODEL@VERSION-NUMBER.arrow`` holds rows of one model version: `rid` uint64, `now_us`
-int64 (request time), `status` uint8, `score` float64, then each model input as float32 (NaN is missing). An
+int64 (request time), `status` uint8 (bit 7: a shadow scored the row, unseen), `score` float64, then each
+model input as float32 (NaN is missing). An
 input with one of those names, or `version`, is called ``input:NAME``. Model and version are in the schema's
 metadata.
 

@@ -302,6 +302,14 @@ class AsyncClient:
         """As `Client.promote`."""
         return await self.call("promote", model, None if version is None else str(version))
 
+    async def canary(self, model: str, share: float, version: str | int | None = None) -> Any:
+        """As `Client.canary`."""
+        return await self.call("canary", model, share, None if version is None else str(version))
+
+    async def shadow(self, model: str, share: float, version: str | int | None = None) -> Any:
+        """As `Client.shadow`."""
+        return await self.call("shadow", model, share, None if version is None else str(version))
+
     async def rollback(self, model: str) -> Any:
         """As `Client.rollback`."""
         return await self.call("rollback", model)

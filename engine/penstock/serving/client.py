@@ -236,6 +236,14 @@ class Client:
         """Make `version` (default: the challenger) the champion."""
         return self.call("promote", model, None if version is None else str(version))
 
+    def canary(self, model: str, share: float, version: str | int | None = None) -> Any:
+        """Have `version` (default: the challenger) answer that share (0 to 1) of the keys; 0 ends it."""
+        return self.call("canary", model, share, None if version is None else str(version))
+
+    def shadow(self, model: str, share: float, version: str | int | None = None) -> Any:
+        """Have `version` (default: the challenger) score that share of the keys unseen; 0 ends it."""
+        return self.call("shadow", model, share, None if version is None else str(version))
+
     def rollback(self, model: str) -> Any:
         """Make the previous champion the champion again."""
         return self.call("rollback", model)

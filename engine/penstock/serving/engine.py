@@ -40,11 +40,13 @@ from penstock.models.registry import ModelRegistry
 from penstock.monitoring.label_log import LabelLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
+from penstock.serving.labels import Labels
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 from penstock.serving.refresher import Refresher
 from penstock.serving.telemetry import Telemetry
+from penstock.serving.trials import Trials
 
 _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
@@ -107,6 +109,8 @@ class Engine:
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.trials = Trials(config, self.live, self.registry, self.clock)
+        self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         self._prepare()
         self._deploy_all()
@@ -144,6 +148,7 @@ class Engine:
     def _deploy_all(self) -> None:
         for name, model in self._configured().items():
             self.live.publish(self._deploy(name, model))
+        self.trials.restore()
 
     def _configured(self) -> dict[str, ModelConfig]:
         if self.config.models:
@@ -170,26 +175,7 @@ class Engine:
         return self.live.load(self.registry.get(name, settings.version))
 
     def _replay_logs(self) -> None:
-        """Give the label join what was served and labelled before a restart."""
-        import pyarrow.compute as pc
-
-        for name, performance in self.live.performance.items():
-            try:
-                table = self.served_log.read(name)
-            except NotFoundError:
-                continue
-            if table.num_rows:  # windows end where they did
-                self.live.get(name).newest_us = pc.max(table["now_us"]).as_py()
-            for version in table["version"].unique().to_pylist():
-                part = table.filter(pc.equal(table["version"], version))
-                scores = part["score"].to_numpy()
-                if len(scores) and scores.min() >= 0.0 and scores.max() <= 1.0:
-                    performance.record(
-                        part["rid"].to_numpy(), part["now_us"].to_numpy(), scores, str(version)
-                    )
-        if self.live.performance:
-            for ids, labels, times in self.label_log.read():
-                self._join(ids, labels, times)
+        self.labels.replay()
 
     # Threads
 
@@ -343,7 +329,7 @@ class Engine:
     # State
 
     def promote(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """Make `version` (default: the challenger) the champion, durably, and serve it."""
+        """Make `version` (default: the challenger) the champion, durably, and serve it. Ends a trial."""
         with self._changing:
             live = self.live.get(name)
             bundle = self.registry.get(name, version or "challenger")
@@ -365,7 +351,7 @@ class Engine:
         self.live.publish(model)
 
     def rollback(self, name: str) -> dict[str, Any]:
-        """Serve the champion before this one again."""
+        """Serve the champion before this one again. Ends a trial."""
         with self._changing:
             self.live.get(name)
             bundle = self.registry.get(name, "previous")
@@ -373,6 +359,26 @@ class Engine:
             with self._published(model):
                 self.registry.rollback(name)
             return {"model": name, "version": bundle.version}
+
+    def canary(self, name: str, version: str | None = None, *, share: float) -> dict[str, Any]:
+        """Have `version` (default: the challenger) answer `share` (0 to 1) of the sticky keys; 0 ends it.
+
+        A sticky key is the entities of a request's first row, or that row of bare vectors: one key is
+        answered by the same version as long as the trial lasts, and a greater share keeps those it had. The
+        trial outlives a restart; another champion ends it.
+
+        Raises InvalidArgumentError, NotFoundError, FailedPreconditionError, BundleError.
+        """
+        with self._changing:
+            return self.trials.change("canary", name, version, share)
+
+    def shadow(self, name: str, version: str | None = None, *, share: float) -> dict[str, Any]:
+        """As `canary`, but the champion answers: `version` scores the rows it answered too, unseen.
+
+        It must have the champion's features. What it has no room for it leaves out, counted.
+        """
+        with self._changing:
+            return self.trials.change("shadow", name, version, share)
 
     def materialize(self, end: Time | None = None, views: Sequence[str] | None = None) -> dict[str, Any]:
         """Bring the online store up to `end` (default: now); reads sources that changed again."""
@@ -433,41 +439,9 @@ class Engine:
 
     def label(self, request_ids: Any, labels: Any, times: Any = None) -> dict[str, int]:
         """Join labels (0 or 1) by request id; they are on disk when this returns. Counts by outcome."""
-        ids, values = _listed("request_ids", request_ids), _listed("labels", labels)
-        stamps = [self.clock.now_us()] * len(ids) if times is None else _listed("times", times)
-        for name, given in (("labels", values), ("times", stamps)):
-            if len(given) != len(ids):
-                raise InvalidArgumentError(
-                    f"{name} has {len(given)} values; expected {len(ids)}, one per row"
-                )
-        for row, (rid, label) in enumerate(zip(ids, values)):
-            if type(rid) is not int or not 0 <= rid < 1 << 64:
-                raise InvalidArgumentError(f"request_ids[{row}] is {rid!r}; expected a uint64")
-            if label not in (0, 1):
-                raise InvalidArgumentError(f"labels[{row}] is {label!r}; expected 0 or 1")
-        stamps = [protocol.to_micros(t, f"times[{row}]") for row, t in enumerate(stamps)]
-        for row, stamp in enumerate(stamps):  # all is checked before the log: what it holds is joined again
-            if not 0 <= stamp < 1 << 63:
-                raise InvalidArgumentError(
-                    f"times[{row}] is {stamp}; expected int64 microseconds UTC, at least 0"
-                )
-        if not self.live.performance:
-            raise FailedPreconditionError("no model with probability scores is served; labels have no use")
+        checked = self.labels.check(request_ids, labels, times)
         self.drain_served()
-        values = [int(label) for label in values]
-        self.served_log.flush()  # a label on disk is of no use after a crash without its row
-        self.label_log.append(ids, values, stamps)
-        return self._join(ids, values, stamps)
-
-    def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
-        """Counts by outcome. An id belongs to one model at most: to the others it is an orphan."""
-        totals: dict[str, int] = {}
-        for performance in self.live.performance.values():
-            counts = performance.label(np.array(ids, np.uint64), labels, np.array(times, np.int64))
-            for what, n in counts.items():
-                totals[what] = totals.get(what, 0) + n
-        totals["orphan"] -= len(ids) * (len(self.live.performance) - 1)
-        return totals
+        return self.labels.take(*checked)
 
     def health(self) -> dict[str, Any]:
         from penstock import __version__
@@ -490,6 +464,7 @@ class Engine:
                 **model.describe(),
                 "versions": versions.get(name, []),
                 "aliases": self.registry.aliases(name),
+                **self.trials.describe(name),
             }
         return described
 
@@ -507,7 +482,7 @@ class Engine:
                 entry["performance"] = model.performance.metrics(
                     model.newest_us or self.clock.now_us(), window_us
                 )
-            models[name] = entry
+            models[name] = {**entry, **self.trials.stats(name)}
         return {
             "models": models,
             "models_memory": self.live.memory(),
@@ -534,9 +509,8 @@ class Engine:
         for each in [*self.live.live] if name is None else [name]:
             model = self.live.get(each)
             reports[each] = {
-                "version": model.bundle.version,
-                "drift": model.drift.report(end_us=end_us, window_us=window_us).to_dict(),
-                "freshness": model.freshness.report(end_us=end_us, window_us=window_us).to_dict(),
+                **model.watched(end_us, window_us),
+                **self.trials.drift(each, end_us, window_us),
             }
         return reports
 
@@ -601,6 +575,8 @@ class Engine:
             "apply": (self.apply, 0, 0),
             "promote": (self.promote, 1, 2),
             "rollback": (self.rollback, 1, 1),
+            "canary": (lambda model, share, version=None: self.canary(model, version, share=share), 2, 3),
+            "shadow": (lambda model, share, version=None: self.shadow(model, version, share=share), 2, 3),
         }
         if method not in known:
             raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")
@@ -619,11 +595,3 @@ class Engine:
 
 def _no_rows(cache: _core.FeatureCache) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     return np.empty((0, cache.row_words), np.uint64), np.empty((0, 4), np.int64)
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise InvalidArgumentError(f"{name} is {values!r}; expected a list")
-    return list(values)

@@ -33,6 +33,7 @@ from penstock.monitoring.served_log import ServedLog
 
 _IDLE_POLL_S = 0.001
 _PRECOMPUTE_S = 5.0  # beside a busy lane, which goes first
+SHADOW_ROW = 0x80  # in a row's status: a shadow scored it, unseen (csrc/engine/served_model.h)
 _DRAIN_ROWS = 1024  # at once: no step over them may hold the loop thread up for long
 
 
@@ -53,6 +54,7 @@ class LiveModel:
     ring_rows: int  # that `served` holds for the monitors
     newest_us: int | None = None  # request time of the newest row served
     forward: Callable[[LiveModel, tuple[Any, ...]], None] | None = None  # instead of the monitors here
+    unseen: PerformanceTracker | None = None  # of the rows that it scored as a shadow
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def memory_bytes(self) -> int:
@@ -103,15 +105,17 @@ class LiveModel:
 
         `counted`: they are in the drift counts already, as those of this process are.
         """
+        shadow = (status & SHADOW_ROW) != 0
+        if event_time.shape[1]:
+            self.freshness.add(now_us, event_time, status & np.uint8(SHADOW_ROW - 1))
         newest = int(now_us.max())
         self.newest_us = newest if self.newest_us is None else max(self.newest_us, newest)
         first = np.ascontiguousarray(scores[:, 0])
         if not counted:
             self.drift.add(now_us, rows, first)
-        if event_time.shape[1]:
-            self.freshness.add(now_us, event_time, status)
-        if self.performance is not None:
-            self.performance.record(ids, now_us, first, self.bundle.version)
+        for tracker, mine in ((self.performance, ~shadow), (self.unseen, shadow)):
+            if tracker is not None and mine.any():
+                tracker.record(ids[mine], now_us[mine], first[mine], self.bundle.version)
         self.log.append(
             self.bundle.name,
             self.bundle.version,
@@ -122,6 +126,14 @@ class LiveModel:
             first,
             status,
         )
+
+    def watched(self, end_us: int | None, window_us: int | None) -> dict[str, Any]:
+        """What `drift` says of it: of `window_us` of request time up to `end_us`."""
+        return {
+            "version": self.bundle.version,
+            "drift": self.drift.report(end_us=end_us, window_us=window_us).to_dict(),
+            "freshness": self.freshness.report(end_us=end_us, window_us=window_us).to_dict(),
+        }
 
     def entities(self) -> list[str]:
         """The entity columns of a request; none for a model on bare vectors."""
@@ -141,6 +153,15 @@ class LiveModel:
             "fingerprint": self.bundle.fingerprint,
             "metrics": dict(self.bundle.metrics),
         }
+
+
+@dataclass(frozen=True)
+class LiveTrial:
+    """A version on trial: a "canary" answers `share` of the sticky keys, a "shadow" scores them unseen."""
+
+    model: LiveModel
+    mode: str
+    share: float
 
 
 class LiveModels:
@@ -165,6 +186,8 @@ class LiveModels:
         self.live: dict[str, LiveModel] = {}
         self.previous: dict[str, LiveModel] = {}  # the one least recently live comes first
         self.performance: dict[str, PerformanceTracker] = {}  # by name: its versions share it
+        self.unseen: dict[str, PerformanceTracker] = {}  # by name, of the rows that shadows scored
+        self.trials: dict[str, LiveTrial] = {}
         self.caches: dict[str, _core.FeatureCache] = {}  # by view
 
     def get(self, name: str) -> LiveModel:
@@ -176,8 +199,9 @@ class LiveModels:
         return found
 
     def all(self) -> list[LiveModel]:
-        """Live and previous versions."""
-        return [*list(self.live.values()), *list(self.previous.values())]
+        """Live and previous versions, and those on trial."""
+        tried = [trial.model for trial in list(self.trials.values())]
+        return [*list(self.live.values()), *list(self.previous.values()), *tried]
 
     def load(self, bundle: ModelBundle) -> LiveModel:
         """Load and warm a version; it is not live yet. Previous versions are dropped if it needs their room.
@@ -231,15 +255,7 @@ class LiveModels:
         pane_us, window_us = int(monitoring.pane * 1e6), int(monitoring.window * 1e6)
         performance = None
         if bundle.output_kind == "probability":
-            performance = self.performance.setdefault(
-                bundle.name,
-                PerformanceTracker(
-                    capacity=monitoring.label_capacity,
-                    pane_us=pane_us,
-                    horizon_us=window_us,
-                    bins=monitoring.score_bins,
-                ),
-            )
+            performance = self._tracker(self.performance, bundle.name)
         views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
         drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
         if self.counts_drift:
@@ -260,8 +276,59 @@ class LiveModels:
             monitoring.ring_rows,
         )
 
+    def _tracker(self, trackers: dict[str, PerformanceTracker], name: str) -> PerformanceTracker:
+        if name not in trackers:
+            monitoring = self._config.monitoring
+            trackers[name] = PerformanceTracker(
+                capacity=monitoring.label_capacity,
+                pane_us=int(monitoring.pane * 1e6),
+                horizon_us=int(monitoring.window * 1e6),
+                bins=monitoring.score_bins,
+            )
+        return trackers[name]
+
+    def check_trial(self, bundle: ModelBundle, mode: str) -> None:
+        """Raises FailedPreconditionError if a version cannot be tried beside the live one of its name."""
+        live = self.get(bundle.name).bundle
+        where = f"version '{bundle.version}' of model '{bundle.name}'"
+        if bundle.version == live.version:
+            raise FailedPreconditionError(f"{where} is live; expected another one")
+        if mode == "shadow" and bundle.fingerprint != live.fingerprint:
+            raise FailedPreconditionError(
+                f"{where} has features of fingerprint {bundle.fingerprint}; a shadow needs those of the live "
+                f"version, {live.fingerprint}"
+            )
+        if mode == "shadow" and list(bundle.inputs) != list(live.inputs):
+            raise FailedPreconditionError(
+                f"{where} takes other inputs than the live version; a shadow needs the same ones in order"
+            )
+
+    def put_on_trial(self, model: LiveModel, mode: str, share: float) -> None:
+        """Try a loaded version beside the live one of its name, in place of the one on trial before."""
+        name = model.bundle.name
+        before = self.trials.get(name)
+        if model.performance is not None and mode == "shadow":
+            model.unseen = self._tracker(self.unseen, name)
+        if before is None or before.model is not model:
+            self.precompute(model, self.live[name])
+        self._core.put_on_trial(name, model.served, mode == "shadow", share)
+        self.trials[name] = LiveTrial(model, mode, share)
+        if self.previous.get(name) is model:
+            del self.previous[name]
+        if before is not None and before.model is not model:
+            self._finish(before.model)
+
+    def end_trial(self, name: str) -> None:
+        """Stop the version on trial, if there is one."""
+        trial = self.trials.get(name)
+        if trial is None:
+            return
+        self._core.put_on_trial(name, None)
+        self._finish(trial.model)
+        del self.trials[name]
+
     def publish(self, model: LiveModel) -> None:
-        """Make it live."""
+        """Make it live. Another live version than before ends the trial."""
         name = model.bundle.name
         before = self.live.get(name)
         if before is model:
@@ -272,6 +339,9 @@ class LiveModels:
         self.live[name] = model
         if before is None:
             return
+        trial = self.trials.pop(name, None)
+        if trial is not None and trial.model is not model:
+            self._finish(trial.model)
         stale = self.previous.pop(name, None)
         self.previous[name] = before
         if stale is not None and stale is not model:
@@ -293,9 +363,12 @@ class LiveModels:
         return model.served.precompute(hot, now_us, _PRECOMPUTE_S)
 
     def warm(self, name: str, version: str) -> LiveModel | None:
-        """The previous version of `name`, if it is that one."""
-        previous = self.previous.get(name)
-        return previous if previous is not None and previous.bundle.version == version else None
+        """The version, if it is the previous one of `name` or on trial."""
+        trial = self.trials.get(name)
+        for model in (self.previous.get(name), None if trial is None else trial.model):
+            if model is not None and model.bundle.version == version:
+                return model
+        return None
 
     def retire_strangers(self) -> list[str]:
         """Stop the versions whose features the store no longer defines as they were trained.
@@ -303,12 +376,18 @@ class LiveModels:
         Returns the names that are not served any more.
         """
         found = []
+        for name, trial in list(self.trials.items()):
+            try:
+                self._plan(trial.model.bundle)
+            except PenstockError:
+                self.end_trial(name)
         for versions in (self.previous, self.live):
             for name, model in list(versions.items()):
                 try:
                     self._plan(model.bundle)
                 except PenstockError:
                     if versions is self.live:
+                        self.end_trial(name)
                         self._core.retire(name)
                         found.append(name)
                     del versions[name]
@@ -355,7 +434,8 @@ class LiveModels:
     def _check_room(self, bundle: ModelBundle, need: int) -> None:
         """Raises FailedPreconditionError if `need` bytes do not fit beside the live versions."""
         budget = self._config.caches.models.memory
-        live = sum(model.memory_bytes() for model in self.live.values())
+        tried = [trial.model for trial in self.trials.values()]
+        live = sum(model.memory_bytes() for model in [*self.live.values(), *tried])
         if live + need > budget:
             raise FailedPreconditionError(
                 f"model '{bundle.name}' version {bundle.version} needs {need} bytes of memory; of "

@@ -22,7 +22,7 @@ from penstock.errors import InternalError, InvalidArgumentError, NotFoundError, 
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 HOT_METHODS = frozenset({"predict", "predict_vectors"})
-ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback"})
+ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback", "canary", "shadow"})
 AUTH_METHOD = "auth"
 DATA_METHODS = frozenset({"features", "label", "models", "health", "stats", "drift"})
 METHODS = HOT_METHODS | DATA_METHODS | ADMIN_METHODS

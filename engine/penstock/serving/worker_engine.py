@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from penstock import _core
 from penstock.config import Config
 from penstock.diskio import write_file
 from penstock.errors import FailedPreconditionError, PenstockError, UnavailableError
+from penstock.models.registry import Trial
 from penstock.serving.engine import Engine
 from penstock.serving.link import CallPool, Link, unknown_method
 from penstock.serving.live import LiveModel
@@ -232,6 +233,7 @@ class Leader(WorkerEngine):
         return {
             "epoch": 0 if self.store is None else self.store.epoch,
             "models": {name: model.bundle.version for name, model in dict(self.live.live).items()},
+            "trials": {name: asdict(trial) for name, trial in self.trials.recorded().items()},
         }
 
     def _spread(self) -> dict[str, list[int]] | None:
@@ -406,7 +408,7 @@ class Follower(WorkerEngine):
                 raise UnavailableError(f"worker 0 did not answer in {JOIN_S:g} s")
             if self.store is not None:
                 self.store.epoch = self._state["epoch"]
-            self._take_on(self._state["models"])
+            self._take_on(self._state)
 
     # Worker 0
 
@@ -488,11 +490,13 @@ class Follower(WorkerEngine):
                     self._generation += 1
                     store.epoch = state["epoch"]
                 self.live.retire_strangers()
-            self._take_on(state["models"])
+            self._take_on(state)
 
-    def _take_on(self, versions: Mapping[str, str]) -> None:
+    def _take_on(self, state: Mapping[str, Any]) -> None:
+        versions: Mapping[str, str] = state["models"]
         for name, model in list(self.live.live.items()):
             if name not in versions:
+                self.live.end_trial(name)
                 self.core.retire(name)
                 del self.live.live[name]
                 model.stop()
@@ -501,10 +505,14 @@ class Follower(WorkerEngine):
             if current is not None and current.bundle.version == version:
                 continue
             model = self.live.warm(name, version) or self.live.load(self.registry.get(name, version))
-            if model.forward is None:
-                model.forward = self._send_rows
-                model.served.count_in(self._served[self.spec.owner % _SERVED_WORDS :][:1])
+            self._forward(model)
             self.live.publish(model)
+        self.trials.take_on({name: Trial(**trial) for name, trial in state["trials"].items()}, self._forward)
+
+    def _forward(self, model: LiveModel) -> None:
+        if model.forward is None:
+            model.forward = self._send_rows
+            model.served.count_in(self._served[self.spec.owner % _SERVED_WORDS :][:1])
 
     def _drain_models(self) -> None:
         if self._link is not None:  # else they wait in their rings

@@ -7,6 +7,7 @@ from typing import Any
 
 _SUMMED = ("models", "refresh", "monitor_errors", "server", "lost_rows")
 _OF_WORKER = ("models", "refresh", "monitor_errors", "server", "rows_sent", "lost_rows")
+_OF_CONFIG = ("limit_ms", "share")  # the same in every worker
 _GREATEST = frozenset(
     ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns", "max_wait_ns", "busy_ratio", "queue_delay_ratio")
 )
@@ -26,7 +27,7 @@ def _add(key: str, known: Any, value: Any) -> Any:
         return value if known == "closed" else known
     if isinstance(value, bool):
         return known or value
-    if key == "limit_ms" or not isinstance(value, int | float):
+    if key in _OF_CONFIG or not isinstance(value, int | float):
         return known
     if key in _GREATEST:
         return max(known, value)
@@ -57,6 +58,9 @@ def merge_stats(
     for name, model in result["models"].items():
         if "performance" in own["models"].get(name, {}):
             model["performance"] = own["models"][name]["performance"]
+        for key in ("performance", "live_performance"):
+            if key in own["models"].get(name, {}).get("trial", {}):
+                model["trial"][key] = own["models"][name]["trial"][key]
     caches = {}
     for name, cache in own["caches"].items():  # one arena: only what is of a process is added up
         others = [part["caches"].get(name, {}) for index, part in parts.items() if index]

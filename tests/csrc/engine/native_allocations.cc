@@ -1,6 +1,6 @@
 // After start-up the native path allocates nothing: every allocation of the program is counted while requests
 // with features and with vectors go through connections (inline, on the executor, in bursts of several
-// connections) and through local calls.
+// connections) and through local calls, without and with a shadow of all keys.
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -75,7 +75,7 @@ std::shared_ptr<const FeatureProgram> identity_program() {
   return program;
 }
 
-std::shared_ptr<ServedModel> make_served(ServingCore& core, int64_t inline_limit_ns) {
+std::shared_ptr<ServedModel> make_served(ServingCore& core, int64_t inline_limit_ns, std::string version) {
   ServicePlanSpec spec;
   spec.entities = {{"user", FeatureDtype::kI64}};
   std::unique_ptr<FeatureCache> cache;
@@ -94,13 +94,12 @@ std::shared_ptr<ServedModel> make_served(ServingCore& core, int64_t inline_limit
   CHECK(ServicePlan::create(std::move(spec), &plan).is_ok());
   ServedModelConfig config;
   config.name = "m";
-  config.version = "1";
+  config.version = std::move(version);
   config.inline_limit_ns = inline_limit_ns;
   config.max_latency_ns = 60'000'000'000;
   auto served = std::make_shared<ServedModel>(config, std::make_unique<SumModel>(), plan, &core);
   CHECK(served->warm_up().is_ok());
   served->start();
-  core.publish(served);
   return served;
 }
 
@@ -164,11 +163,15 @@ void local(ServingCore& core, const std::string& call, ServedModel::Scratch& scr
   CHECK(core.begin_local(call.find("user") == std::string::npos, call, scratch, &local).is_ok());
   local.model->wait(local.tag, local.waiter);
   CHECK(local.model->take(local.tag, &result) && result.status.is_ok());
+  core.shadow(*local.model, result);
 }
 
-void check(int64_t inline_limit_ns) {
+void check(int64_t inline_limit_ns, bool shadowed) {
   ServingCore core;
-  const auto served = make_served(core, inline_limit_ns);
+  const auto served = make_served(core, inline_limit_ns, "1");
+  const auto shadow = make_served(core, inline_limit_ns, "2");
+  core.publish(served);
+  if (shadowed) CHECK(core.put_on_trial("m", {shadow, TrialMode::kShadow, Trial::kWhole}).is_ok());
   std::array<Wire, 4> wires;
   for (Wire& wire : wires) {
     int ends[2];
@@ -198,6 +201,10 @@ void check(int64_t inline_limit_ns) {
   some(2000);
   CHECK(allocations.load() == before);
   ServedModelStats stats;
+  do {
+    shadow->stats(&stats);
+  } while (stats.requests.in_flight > 0);
+  CHECK(stats.requests.ok == (shadowed ? 5u * 2200 : 0));  // four connections and a local call a turn
   served->stats(&stats);
   CHECK(stats.requests.ok == 2200 * 5);
   CHECK(inline_limit_ns > 0 ? stats.inline_runs > 0 : stats.executor_runs > 0);
@@ -213,7 +220,9 @@ void check(int64_t inline_limit_ns) {
 }  // namespace
 
 int main() {
-  check(1'000'000'000);
-  check(0);
+  check(1'000'000'000, false);
+  check(1'000'000'000, true);
+  check(0, false);
+  check(0, true);
   return 0;
 }

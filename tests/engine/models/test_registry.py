@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from penstock.errors import BundleError, FailedPreconditionError, NotFoundError
 from penstock.models.bundle import save_bundle
-from penstock.models.registry import ModelRegistry
+from penstock.models.registry import ModelRegistry, Trial
 
 
 class Killed(BaseException):
@@ -214,6 +214,7 @@ ACTIONS: dict[str, Callable[[ModelRegistry, Path], Any]] = {
     "add": lambda registry, bundles: registry.add(bundles / "m" / "3"),
     "promote": lambda registry, bundles: registry.promote("m", "2"),
     "rollback": lambda registry, bundles: registry.rollback("m"),
+    "set_trial": lambda registry, bundles: registry.set_trial("m", Trial("2", "shadow", 0.25)),
 }
 
 
@@ -297,6 +298,8 @@ class Against(RuleBasedStateMachine):
         super().__init__()
         shutil.rmtree(self.root, ignore_errors=True)
         self.added: list[str] = []
+        self.champion: str | None = None
+        self.trial: Trial | None = None
         self.alias: dict[str, str | None] = dict.fromkeys(("champion", "challenger", "previous"))
 
     @property
@@ -307,6 +310,10 @@ class Against(RuleBasedStateMachine):
         assert [info.version for info in self.registry.list()] == self.added
         if self.added:
             assert self.registry.aliases("m") == {k: v for k, v in self.alias.items() if v}
+            if self.alias["champion"] != self.champion:  # another champion ends a trial
+                self.champion, self.trial = self.alias["champion"], None
+            assert self.registry.trial("m") == self.trial
+            assert [i.trial for i in self.registry.list() if i.trial] == ([self.trial] if self.trial else [])
 
     @rule(version=st.sampled_from("123"))
     def add(self, version: str) -> None:
@@ -328,6 +335,20 @@ class Against(RuleBasedStateMachine):
                 self.alias["previous"], self.alias["champion"] = self.alias["champion"], chosen
             if self.alias["challenger"] == chosen:
                 self.alias["challenger"] = None
+        self.check()
+
+    @rule(version=st.sampled_from(["1", "2", "3", None]), share=st.sampled_from([0.25, 1.0]))
+    def try_out(self, version: str | None, share: float) -> None:
+        trial = None if version is None else Trial(version, "canary", share)
+        if not self.added or (version is not None and version not in self.added):
+            with pytest.raises(NotFoundError):
+                self.registry.set_trial("m", trial)
+        elif version is not None and version == self.alias["champion"]:
+            with pytest.raises(FailedPreconditionError):
+                self.registry.set_trial("m", trial)
+        else:
+            self.registry.set_trial("m", trial)
+            self.trial = trial
         self.check()
 
     @rule()

@@ -92,6 +92,8 @@ def test_predict_and_the_other_methods(serve):
         client.materialize()
         client.apply()
         client.rollback("echo")
+        client.canary("echo", 0.5)
+        client.shadow("echo", 0.5, 2)
         with pytest.raises(InvalidArgumentError, match="model is 'echo'"):
             client.promote("echo", 2)
         with pytest.raises(InternalError, match="no reference"):
@@ -102,6 +104,8 @@ def test_predict_and_the_other_methods(serve):
         ("materialize", []),
         ("apply", []),
         ("rollback", ["echo"]),
+        ("canary", ["echo", 0.5]),
+        ("shadow", ["echo", 0.5, "2"]),
         ("promote", ["echo", "2"]),
         ("drift", ["echo", 60, 5]),
     ]
@@ -124,6 +128,8 @@ def test_async_client_has_the_same_methods(serve, run):
             await client.materialize(5, ["v"])
             await client.apply()
             await client.rollback("echo")
+            await client.canary("echo", 0.5)
+            await client.shadow("echo", 0.5, 2)
             with pytest.raises(InvalidArgumentError):
                 await client.promote("echo")
             with pytest.raises(InternalError):

@@ -65,10 +65,10 @@ def test_roles(serve):
     running.engine.gate.set()
     with Client(running.address, token=DATA) as client:
         assert client.predict("echo", {"id": 3}).scores.tolist() == [3.0]
-        for method in ("materialize", "apply", "promote", "rollback"):
+        for method in ("materialize", "apply", "promote", "rollback", "canary", "shadow"):
             with pytest.raises(PermissionDeniedError, match='needs the role "admin"'):
                 client.call(method)
-        assert client.stats()["server"]["denied"] == 4
+        assert client.stats()["server"]["denied"] == 6
     assert not any(admin for _, _, admin in running.engine.calls)
     with Client(running.address, token=ADMIN) as client:
         assert client.predict("echo", {"id": 4}).scores.tolist() == [4.0]
