@@ -27,14 +27,15 @@ void ServedModel::shadow(const Result& answered) {
   const std::lock_guard lock(mutex_);
   const int64_t now = mono_ns();
   expire_locked(now);  // where no loop thread does it
-  const Admission admission{.target = {.shadow = true},
-                            .rows = answered.rows,
-                            .received_ns = now,
-                            .deadline_ns = now + config_.max_latency_ns,
-                            .now_us = answered.now_us,
-                            .low = true};
+  Admission admission;
+  admission.target.shadow = true;
+  admission.rows = answered.rows;
+  admission.received_ns = now;
+  admission.deadline_ns = now + config_.max_latency_ns;
+  admission.now_us = answered.now_us;
+  admission.low = true;
   if (answered.rows > config_.lane.max_rows_per_request) {
-    count_refused(Code::kInvalidArgument, answered.rows, true);
+    count_refused(Code::kInvalidArgument, answered.rows, true, now);
     return;
   }
   uint32_t index = kNone;
