@@ -420,6 +420,7 @@ class Engine:
             changes = store.apply()
             self._refresh(store, always=True)
             retired = self.live.retire_strangers()
+            self.trials.note_ended()
             return {"views": changes.views, "services": changes.services, "retired": retired}
 
     def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:

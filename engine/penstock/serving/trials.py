@@ -90,6 +90,13 @@ class Trials:
                 self.faults[name] = str(error)
                 _log.error("version '%s' of model '%s' cannot be tried: %s", trial.version, name, error)
 
+    def note_ended(self) -> None:
+        """After `LiveModels.retire_strangers`: say why a recorded trial is not on any more."""
+        for name in list(self._live.live):
+            trial = self._registry.trial(name)
+            if trial is not None and name not in self._live.trials and name not in self.faults:
+                self.faults[name] = f"the features of version '{trial.version}' are defined otherwise now"
+
     def recorded(self) -> dict[str, Trial]:
         """The trials that are on, by name."""
         return {name: _as_recorded(trial) for name, trial in dict(self._live.trials).items()}

@@ -79,6 +79,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 plan=store.service_plan("purchase"),
             )
         save_bundle(model, training, name="bare", directory=home / "bundles", label="bought", inputs=COLUMNS)
+        save_bundle(  # version 2 reads the service
+            model,
+            training,
+            name="bare",
+            directory=home / "bundles",
+            label="bought",
+            plan=store.service_plan("purchase"),
+        )
     return home
 
 
@@ -324,6 +332,44 @@ def test_materialize_refreshes_the_rows_that_are_cached(engine: Engine) -> None:
     assert after["models"]["buy"]["missed_rows"] == before["models"]["buy"]["missed_rows"]
     at = rows.assign(event_timestamp=pd.Timestamp(later, unit="us", tz="UTC"))
     np.testing.assert_array_equal(made.scores, joined_scores(engine, at)[1])
+
+
+def test_apply_ends_the_trial_of_a_version_whose_features_are_no_longer_those_of_its_training(
+    home: Path, engine: Engine
+) -> None:
+    for bundle in ("buy/2", "bare/2"):
+        engine.registry.add(home / "bundles" / bundle)
+    engine.shadow("buy", share=1)
+    engine.canary("bare", share=1)
+    vectors = np.zeros((1, len(COLUMNS)), np.float32)
+    assert engine.predict_vectors("bare", vectors).version == "2"
+    with pytest.raises(FailedPreconditionError, match="a shadow needs those of the live version"):
+        engine.shadow("bare", share=1)
+    source = home / "repo" / "data" / "prices.parquet"
+    table = pq.read_table(source).to_pandas()
+    table.assign(price=table["price"] * 2 + 1).to_parquet(source, index=False)
+    assert engine.apply()["retired"] == ["buy"]
+    assert engine.predict_vectors("bare", vectors).version == "1"
+    assert "defined otherwise now" in engine.models()["bare"]["trial"]["fault"]
+    assert {f"{m.bundle.name}/{m.bundle.version}" for m in engine.live.all()} == {"bare/1"}
+
+
+def test_a_shadow_scores_rows_of_features_with_their_event_times(home: Path, engine: Engine) -> None:
+    engine.registry.add(home / "bundles" / "buy" / "2")
+    engine.shadow("buy", share=1)
+    rows = rows_of(64, seed=9)
+    features, scores = joined_scores(engine, rows)
+    np.testing.assert_array_equal(ask(engine, rows).scores, scores)
+    limit = time.monotonic() + 60
+    while engine.stats()["models"]["buy"]["trial"]["rows"]["ok"] < 64:
+        assert time.monotonic() < limit
+    report = engine.drift("buy")["buy"]
+    assert report["trial"]["freshness"] == report["freshness"]
+    assert report["trial"]["drift"]["n"] == 64
+    log = engine.served_log.read("buy").to_pandas()
+    unseen = log[log["version"] == "2"]
+    np.testing.assert_array_equal(unseen[COLUMNS].to_numpy(np.float32), features)
+    np.testing.assert_array_equal(unseen["status"] & 0x7F, log[log["version"] == "1"]["status"])
 
 
 def test_apply_stops_a_model_whose_features_are_no_longer_those_of_its_training(
