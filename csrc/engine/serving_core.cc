@@ -215,6 +215,12 @@ ServingCore::ServingCore(uint32_t worker, uint32_t cache_owner)
       // Ids keep rising over restarts: nanoseconds pass faster than requests come. Those of two workers are
       // four years apart.
       next_id_(static_cast<uint64_t>(wall_us()) * 1000 + (uint64_t{worker % kMaxWorkers} << 57)) {
+  // What a turn of the loop usually needs, so that nothing grows later.
+  constexpr size_t kTurn = 4096;
+  ended_.reserve(kTurn);
+  delivering_.reserve(kTurn);
+  dirty_.reserve(kTurn);
+  to_look_.reserve(kTurn);
   touched_.reserve(64);
 }
 
