@@ -20,7 +20,7 @@ def test_a_drain_ends_though_rows_come_faster_than_it_takes_them():
                 np.full(n, 7),
                 np.ones((n, 1)),
                 np.ones((n, 1)),
-                None,
+                np.zeros(n, np.uint8),
                 np.ones((n, 0)),
             )
 
