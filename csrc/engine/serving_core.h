@@ -169,6 +169,8 @@ class ServingCore : public ModelEvents {
     int64_t retry_after_ms = -1;
   };
   Status begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch, LocalCall* call);
+  // Of a caller who needs no decoding; `vectors` may go when this has returned.
+  Status begin_local(const wire::VectorsCall& vectors, ServedModel::Scratch& scratch, LocalCall* call);
 
   // The loader: waits up to timeout_ns for misses; false when there are none or the core is closed.
   bool wait_misses(int64_t timeout_ns, MissBatch* batch);
