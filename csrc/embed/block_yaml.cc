@@ -8,6 +8,7 @@ namespace penstock {
 namespace {
 
 constexpr int kMaxDepth = 16;
+constexpr size_t kMaxKeys = 1000;  // of one mapping
 // No plain scalar begins with one of these.
 constexpr std::string_view kIndicators = ",[]{}#&*!|>'\"%@`";
 
@@ -122,6 +123,7 @@ class Parser {
       }
       std::string key;
       if (!parse_key(&key)) return false;
+      if (out->fields.size() == kMaxKeys) return fail("a mapping has too many keys");
       if (out->field(key) != nullptr) return fail("key " + key + " is there twice");
       YamlNode& value = out->fields.emplace_back(std::move(key), YamlNode{}).second;
       const std::string& name = out->fields.back().first;

@@ -54,8 +54,8 @@ Status read_all(const std::string& path, int fd, uint64_t size, std::vector<uint
 Status read_plain(const std::string& folder, const std::string& name, const BundleFile* expected,
                   std::vector<uint8_t>* out) {
   const std::string path = folder + "/" + name;
-  int fd;
-  uint64_t size;
+  int fd = -1;
+  uint64_t size = 0;
   if (Status status = open_plain(path, &fd, &size); !status.is_ok()) return status;
   const struct Closer {
     int fd;
