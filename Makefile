@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
-CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc')
+CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc' \
+	'include/*.h' 'examples/*.cc' 'tests/cpp/*.cc')
 
 .PHONY: build demo test test-long bench bench-serving lint format gpu clean
 
 build: $(STAMP)
 
-NATIVE := pyproject.toml CMakeLists.txt $(shell git ls-files csrc)
+NATIVE := pyproject.toml CMakeLists.txt $(shell git ls-files csrc include)
 PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check
 
 # Says what the machine lacks, then makes the environment that builds.

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -95,3 +96,21 @@ def test_the_wheel_is_small_and_whole(tmp_path):
     assert {f"penstock/{path}" for path in DATA_FILES} <= names
     assert "penstock_kernels/dispatch.py" in names
     assert any(name.startswith("penstock/_core.") and name.endswith((".so", ".pyd")) for name in names)
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"penstock", "penstock_kernels"}
+    assert not [name for name in names if name.endswith((".h", ".a", ".cmake", ".cc"))]
+
+
+def test_the_source_archive_has_the_library_for_programs_in_cpp(tmp_path):
+    pytest.importorskip("scikit_build_core")
+    program = f"import scikit_build_core.build as b; print(b.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("penstock-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {f"include/penstock/{name}.h" for name in ("status", "bundle", "engine")} <= names
+    assert {f"examples/cpp/{name}" for name in ("predict.cc", "CMakeLists.txt", "README.md")} <= names
+    assert "csrc/base/status.h" in names

@@ -12,6 +12,8 @@
 
 namespace penstock {
 
+class TreeEnsemble;
+
 class Model {
  public:
   virtual ~Model() = default;
@@ -32,5 +34,6 @@ class Model {
 
 // A trees.bin image as a Model.
 Status make_tree_model(const uint8_t* data, size_t size, std::unique_ptr<Model>* out);
+std::unique_ptr<Model> make_tree_model(std::shared_ptr<const TreeEnsemble> trees);
 
 }  // namespace penstock

@@ -55,8 +55,12 @@ int64_t mono_ns() {
 Status make_tree_model(const uint8_t* data, size_t size, std::unique_ptr<Model>* out) {
   std::shared_ptr<const TreeEnsemble> trees;
   if (Status status = TreeEnsemble::load(data, size, &trees); !status.is_ok()) return status;
-  *out = std::make_unique<TreeModel>(std::move(trees));
+  *out = make_tree_model(std::move(trees));
   return {};
+}
+
+std::unique_ptr<Model> make_tree_model(std::shared_ptr<const TreeEnsemble> trees) {
+  return std::make_unique<TreeModel>(std::move(trees));
 }
 
 ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model> model,

@@ -537,6 +537,19 @@ Status ServingCore::begin_local(bool vectors, std::string_view params, ServedMod
   return status;
 }
 
+Status ServingCore::begin_local(const wire::VectorsCall& vectors, ServedModel::Scratch& scratch,
+                                LocalCall* call) {
+  const int64_t received_ns = mono_ns();
+  Route route;
+  if (!find(vectors.model, &route)) return unknown_model(vectors.model);
+  call->model = route.choose(vectors);
+  Status status =
+      call->model->predict_vectors(vectors, {0, 0, &call->waiter}, received_ns, wall_us(),
+                                   next_ids(vectors.rows), scratch, &call->retry_after_ms, &call->tag);
+  if (status.is_ok()) call->model->pump();
+  return status;
+}
+
 void ServingCore::missed(const std::shared_ptr<ServedModel>& model, uint64_t tag) {
   {
     const std::lock_guard lock(miss_mutex_);

@@ -180,6 +180,8 @@ class ServingCore : public ModelEvents {
     if (result.target.shadowed && result.status.is_ok()) (void)shadow_rows(answered_by, result);
   }
   Status begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch, LocalCall* call);
+  // Of a caller who needs no decoding; `vectors` may go when this has returned.
+  Status begin_local(const wire::VectorsCall& vectors, ServedModel::Scratch& scratch, LocalCall* call);
 
   // The loader: waits up to timeout_ns for misses; false when there are none or the core is closed.
   bool wait_misses(int64_t timeout_ns, MissBatch* batch);

@@ -1,0 +1,39 @@
+// The part of YAML in which save_bundle writes model.yaml: block mappings and lists, `{}`, `[]`, and scalars,
+// plain or quoted, folded over lines. Anything else (comments, anchors, tags, literals, flow collections,
+// tabs, document marks) is an error that names the line. Stateless; any thread.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+
+namespace penstock {
+
+struct YamlNode {
+  enum class Kind : uint8_t { kScalar, kList, kMap };
+  Kind kind = Kind::kScalar;
+  bool quoted = false;  // a scalar's; a plain one may stand for null, a bool or a number
+  std::string text;     // a scalar's
+  std::vector<YamlNode> items;
+  std::vector<std::pair<std::string, YamlNode>> fields;  // in order; no key twice
+
+  const YamlNode* field(std::string_view key) const {
+    for (const auto& [name, value] : fields) {
+      if (name == key) return &value;
+    }
+    return nullptr;
+  }
+};
+
+// Parses the mapping `text`, UTF-8. The values of the top-level keys in `passed_over` are not read: they
+// become empty scalars.
+Status parse_block_yaml(std::string_view text, const std::vector<std::string_view>& passed_over,
+                        YamlNode* out);
+
+// The rest of the line of top-level key `key`, unparsed; empty where there is none.
+std::string_view top_level_line(std::string_view text, std::string_view key);
+
+}  // namespace penstock
