@@ -9,21 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.features.definitions import (
-        ArrowSource,
-        CSVSource,
-        Entity,
-        FeatureService,
-        FeatureView,
-        ParquetSource,
-        RequestSource,
-        count,
-        max,
-        mean,
-        min,
-        sum,
-    )
+    from penstock.features.aggregates import count, max, mean, min, sum
+    from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
     from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
+    from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
     from penstock.features.store import FeatureStore
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
@@ -58,10 +47,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "penstock.features.definitions": (
-        "ArrowSource", "CSVSource", "Entity", "FeatureService", "FeatureView", "ParquetSource",
-        "RequestSource", "count", "max", "mean", "min", "sum",
-    ),
+    "penstock.features.aggregates": ("count", "max", "mean", "min", "sum"),
+    "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
+    "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource"),
     "penstock.features.expressions": (
         "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
     ),

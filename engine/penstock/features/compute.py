@@ -16,7 +16,8 @@ import numpy as np
 from penstock import _core
 from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features import windows
-from penstock.features.definitions import FeatureView, StoredColumn, WindowAggregate
+from penstock.features.aggregates import WindowAggregate
+from penstock.features.definitions import FeatureView, StoredColumn
 from penstock.features.expressions import Expr, columns_read, is_floating
 from penstock.features.index import EventIndex, entity_keys
 from penstock.features.program import Distribution, compile_program

@@ -7,8 +7,6 @@ that it reads become hidden stored columns.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,21 +14,12 @@ from datetime import timedelta
 from typing import Any
 
 from penstock.errors import DefinitionError
-from penstock.features.expressions import DTYPES, Expr, columns_read, uses_now
+from penstock.features.aggregates import WindowAggregate
+from penstock.features.expressions import DTYPES, Expr, columns_read, digest, uses_now
+from penstock.features.source_definitions import Source
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
-_WINDOW = re.compile(r"([1-9][0-9]*)(s|m|h|d)\Z")
-_UNIT_US = {"s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
 HIDDEN_PREFIX = "__column_"
-
-
-def parse_window(text: str, what: str = "window") -> int:
-    """Microseconds of a length such as "90s", "60m", "7h" or "1d"; DefinitionError if it is none."""
-    match = _WINDOW.match(text) if isinstance(text, str) else None
-    length = int(match[1]) * _UNIT_US[match[2]] if match else 0
-    if not 0 < length < 2**62:
-        raise DefinitionError(f"{what} is {text!r}; expected a length such as '90s', '60m', '7h' or '1d'")
-    return length
 
 
 def _check_name(what: str, name: Any) -> None:
@@ -42,10 +31,6 @@ def _check_distinct(what: str, names: Sequence[str]) -> None:
     for name in names:
         if list(names).count(name) > 1:
             raise DefinitionError(f"{what} '{name}' is given twice")
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,45 +51,6 @@ class Entity:
 
 
 @dataclass(frozen=True)
-class _FileSource:
-    """A table of events in a file.
-
-    Attributes:
-        path: file, folder or glob, relative to the repository.
-        timestamp: column of the event's time.
-        created: column of the time when the row became known, or None.
-    """
-
-    path: str
-    timestamp: str
-    created: str | None = None
-
-    def __post_init__(self) -> None:
-        for what, value in (("path", self.path), ("timestamp", self.timestamp)):
-            if not isinstance(value, str) or not value:
-                raise DefinitionError(f"{type(self).__name__}: {what} is {value!r}; expected a text")
-        if self.created is not None and (not self.created or self.created == self.timestamp):
-            raise DefinitionError(
-                f"{type(self).__name__}: created is {self.created!r}; expected another column"
-            )
-
-    def describe(self) -> list[Any]:
-        return [type(self).__name__, str(self.path), self.timestamp, self.created]
-
-
-class ParquetSource(_FileSource):
-    """Events in Parquet."""
-
-
-class CSVSource(_FileSource):
-    """Events in CSV with a header."""
-
-
-class ArrowSource(_FileSource):
-    """Events in an Arrow IPC file."""
-
-
-@dataclass(frozen=True)
 class RequestSource:
     """Values that come with a request; `schema` maps each name to its dtype."""
 
@@ -120,57 +66,6 @@ class RequestSource:
                     f"request source '{self.name}': input '{column}' has dtype {dtype!r}; "
                     f"expected one of {', '.join(DTYPES)}"
                 )
-
-
-@dataclass(frozen=True, eq=False)
-class WindowAggregate:
-    """An aggregate over events in (T - window_us, T]; T is the time asked, floored to `every_us` if set."""
-
-    kind: str
-    value: Expr | None
-    window_us: int
-    every_us: int | None
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the declaration."""
-        value = None if self.value is None else self.value.fingerprint()
-        return _digest([self.kind, value, self.window_us, self.every_us])
-
-
-def _aggregate(kind: str, value: Any, window: str, every: str | None) -> WindowAggregate:
-    if value is None and kind == "count":
-        pass
-    elif not isinstance(value, Expr):
-        raise DefinitionError(f"{kind}: value is {value!r}; expected an expression such as col('amount')")
-    elif uses_now(value):
-        raise DefinitionError(f"{kind}: an aggregated expression cannot read now()")
-    every_us = None if every is None else parse_window(every, f"{kind}: every")
-    return WindowAggregate(kind, value, parse_window(window, f"{kind}: window"), every_us)
-
-
-def count(value: Expr | None = None, *, window: str, every: str | None = None) -> WindowAggregate:
-    """Rows in the window, or those where `value` is not null."""
-    return _aggregate("count", value, window, every)
-
-
-def sum(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
-    """Sum in event order; 0 for an empty window."""
-    return _aggregate("sum", value, window, every)
-
-
-def mean(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
-    """Mean; null for an empty window."""
-    return _aggregate("mean", value, window, every)
-
-
-def min(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
-    """Least value; null for an empty window."""
-    return _aggregate("min", value, window, every)
-
-
-def max(value: Expr, *, window: str, every: str | None = None) -> WindowAggregate:
-    """Greatest value; null for an empty window."""
-    return _aggregate("max", value, window, every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +89,7 @@ class FeatureView:
 
     name: str
     entities: Sequence[Entity]
-    source: _FileSource
+    source: Source
     features: Mapping[str, Expr | WindowAggregate]
     ttl: timedelta | None = None
     stored: tuple[StoredColumn, ...] = field(init=False)
@@ -206,9 +101,9 @@ class FeatureView:
         where = f"view '{self.name}'"
         if not self.entities or not all(isinstance(e, Entity) for e in self.entities):
             raise DefinitionError(f"{where}: entities is {self.entities!r}; expected a list of Entity")
-        if not isinstance(self.source, _FileSource):
+        if not isinstance(self.source, Source):
             raise DefinitionError(
-                f"{where}: source is {self.source!r}; expected a Parquet, CSV or Arrow source"
+                f"{where}: source is {self.source!r}; expected a source such as ParquetSource(...)"
             )
         if self.ttl is not None and self.ttl <= timedelta(0):
             raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
@@ -256,7 +151,7 @@ class FeatureView:
         """SHA-256 (hex) of all that decides the view's values."""
         features = [[name, value.fingerprint()] for name, value in self.features.items()]
         entities = [[e.name, list(e.join_keys)] for e in self.entities]
-        return _digest([self.name, entities, self.source.describe(), self.ttl_us, features])
+        return digest([self.name, entities, self.source.describe(), self.ttl_us, features])
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,4 +185,4 @@ class FeatureService:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the service's own declaration; views have their own."""
         request = None if self.request is None else [self.request.name, list(self.request.schema.items())]
-        return _digest([self.name, list(self.features), request, self.on_missing])
+        return digest([self.name, list(self.features), request, self.on_missing])

@@ -23,6 +23,11 @@ _UNITS = {"seconds": 1e6, "hours": 3.6e9, "days": 86.4e9}
 _TIME_PARTS = ("minute", "hour", "weekday", "day", "month")
 
 
+def digest(parts: Any) -> str:
+    """SHA-256 (hex) of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _value_key(dtype: str, value: Any) -> str | int | bool | None:
     """A JSON form of a literal that keeps each bit of a float."""
     if dtype == "float64":

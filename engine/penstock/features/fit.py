@@ -10,7 +10,8 @@ import numpy as np
 
 from penstock import _core
 from penstock.errors import DefinitionError
-from penstock.features.definitions import FeatureView, WindowAggregate
+from penstock.features.aggregates import WindowAggregate
+from penstock.features.definitions import FeatureView
 from penstock.features.expressions import Expr, uses_now, walk
 from penstock.features.program import Distribution, compile_program
 
@@ -55,6 +56,6 @@ def fit_view(view: FeatureView, table: SourceTable, fit_until_us: int | None) ->
         distinct, counts = np.unique(samples[~np.isnan(samples)], return_counts=True)
         if not len(distinct):
             until = "" if fit_until_us is None else " known before fit_until"
-            raise DefinitionError(f"{where}: source '{view.source.path}' has no value{until} to fit it to")
+            raise DefinitionError(f"{where}: source '{view.source.name}' has no value{until} to fit it to")
         fitted[key] = Distribution(tuple(distinct.tolist()), tuple(np.cumsum(counts).tolist()))
     return fitted

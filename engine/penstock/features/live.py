@@ -154,7 +154,7 @@ class LiveViews:
         try:
             return source_stamp(view.source, self._repo.path)
         except OSError as error:
-            raise UnavailableError(f"source '{view.source.path}' cannot be read: {error}") from error
+            raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
     def _read(self, view: FeatureView) -> tuple[SourceTable, str]:
         """The view's source and its stamp. The codes of its stored strings are in the registry then."""
@@ -164,15 +164,15 @@ class LiveViews:
         plain = {c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"}
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
-            known = self._registry.state.dictionaries.get(source.path, {})
+            known = self._registry.state.dictionaries.get(source.name, {})
             given = {name: texts for name, texts in known.items() if name in plain}
             table = read_source(source, self._repo.path, given, columns)
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
-            if self._registry.extend_dictionaries(source.path, grown):
+            if self._registry.extend_dictionaries(source.name, grown):
                 return table, stamp
-        raise UnavailableError(f"source '{source.path}' changes while it is read")
+        raise UnavailableError(f"source '{source.name}' changes while it is read")
 
     def _number(self, computer: ViewComputer, tag: str) -> LiveView:
         """Rows get a new number whenever their layout or meaning changes, so old ones are never read."""

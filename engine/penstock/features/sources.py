@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from penstock.errors import InvalidArgumentError
-from penstock.features.definitions import ArrowSource, CSVSource, _FileSource
 from penstock.features.expressions import INT_MIN
+from penstock.features.source_definitions import ArrowSource, CSVSource, FileSource, Source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,7 +84,7 @@ class SourceTable:
         return {n: c.dictionary for n, c in self.columns.items() if c.dictionary is not None}
 
 
-def source_files(source: _FileSource, base: Path) -> list[Path]:
+def source_files(source: FileSource, base: Path) -> list[Path]:
     """Files of a source, sorted by path; a folder stands for all files below it with a known suffix."""
     path = base / source.path
     if path.is_file():
@@ -101,14 +101,15 @@ def source_files(source: _FileSource, base: Path) -> list[Path]:
     return found
 
 
-def source_stamp(source: _FileSource, base: Path) -> str:
-    """A digest of the names, sizes and modification times of the source's files."""
+def source_stamp(source: Source, base: Path) -> str:
+    """A digest that changes with the events: of the names, sizes and modification times of the files."""
+    assert isinstance(source, FileSource)
     facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in source_files(source, base)]
     return hashlib.sha256(repr((source.describe(), facts)).encode()).hexdigest()
 
 
 def read_source(
-    source: _FileSource,
+    source: Source,
     base: Path,
     dictionaries: Mapping[str, list[str]] | None = None,
     columns: Iterable[str] | None = None,
@@ -125,8 +126,9 @@ def read_source(
     """
     times = [source.timestamp] + ([source.created] if source.created else [])
     wanted = None if columns is None else list(dict.fromkeys([*times, *columns]))
+    assert isinstance(source, FileSource)
     table = _read_files(source, base, wanted)
-    where = f"source '{source.path}'"
+    where = f"source '{source.name}'"
     for name in wanted or times:
         if name not in table.column_names:
             known = ", ".join(table.column_names)
@@ -156,7 +158,7 @@ def read_source(
     return SourceTable(converted, len(event_time), event_time, known_at, unsupported, dropped)
 
 
-def _read_files(source: _FileSource, base: Path, wanted: list[str] | None) -> pa.Table:
+def _read_files(source: FileSource, base: Path, wanted: list[str] | None) -> pa.Table:
     files = source_files(source, base)
     tables = []
     for path in files:
@@ -174,7 +176,7 @@ def _read_files(source: _FileSource, base: Path, wanted: list[str] | None) -> pa
         ) from error
 
 
-def _read_file(source: _FileSource, path: Path, wanted: list[str] | None) -> pa.Table:
+def _read_file(source: FileSource, path: Path, wanted: list[str] | None) -> pa.Table:
     if isinstance(source, CSVSource):
         from pyarrow import csv
 

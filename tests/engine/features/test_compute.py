@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import penstock as d
 from penstock import _core
 from penstock.errors import DefinitionError, InvalidArgumentError
-from penstock.features import definitions as d
 from penstock.features.compute import EXPIRED, FUTURE, NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.expressions import col, now, percentile_rank
 from penstock.features.index import entity_keys

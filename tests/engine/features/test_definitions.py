@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 
+import penstock as d
 from penstock.errors import DefinitionError
-from penstock.features import definitions as d
+from penstock.features import aggregates
 from penstock.features.expressions import col, now
 
 USER = d.Entity("user", ["user_id"])
@@ -47,7 +48,7 @@ def test_features_are_stored_or_computed_at_request_time():
     [("1d", 86_400_000_000), ("7d", 604_800_000_000), ("60m", 3_600_000_000), ("90s", 90_000_000)],
 )
 def test_window_lengths(text, us):
-    assert d.parse_window(text) == us
+    assert aggregates.parse_window(text) == us
 
 
 @pytest.mark.parametrize("text", ["", "1", "0d", "-1d", "1w", "1.5h", "1d\n", None, "9" * 30 + "d"])

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import penstock as d
 from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
-from penstock.features import definitions as d
 from penstock.features.compute import ViewComputer
 from penstock.features.expressions import col, now
 from penstock.features.offline import entity_table, historical_join, to_frame

@@ -7,6 +7,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
+import penstock as d
 from penstock import _core
 from penstock.errors import (
     DefinitionError,
@@ -14,7 +15,6 @@ from penstock.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from penstock.features import definitions as d
 from penstock.features.compute import ViewComputer
 from penstock.features.expressions import col, now, percentile_rank
 from penstock.features.plan import compile_plan

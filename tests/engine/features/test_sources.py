@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pyarrow import csv, feather
 
 from penstock.errors import InvalidArgumentError
-from penstock.features.definitions import ArrowSource, CSVSource, ParquetSource
 from penstock.features.expressions import timestamp_us
+from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
 from penstock.features.sources import (
     UNKNOWN_TIME,
     arrow_column,
