@@ -1,10 +1,10 @@
 """Window aggregates, as a feature repository declares them.
 
-A window of length w at the time T holds the events in (T - w, T]; `closed` says which ends belong to it. T is the
-time asked, floored to `every` and then moved back by `lag`. With `as_known`, only events that were known by T
-count. Nulls are no values. A window is cut at multiples of `tile_us(w)` since 1970: each segment is folded in
-event order from the identity, and the partial results are combined from left to right, so that stored partials
-change no bit.
+A window of length w at the time T holds the events in (T - w, T]; `closed` says which ends belong to it. T
+is the time asked, floored to `every` and then moved back by `lag`. With `as_known`, only events that were
+known by T count. Nulls are no values. A window is cut at multiples of `tile_us(w)` since 1970: each segment
+is folded in event order from the identity, and the partial results are combined from left to right, so that
+stored partials change no bit.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections import Counter
@@ -193,7 +194,7 @@ def hash_of(x: Any) -> int:
 
 
 def hll(hashes: set[int]) -> int:
-    """The estimate of Flajolet et al. (2007), section 3 and figure 3, for m = 4096 without the 32-bit case."""
+    """The estimate of Flajolet et al. (2007), figure 3, for m = 4096 without the 32-bit case."""
     registers = [0] * 4096
     for h in hashes:
         rest = h & (2**52 - 1)
@@ -269,7 +270,7 @@ def _visible(event: dict[str, Any], cut: int | None, rule: Rule) -> bool:
 
 
 def history(events: list[dict[str, Any]], user: Any, rule: Rule) -> list[dict[str, Any]]:
-    """The events of a key in event order; `until` is when the next version became known, None for the newest."""
+    """The events of a key in event order; `until`: when the next version became known, or None."""
     own = [dict(e, row=row) for row, e in enumerate(events) if e["user"] is not None and e["user"] == user]
     for e in own:
         e["known"] = UNKNOWN if e["k"] is None else e["k"]
@@ -280,7 +281,7 @@ def history(events: list[dict[str, Any]], user: Any, rule: Rule) -> list[dict[st
             versions.setdefault(e["id"], []).append(e)
     for found in versions.values():
         found.sort(key=lambda e: (0 if rule.versions_by_arrival else e["known"], e["row"]))
-        for this, after in zip(found, found[1:]):
+        for this, after in itertools.pairwise(found):
             this["until"] = after["known"]
     alive = [e for e in own if rule.keep_deleted or not e.get("deleted")]
     # A version that was known for no time counts for no cut.
@@ -299,7 +300,7 @@ def row_at(
     ttl: int = 0,
     known_by: int | None = None,
     as_known: bool = False,
-    rule: Rule = Rule(),  # noqa: B008
+    rule: Rule = Rule(),
 ) -> tuple[int, dict[str, Any], int]:
     """Status, values by name and event time of the newest event (UNKNOWN for none)."""
     own = history(events, user, rule)
@@ -323,12 +324,12 @@ def row_at(
         by = known_by
         if spec.as_known or as_known:
             by = t if by is None else min(by, t)
-        low, high = t - spec.window, t
+        low, high = t - spec.window + rule.low, t + rule.high
         inside = [
             e
             for e in own
-            if (e["t"] >= low + rule.low if spec.closed in ("left", "both") else e["t"] > low + rule.low)
-            and (e["t"] <= high + rule.high if spec.closed in ("right", "both") else e["t"] < high + rule.high)
+            if (e["t"] >= low if spec.closed in ("left", "both") else e["t"] > low)
+            and (e["t"] <= high if spec.closed in ("right", "both") else e["t"] < high)
             and _visible(e, by, rule)
         ]
         segments: dict[int, list[tuple[int, Any]]] = {}
