@@ -82,6 +82,7 @@ class FeatureView:
     """Features of one entity set computed from one source.
 
     Attributes:
+        as_known: only events known by the time asked count, in plain features and in aggregates.
         stored: columns of the stored row: features in the order given, then hidden columns by name.
         request_time: expressions to evaluate for each request; they read source columns by their own names.
         hidden: hidden stored column of each source column that request-time expressions read.
@@ -92,6 +93,7 @@ class FeatureView:
     source: Source
     features: Mapping[str, Expr | WindowAggregate]
     ttl: timedelta | None = None
+    as_known: bool = False
     stored: tuple[StoredColumn, ...] = field(init=False)
     request_time: Mapping[str, Expr] = field(init=False)
     hidden: Mapping[str, str] = field(init=False)
@@ -107,6 +109,8 @@ class FeatureView:
             )
         if self.ttl is not None and self.ttl <= timedelta(0):
             raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
+        if not isinstance(self.as_known, bool):
+            raise DefinitionError(f"{where}: as_known is {self.as_known!r}; expected True or False")
         if not self.features:
             raise DefinitionError(f"{where} has no features")
         _check_distinct(f"{where}: entity", [e.name for e in self.entities])
@@ -151,7 +155,8 @@ class FeatureView:
         """SHA-256 (hex) of all that decides the view's values."""
         features = [[name, value.fingerprint()] for name, value in self.features.items()]
         entities = [[e.name, list(e.join_keys)] for e in self.entities]
-        return digest([self.name, entities, self.source.describe(), self.ttl_us, features])
+        known = ["as_known"] * self.as_known
+        return digest([self.name, entities, self.source.describe(), self.ttl_us, features, *known])
 
 
 @dataclass(frozen=True, eq=False)

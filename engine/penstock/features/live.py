@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
-from penstock.features.compute import ViewComputer
+from penstock.features.compute import ViewComputer, stored_texts
 from penstock.features.definitions import FeatureView
 from penstock.features.expressions import Expr, columns_read
 from penstock.features.fit import fit_key, fit_view, rank_arguments
@@ -161,7 +161,7 @@ class LiveViews:
         source, stored = view.source, view.stored
         values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
         columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
-        plain = {c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"}
+        plain = stored_texts(view)
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
             known = self._registry.state.dictionaries.get(source.name, {})
