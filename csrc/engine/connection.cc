@@ -4,19 +4,12 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <chrono>
 #include <utility>
 
 #include "engine/serving_core.h"
 
 namespace penstock {
 namespace {
-
-int64_t wall_us() {
-  return std::chrono::duration_cast<std::chrono::microseconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
 
 std::string_view bytes_of(const wire::Cursor& cursor) {
   return {reinterpret_cast<const char*>(cursor.position()),
@@ -68,7 +61,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   if (core_ == nullptr || overflowed_) return;
   ServingCore& core = *core_;
   const int64_t received_ns = mono_ns();
-  const int64_t now_us = wall_us();
+  const int64_t now_us = wall_clock_us();
   const bool authorized = now_us < authorized_until_us_;
   bool finished_one = false;
   last_read_ns_ = received_ns;

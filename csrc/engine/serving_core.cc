@@ -11,12 +11,6 @@
 namespace penstock {
 namespace {
 
-int64_t wall_us() {
-  return std::chrono::duration_cast<std::chrono::microseconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
-
 wire::Cursor cursor_of(std::string_view bytes) {
   const auto* p = reinterpret_cast<const uint8_t*>(bytes.data());
   return {p, p + bytes.size()};
@@ -32,7 +26,7 @@ ServingCore::ServingCore(uint32_t worker, uint32_t cache_owner)
       timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
       // Ids keep rising over restarts: nanoseconds pass faster than requests come. Those of two workers are
       // four years apart.
-      next_id_(static_cast<uint64_t>(wall_us()) * 1000 + (uint64_t{worker % kMaxWorkers} << 57)) {
+      next_id_(static_cast<uint64_t>(wall_clock_us()) * 1000 + (uint64_t{worker % kMaxWorkers} << 57)) {
   // What a turn of the loop usually needs, so that nothing grows later.
   constexpr size_t kTurn = 4096;
   ended_.reserve(kTurn);
@@ -333,7 +327,7 @@ ServingCore::Overdue ServingCore::overdue(int64_t now_ns, int64_t idle_ns, int64
 Status ServingCore::begin_local(bool vectors, std::string_view params, ServedModel::Scratch& scratch,
                                 LocalCall* call) {
   const int64_t received_ns = mono_ns();
-  const int64_t now_us = wall_us();
+  const int64_t now_us = wall_clock_us();
   thread_local wire::PredictCall predict_call;
   wire::VectorsCall vectors_call;
   Status status = vectors ? wire::decode_predict_vectors(cursor_of(params), &vectors_call)
@@ -362,7 +356,7 @@ Status ServingCore::begin_local(const wire::VectorsCall& vectors, ServedModel::S
   if (!find(vectors.model, &route)) return unknown_model(vectors.model);
   call->model = route.choose(vectors);
   Status status =
-      call->model->predict_vectors(vectors, {0, 0, &call->waiter}, received_ns, wall_us(),
+      call->model->predict_vectors(vectors, {0, 0, &call->waiter}, received_ns, wall_clock_us(),
                                    next_ids(vectors.rows), scratch, &call->retry_after_ms, &call->tag);
   if (status.is_ok()) call->model->pump();
   return status;

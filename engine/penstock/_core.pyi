@@ -535,6 +535,11 @@ class ServedModel(metaclass=_NativeType):
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
         One thread at a time. Drift has counted them.
         """
+    def drain_samples(self) -> list:
+        """
+        The sampled vectors since the last call: [(now_us, wall clock us when they were made, params of
+        the predict call, float32 [n, F])]. One thread at a time.
+        """
     def count_drift(self, panes: DriftPanes) -> None:
         """
         Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
@@ -755,13 +760,16 @@ class ServingCore(metaclass=_NativeType):
         breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
         breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
         edge: typing.Any = None,
+        sample_share: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        sample_bytes: typing.SupportsInt | typing.SupportsIndex = 1048576,
     ) -> ServedModel:
         """
         Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
         is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
-        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
+        or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are kept for
+        drain_samples(), in sample_bytes at most. ValueError says what is wrong.
         """
     def overdue(
         self,
