@@ -371,6 +371,18 @@ class TracingConfig(Section):
         return endpoint
 
 
+class SkewConfig(Section):
+    """Sampled feature vectors, for `penstock features verify`.
+
+    `share`: of the keys whose vectors are logged; a key is always or never. `memory`: bytes of a model's
+    vectors that may wait to be written, more are dropped and counted; `log_bytes`: disk of a process.
+    """
+
+    share: float = Field(default=0.001, ge=0, le=1)
+    memory: Size = Field(default=1 << 20, ge=1 << 12, le=1 << 30)
+    log_bytes: Size = Field(default=64 << 20, ge=1 << 16)
+
+
 class MonitoringConfig(Section):
     """Panes and windows, seconds. `label_capacity` is the number of served rows kept for their labels.
 
@@ -388,6 +400,7 @@ class MonitoringConfig(Section):
     log_bytes: Size = Field(default=1 << 30, ge=1 << 20)
     prometheus: PrometheusConfig | None = None
     tracing: TracingConfig | None = None
+    skew: SkewConfig = Field(default_factory=SkewConfig)
 
     @model_validator(mode="after")
     def _whole_panes(self) -> MonitoringConfig:

@@ -1,7 +1,8 @@
-"""The skew check: feature vectors that were served, made again by the historical join, and compared bit by bit.
+"""The skew check: vectors that were served, made again by the historical join, and compared bit by bit.
 
-A vector is made again at its request's time from the events that were known when it was made, so that an event
-that came later is no difference. Reads the store only.
+A vector is made again at its request's time from the events that were known when it was made: an event that
+came later is no difference. One whose `created` is null is known at no time, so a vector that differs is also
+made from all events. Reads the store only.
 """
 
 from __future__ import annotations
@@ -129,12 +130,18 @@ def _compare(store: FeatureStore, report: SkewReport, served: Sequence[Served]) 
     made_us = np.repeat(np.array([one.made_us for one in served], np.int64), counts)
     entities = _columns([name for name, _ in plan.entities], [one.entities for one in served], counts)
     inputs = _columns([name for name, _ in plan.inputs], [one.inputs for one in served], counts)
-    again = remake(store, report.service, {**entities, **inputs}, now_us, made_us)
+    columns = {**entities, **inputs}
+    again = remake(store, report.service, columns, now_us, made_us)
     given = np.concatenate([one.vectors for one in served])
     if given.shape != again.shape:
         raise InvalidArgumentError(
             f"service '{report.service}': vectors have {given.shape[1]} features; expected {again.shape[1]}"
         )
+    rows = np.flatnonzero(_differs(given, again).any(axis=1))
+    if len(rows):
+        part = {name: [values[row] for row in rows] for name, values in columns.items()}
+        all_events = remake(store, report.service, part, now_us[rows])
+        again[rows] = np.where(_differs(given[rows], all_events), again[rows], all_events)
     report.vectors += len(given)
     for f, ref in enumerate(plan.refs):
         _count(report.features.setdefault(ref, FeatureSkew()), given[:, f], again[:, f], entities, now_us)
@@ -148,8 +155,7 @@ def _count(
     now_us: NDArray[np.int64],
 ) -> None:
     here, there = ~np.isnan(given), ~np.isnan(again)
-    both = here & there
-    differ = both & (given.view(np.uint32) != again.view(np.uint32))
+    differ = here & there & _differs(given, again)
     found.cells += len(given)
     found.missing += int(np.count_nonzero(there & ~here))
     found.extra += int(np.count_nonzero(here & ~there))
@@ -168,18 +174,25 @@ def _count(
         )
 
 
+def _differs(given: NDArray[np.float32], again: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where the bits differ; any NaN equals any NaN."""
+    unequal = np.ascontiguousarray(given).view(np.uint32) != np.ascontiguousarray(again).view(np.uint32)
+    return np.asarray(unequal & ~(np.isnan(given) & np.isnan(again)))
+
+
 def remake(
     store: FeatureStore,
     service: str,
     columns: Mapping[str, list[Any]],
     now_us: NDArray[np.int64],
-    made_us: NDArray[np.int64],
+    known_by: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32]:
     """The vectors float32[n, F] of a service by the historical join.
 
     Args:
         columns: join keys and request inputs, n values each.
-        now_us: request time of each row; made_us: only events known by then count.
+        now_us: int64[n], request time of each row.
+        known_by: int64[n]; only events known by then count. None: all.
     """
     import pyarrow as pa
 
@@ -188,9 +201,8 @@ def remake(
     dtypes = dict(plan.inputs)
     table = pa.table({n: pa.array(v, times.get(dtypes.get(n, ""))) for n, v in columns.items()})
     table = table.append_column("event_timestamp", pa.array(now_us).cast(pa.timestamp("us", "UTC")))
-    table = table.append_column("__known_by", pa.array(made_us).cast(pa.timestamp("us", "UTC")))
     joined = store.get_historical_features(
-        table, service, full_feature_names=True, known_by="__known_by"
+        table, service, full_feature_names=True, known_by=known_by
     ).to_arrow()
     out = np.full((len(now_us), len(plan.refs)), np.nan, np.float32)
     for f, (ref, dtype) in enumerate(zip(plan.refs, plan.output_dtypes)):

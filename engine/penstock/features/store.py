@@ -245,6 +245,7 @@ class FeatureStore:
         full_feature_names: bool = False,
         *,
         filter_by_created_timestamp: bool = False,
+        known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
@@ -255,6 +256,7 @@ class FeatureStore:
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
             filter_by_created_timestamp: leave out events that became known after the row's time.
+            known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
 
         Returns:
@@ -273,6 +275,7 @@ class FeatureStore:
                 computers,
                 self.key_seed,
                 filter_by_created_timestamp=filter_by_created_timestamp,
+                known_by=known_by,
                 with_status=with_status,
             )
         )

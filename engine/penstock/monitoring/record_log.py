@@ -45,7 +45,7 @@ class RecordLog:
         self._file = self._open()
 
     def append(self, values: Sequence[Any], *, durable: bool = True) -> None:
-        """Write records; with `durable` they are on disk then. OSError (a full disk) leaves the log as it was."""
+        """Write records, on disk then if `durable`. OSError (a full disk) leaves the log as it was."""
         payloads = [msgpack.packb(value) for value in values]
         data = b"".join(_HEAD.pack(len(p), zlib.crc32(p)) + p for p in payloads)
         with self._lock:

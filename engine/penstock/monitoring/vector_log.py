@@ -1,7 +1,7 @@
 """The log of sampled feature vectors: what was asked and what the model was given, to be made again offline.
 
-Files `vectors-WORKER-NUMBER.log` under `data_dir/log`, one sequence a process. Not durable: a crash may lose the
-last records. Bounded: the oldest segments are deleted.
+Files `vectors-WORKER-NUMBER.log` under `data_dir/log`, one sequence a process. Not durable: a crash may lose
+the last records. Bounded: the oldest segments are deleted.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def read_samples(folder: Path) -> Iterator[VectorSample]:
     """The samples of all processes."""
     workers = {path.name.split("-")[1] for path in folder.glob("vectors-*-*.log")}
     for worker in sorted(workers):
-        for *head, now_us, made_us, params, vectors in read_records(folder, f"vectors-{worker}"):
+        for record in read_records(folder, f"vectors-{worker}"):
+            model, version, service, fingerprint, now_us, made_us, params, vectors = record
             _, entities, *rest = msgpack.unpackb(params, timestamp=3)
             inputs = rest[0] if rest and rest[0] is not None else {}
             rows = next((len(v) for v in entities.values() if isinstance(v, list)), 1)
-            yield VectorSample(
-                *head, now_us, made_us, entities, inputs, np.frombuffer(vectors, "<f4").reshape(rows, -1)
-            )
+            made = np.frombuffer(vectors, "<f4").reshape(rows, -1)
+            yield VectorSample(model, version, service, fingerprint, now_us, made_us, entities, inputs, made)
