@@ -15,6 +15,7 @@ class Source:
     """Where a view's events come from. Equal descriptions mean equal events.
 
     Attributes:
+        name: what messages and the registry call it.
         timestamp: column of the event's time.
         created: column of the time when the row became known, or None.
         event_id: column that names an event: rows of a key with one name are versions of one event; or None.
@@ -22,16 +23,12 @@ class Source:
         schema: dtype of columns that must be there, or None: then what `apply` finds is the schema.
     """
 
+    name: str
     timestamp: str
     created: str | None = None
     event_id: str | None = None
     deleted: str | None = None
     schema: Mapping[str, str] | None = None
-
-    @property
-    def name(self) -> str:
-        """What messages and the registry call it."""
-        raise NotImplementedError
 
     def describe(self) -> list[Any]:
         """All that decides its events, as JSON values."""
@@ -104,6 +101,7 @@ class FileSource(Source):
         event_id, deleted, schema: see `Source`.
     """
 
+    name: str = field(init=False, repr=False, compare=False)
     path: str
     timestamp: str
     created: str | None = None
@@ -114,14 +112,11 @@ class FileSource(Source):
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise DefinitionError(f"{type(self).__name__}: path is {self.path!r}; expected a text")
+        object.__setattr__(self, "name", self.path)
         self._check()
 
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
     def describe(self) -> list[Any]:
-        return [type(self).__name__, str(self.path), self.timestamp, self.created, *self._versions()]
+        return [type(self).__name__, self.path, self.timestamp, self.created, *self._versions()]
 
 
 @dataclass(frozen=True)
@@ -167,9 +162,9 @@ class TableSource(Source):
         timestamp, created, event_id, deleted, schema: see `Source`.
     """
 
-    name: str = field()
+    name: str
     table: Any = field(repr=False)
-    timestamp: str = field()
+    timestamp: str
     created: str | None = None
     event_id: str | None = field(default=None, kw_only=True)
     deleted: str | None = field(default=None, kw_only=True)

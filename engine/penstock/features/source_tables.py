@@ -45,7 +45,7 @@ def arrow_table(table: Any, what: str) -> pa.Table:
     try:
         if isinstance(table, pa.Table):
             made = table
-        elif type(table).__module__.startswith("pandas."):
+        elif type(table).__module__.split(".")[0] == "pandas":
             repeated(table.columns, what)
             made = pa.Table.from_pandas(table, preserve_index=False)
         elif hasattr(table, "__arrow_c_stream__"):

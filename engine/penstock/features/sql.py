@@ -87,9 +87,13 @@ def query_table(query: str, base: Path, what: str, columns: Sequence[str] | None
 
 def query_schema(query: str, base: Path, what: str) -> pa.Schema:
     """The columns of a query's rows, of which none is read. Raises as `query_table`."""
+    import pyarrow as pa
+
     with _session(what) as connection:
         relation = connection.sql(analyse(query, base, what, connection).text)
-        return relation.limit(0).to_arrow_table().schema
+        schema = relation.limit(0).to_arrow_table().schema
+        # The limit makes repeated names distinct; they must stay what they are.
+        return pa.schema([f.with_name(name) for f, name in zip(schema, relation.columns)])
 
 
 def query_files(query: str, base: Path, what: str) -> list[Path] | None:

@@ -1,4 +1,4 @@
-"""SQL sources and SQL entity tables: what DuckDB runs, what it may not, and when a state counts as changed."""
+"""SQL sources and SQL entity tables: what DuckDB runs and may not, and when a state counts as changed."""
 
 from __future__ import annotations
 
