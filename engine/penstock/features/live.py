@@ -21,7 +21,7 @@ from penstock.features.fit import fit_key, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
-from penstock.features.source_tables import source_stamp
+from penstock.features.source_reading import source_stamp
 from penstock.features.sources import SourceTable, read_source
 
 _READ_TRIES = 5

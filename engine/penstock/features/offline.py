@@ -18,8 +18,8 @@ from penstock.features.compute import NULL, PRESENT, ViewComputer
 from penstock.features.expressions import is_floating
 from penstock.features.index import entity_keys
 from penstock.features.plan import ServicePlan
+from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
-from penstock.features.source_tables import arrow_table
 from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:

@@ -42,8 +42,8 @@ from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.registry import Registry
 from penstock.features.repo import load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
-from penstock.features.source_schema import check_declared, found_schema
-from penstock.features.source_tables import raw_schema
+from penstock.features.source_reading import raw_schema
+from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ class FeatureStore:
             }
             self._live.adopt(fresh)
             self._registry.reload()
-            schemas = {self.views[name].source.key: reading.schema for name, reading in fresh.items()}
+            sources = {name: self.views[name].source for name in fresh}
+            schemas = {s.key: schema_of(s, fresh[name].schema) for name, s in sources.items()}
             now = self._declared()
             breaks = bundle_breaks(bundles, self.services, fingerprints, {})
             found = changes(self._registry.state, now, schemas, breaks)
