@@ -1,7 +1,7 @@
 """A fast digest of the bytes that are written to it, 128 bits, for telling states of a table apart.
 
 SHA-256 over a large table takes longer than sorting it. Four lanes of multiply and rotate run over 8-byte
-words and are mixed in the end; a part's length is among the words, so that moved bounds show. It is no defence
+words and are mixed in the end; a part's length is among the words, so that moved bounds show. No defence
 against people. One thread at a time.
 """
 
