@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     )
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
     from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
-    from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
+    from penstock.features.source_definitions import (
+        ArrowSource,
+        CSVSource,
+        DuckDBSource,
+        ParquetSource,
+        TableSource,
+    )
     from penstock.features.store import FeatureStore
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
@@ -38,6 +44,7 @@ __all__ = [
     "AsyncClient",
     "CSVSource",
     "Client",
+    "DuckDBSource",
     "Engine",
     "Entity",
     "FeatureService",
@@ -45,6 +52,7 @@ __all__ = [
     "FeatureView",
     "ParquetSource",
     "RequestSource",
+    "TableSource",
     "col",
     "count",
     "distinct",
@@ -71,7 +79,9 @@ _HOMES = {
         "count", "distinct", "ewma", "first", "last", "max", "mean", "min", "std", "sum", "top_k", "var",
     ),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
-    "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource"),
+    "penstock.features.source_definitions": (
+        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
+    ),
     "penstock.features.expressions": (
         "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
     ),
