@@ -132,6 +132,11 @@ class ViewComputer:
             result = dtype if kind is None else aggregate_dtype(kind, dtype)
             if result is None:
                 raise DefinitionError(f"{where}: feature '{column.name}': {kind} is not defined on {dtype}")
+            declared = view.schema.get(column.name, result)
+            if result != declared:
+                raise DefinitionError(
+                    f"{where}: feature '{column.name}' is {result}; its schema expects {declared}"
+                )
             self.schema.append((column.name, result))
             self._stored[column.name] = self._ordered(found.get(column.name), kind, result)
         self.row_schema = _core.RowSchema(self.schema)

@@ -127,7 +127,10 @@ def entity_row_table(entity_rows: Any) -> tuple[pa.Table, bool]:
     if isinstance(entity_rows, Mapping):
         return _from_columns(dict(entity_rows)), False
     if isinstance(entity_rows, list | tuple):
-        return _from_columns(_columns_of(entity_rows)), False
+        columns = _columns_of(entity_rows)
+        if not columns:  # every view asked has one row for all
+            return pa.table({"": pa.nulls(len(entity_rows))}).select([]), False
+        return _from_columns(columns), False
     return offline.entity_table(entity_rows), True
 
 

@@ -127,7 +127,10 @@ def read_source(
     times = [source.timestamp] + ([source.created] if source.created else [])
     wanted = None if columns is None else list(dict.fromkeys([*times, *columns]))
     assert isinstance(source, FileSource)
-    table = _read_files(source, base, wanted)
+    table = _read_files(source, base, None if wanted is None else source.file_columns(wanted))
+    if source.field_mapping:
+        renames = source.renames(table.column_names)
+        table = table.select(list(renames)).rename_columns(list(renames.values()))
     where = f"source '{source.name}'"
     for name in wanted or times:
         if name not in table.column_names:

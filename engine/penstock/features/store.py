@@ -26,7 +26,13 @@ from penstock.errors import (
 from penstock.features import materialize as writing
 from penstock.features import offline, retrieval
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
-from penstock.features.definitions import FeatureService, FeatureView, RequestSource
+from penstock.features.definitions import (
+    FeatureService,
+    FeatureView,
+    RequestSource,
+    ViewProjection,
+    list_features,
+)
 from penstock.features.fit import rank_arguments
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
@@ -34,7 +40,7 @@ from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.registry import Registry, RegistryState
-from penstock.features.repo import load_repo
+from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.times import Time, to_us
 
@@ -58,6 +64,17 @@ class DefinitionChanges:
         return bool(self.views or self.services)
 
 
+@dataclass(frozen=True, eq=False)
+class AdHocList:
+    """A feature list that no service declares."""
+
+    features: Sequence[str]
+    aliases: Mapping[str, ViewProjection]
+    request: RequestSource | None
+    name: str = "features"
+    on_missing: str = "nan"
+
+
 class FeatureStore:
     """Features of one repository, offline and online.
 
@@ -70,12 +87,17 @@ class FeatureStore:
     """
 
     def __init__(
-        self, repo_path: str | Path, *, data_dir: str | Path | None = None, clock: SystemClock | None = None
+        self,
+        repo_path: str | Path | Repo,
+        *,
+        data_dir: str | Path | None = None,
+        clock: SystemClock | None = None,
     ) -> None:
         """Open a repository; `apply` need not have run.
 
         Args:
-            repo_path: folder with `feature_store.yaml` and Python files of definitions.
+            repo_path: folder with `feature_store.yaml` and Python files of definitions, or definitions that
+                were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
 
@@ -84,7 +106,7 @@ class FeatureStore:
             DefinitionError: a definition is wrong; the message names the file and line.
             StoreError: the registry or the online store is corrupt, or cannot be written.
         """
-        self._repo = load_repo(Path(repo_path))
+        self._repo = repo_path if isinstance(repo_path, Repo) else load_repo(Path(repo_path))
         self._clock = SystemClock() if clock is None else clock
         self.project = self._repo.project
         self.views: Mapping[str, FeatureView] = self._repo.views
@@ -133,7 +155,7 @@ class FeatureStore:
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
             for service in self.services.values():
-                _compile(service.name, service.features, self.views, computers, service.request, service)
+                self._compile_service(service, computers)
             self._live.adopt(fresh)
             self._registry.reload()
             changes = self._changes(self._registry.state)
@@ -171,30 +193,54 @@ class FeatureStore:
                 known = ", ".join(sorted(self.services)) or "none"
                 raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
             features = self.services[features]
+        service: FeatureService | AdHocList
         if isinstance(features, FeatureService):
-            service: FeatureService | None = features
-            name, refs, request = features.name, features.features, features.request
+            service = features
             key: Any = (features.fingerprint(), full_feature_names)
         else:
-            service, name = None, "features"
-            refs, request = features, self._request_of(features)
-            key = (tuple(refs), full_feature_names)
+            if not isinstance(features, Iterable):
+                raise InvalidArgumentError(
+                    f"features is {features!r}; expected a service or a list of 'view:feature'"
+                )
+            refs, aliases = list_features(features)
+            service = AdHocList(refs, aliases, self._request_of(refs))
+            described = json.dumps([alias.describe() for alias in aliases.values()])
+            key = (tuple(refs), described, full_feature_names)
         plans = self._plans
         if key not in plans:
-            used = {ref.split(":")[0] for ref in refs if isinstance(ref, str)}
+            owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
+            aliases = {**self._repo.projections, **service.aliases}
+            used = {aliases[name].view.name if name in aliases else name for name in owners}
             computers = {view: self.computer(view) for view in used if view in self.views}
-            plan = _compile(name, refs, self.views, computers, request, service, full_feature_names)
+            plan = self._compile_service(service, computers, full_feature_names)
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans[key] = plan
             return plan
         return plans[key]
 
+    def _compile_service(
+        self,
+        service: FeatureService | AdHocList,
+        computers: Mapping[str, ViewComputer],
+        full_feature_names: bool = False,
+    ) -> ServicePlan:
+        aliases = {**self._repo.projections, **service.aliases}
+        for alias in aliases.values():
+            if self.views.get(alias.view.name) is not alias.view:
+                raise InvalidArgumentError(f"'{alias.name}' is of a view that is not the repository's")
+        return compile_plan(
+            service.name,
+            service.features,
+            self.views,
+            computers,
+            service.request,
+            aliases=aliases,
+            full_feature_names=full_feature_names,
+            on_missing=service.on_missing,
+        )
+
     def _request_of(self, refs: Any) -> RequestSource | None:
-        if isinstance(refs, str) or not isinstance(refs, Iterable):
-            raise InvalidArgumentError(
-                f"features is {refs!r}; expected a service or a list of 'view:feature'"
-            )
         owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))
         used = [self._repo.requests[owner] for owner in owners if owner in self._repo.requests]
         if len(used) > 1:
@@ -341,18 +387,18 @@ class FeatureStore:
             texts[f"{plan.request_name}:{name}"] = given.dictionary or []
         statuses: dict[str, NDArray[np.uint8]] = {}
         event_time = np.empty((n, len(plan.views)), np.int64)
-        for at, (view, positions) in enumerate(zip(plan.views, plan.view_keys)):
+        for at, (owner, view, positions) in enumerate(zip(plan.view_names, plan.views, plan.view_keys)):
             live = self._live.view(view.name)
             computer = live.computer
             words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
             rows, meta = self._load(live, words, times)
             status = (rows[:, 0] & np.uint64(0xFF)).astype(np.uint8)
-            statuses[view.name] = np.where(nulls, np.uint8(NOT_FOUND), status)
+            statuses[owner] = np.where(nulls, np.uint8(NOT_FOUND), status)
             event_time[:, at] = np.where(nulls, np.iinfo(np.int64).min, meta[:, 2])
             for (name, dtype), (values, valid) in zip(computer.schema, computer.row_schema.decode(rows)):
                 values = np.where(nulls, 0, values).astype(np.float64 if dtype in _FLOATS else np.int64)
-                columns[f"{view.name}:{name}"] = (values, valid & ~nulls)
-            texts.update({f"{view.name}:{name}": found for name, found in computer.dictionaries.items()})
+                columns[f"{owner}:{name}"] = (values, valid & ~nulls)
+            texts.update({f"{owner}:{name}": found for name, found in computer.dictionaries.items()})
         outputs = [
             (values, np.ones(n, np.bool_) if valid is None else valid)
             for values, valid in plan.evaluate(columns, (times, None))
@@ -429,26 +475,6 @@ class FeatureStore:
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""
         return self.epoch << _STAMP_BITS
-
-
-def _compile(
-    name: str,
-    refs: Sequence[str],
-    views: Mapping[str, FeatureView],
-    computers: Mapping[str, ViewComputer],
-    request: RequestSource | None,
-    service: FeatureService | None,
-    full_feature_names: bool = False,
-) -> ServicePlan:
-    return compile_plan(
-        name,
-        refs,
-        views,
-        computers,
-        request,
-        full_feature_names=full_feature_names,
-        on_missing="nan" if service is None else service.on_missing,
-    )
 
 
 def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
