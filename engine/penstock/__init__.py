@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from penstock.features.aggregates import count, max, mean, min, sum
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
     from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
-    from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
+    from penstock.features.source_definitions import (
+        ArrowSource,
+        CSVSource,
+        DuckDBSource,
+        ParquetSource,
+        TableSource,
+    )
     from penstock.features.store import FeatureStore
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
@@ -25,6 +31,7 @@ __all__ = [
     "AsyncClient",
     "CSVSource",
     "Client",
+    "DuckDBSource",
     "Engine",
     "Entity",
     "FeatureService",
@@ -32,6 +39,7 @@ __all__ = [
     "FeatureView",
     "ParquetSource",
     "RequestSource",
+    "TableSource",
     "col",
     "count",
     "lit",
@@ -49,7 +57,9 @@ __all__ = [
 _HOMES = {
     "penstock.features.aggregates": ("count", "max", "mean", "min", "sum"),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
-    "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource"),
+    "penstock.features.source_definitions": (
+        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
+    ),
     "penstock.features.expressions": (
         "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
     ),

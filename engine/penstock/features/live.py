@@ -21,7 +21,8 @@ from penstock.features.fit import fit_key, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
-from penstock.features.sources import SourceTable, read_source, source_stamp
+from penstock.features.source_tables import source_stamp
+from penstock.features.sources import SourceTable, read_source
 
 _READ_TRIES = 5
 
@@ -47,11 +48,12 @@ class LiveView:
 
 @dataclass(frozen=True)
 class Reading:
-    """A view over a new reading, with distributions that no registry knows yet."""
+    """A view over a new reading, with distributions that no registry knows yet, and the source's schema."""
 
     computer: ViewComputer
     tag: str
     fits: dict[str, Distribution]
+    schema: dict[str, str]
 
 
 class LiveViews:
@@ -110,12 +112,16 @@ class LiveViews:
             self._live = {**self._live, **fresh}
 
     def rebuild(self) -> dict[str, Reading]:
-        """Read every view and fit its distributions anew, without any effect yet."""
+        """Read every view and fit its distributions anew, without any effect yet.
+
+        The sources are not held to the schemas that were recorded, for it is `apply` that records them.
+        """
         found = {}
         for name, view in self._repo.views.items():
-            table, tag = self._read(view)
+            table, tag = self._read(view, None)
             fits = fit_view(view, table, self._repo.fit_until_us)
-            found[name] = Reading(ViewComputer(view, table, self._registry.seed, fits), tag, fits)
+            computer = ViewComputer(view, table, self._registry.seed, fits)
+            found[name] = Reading(computer, tag, fits, table.found)
             if name in self._live:
                 _same_layout(self._live[name].computer, found[name].computer)
         return found
@@ -131,7 +137,7 @@ class LiveViews:
         self._live = {name: self._number(r.computer, r.tag) for name, r in fresh.items()}
 
     def _build(self, view: FeatureView) -> LiveView:
-        table, tag = self._read(view)
+        table, tag = self._read(view, self._registry.state.recorded("sources").get(view.source.key))
         fitted = self._fitted(view)
         if fitted is None:
             made = fit_view(view, table, self._repo.fit_until_us)
@@ -156,8 +162,11 @@ class LiveViews:
         except OSError as error:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
-    def _read(self, view: FeatureView) -> tuple[SourceTable, str]:
-        """The view's source and its stamp. The codes of its stored strings are in the registry then."""
+    def _read(self, view: FeatureView, recorded: Mapping[str, str] | None) -> tuple[SourceTable, str]:
+        """The view's source, held to the recorded schema, and its stamp.
+
+        The codes of its stored strings are in the registry then.
+        """
         source, stored = view.source, view.stored
         values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
         columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
@@ -166,7 +175,7 @@ class LiveViews:
             stamp = self._stamp(view)
             known = self._registry.state.dictionaries.get(source.name, {})
             given = {name: texts for name, texts in known.items() if name in plain}
-            table = read_source(source, self._repo.path, given, columns)
+            table = read_source(source, self._repo.path, given, columns, recorded)
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}

@@ -18,7 +18,9 @@ from penstock.features.compute import NULL, PRESENT, ViewComputer
 from penstock.features.expressions import is_floating
 from penstock.features.index import entity_keys
 from penstock.features.plan import ServicePlan
-from penstock.features.sources import SourceColumn, arrow_column, feature_dtype, time_column
+from penstock.features.source_schema import feature_dtype
+from penstock.features.source_tables import arrow_table
+from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,26 +40,7 @@ def entity_table(entity_df: Any) -> pa.Table:
     Raises:
         InvalidArgumentError: another object, a column that Arrow cannot hold, or a repeated column name.
     """
-    try:
-        if isinstance(entity_df, pa.Table):
-            table = entity_df
-        elif type(entity_df).__module__.startswith("pandas."):
-            table = pa.Table.from_pandas(entity_df, preserve_index=False)
-        elif hasattr(entity_df, "__arrow_c_stream__"):
-            table = pa.table(entity_df)
-        else:
-            raise InvalidArgumentError(
-                f"entity_df is a {type(entity_df).__name__}; expected a pandas, polars or Arrow table"
-            )
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise InvalidArgumentError(f"entity_df cannot be read as an Arrow table: {error}") from error
-    names = table.column_names
-    for name in names:
-        if names.count(name) > 1:
-            raise InvalidArgumentError(f"entity_df has two columns named '{name}'")
-    return table.replace_schema_metadata(None)
+    return arrow_table(entity_df, "entity_df")
 
 
 def time_column_name(table: pa.Table) -> str:

@@ -48,14 +48,21 @@ class RegistryState:
         dictionaries: texts by code, for each source path and column.
         fits: newest fit of each distribution, by its key.
         view_ids: number of each view identity (definition and fits); numbers are never used twice.
-        applied: fingerprints that `apply` recorded, {"views": {name: ...}, "services": {name: ...}}.
+        applied: what `apply` recorded of the definitions, by kind and name; None before the first:
+            "views", "services": fingerprints; "view_parts": what a view's fingerprint is made of, by part;
+            "service_features": ordered features of each service; "dtypes": of each view's features;
+            "sources": schema of each source, by its key.
     """
 
     seed: str
     dictionaries: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     fits: dict[str, Fit] = field(default_factory=dict)
     view_ids: dict[str, int] = field(default_factory=dict)
-    applied: dict[str, dict[str, str]] | None = None
+    applied: dict[str, dict[str, Any]] | None = None
+
+    def recorded(self, kind: str) -> dict[str, Any]:
+        """One kind of what `apply` recorded; empty where it has not recorded it."""
+        return (self.applied or {}).get(kind, {})
 
 
 class Registry:
@@ -176,10 +183,10 @@ class Registry:
             )
         return self.state.view_ids[identity]
 
-    def record_applied(self, views: Mapping[str, str], services: Mapping[str, str]) -> None:
-        """Record the fingerprints of the definitions in force."""
-        applied = {"views": dict(views), "services": dict(services)}
-        self._update(lambda state: None if state.applied == applied else _replace(state, applied=applied))
+    def record_applied(self, applied: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the definitions in force; see `RegistryState.applied`."""
+        made = {kind: dict(by_name) for kind, by_name in applied.items()}
+        self._update(lambda state: None if state.applied == made else _replace(state, applied=made))
 
     def reload(self) -> None:
         """Take over what other processes have written."""

@@ -15,7 +15,8 @@ from penstock.features import offline
 from penstock.features.compute import NULL, PRESENT
 from penstock.features.expressions import is_floating
 from penstock.features.plan import ServicePlan
-from penstock.features.sources import SourceColumn, arrow_column, feature_dtype, time_column
+from penstock.features.source_schema import feature_dtype
+from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""Event tables read from files into plain arrays, and the one conversion from Arrow columns.
+"""Event tables of sources as plain arrays, and the one conversion from Arrow columns.
 
 Every time becomes int64 microseconds UTC (a time without a zone is UTC), every string a dictionary code.
 A dictionary only grows, so a code that was given once keeps its meaning. Rows without an event time are
@@ -7,8 +7,6 @@ dropped and counted. Tables are immutable; any thread may read them.
 
 from __future__ import annotations
 
-import glob
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +18,22 @@ import pyarrow.compute as pc
 
 from penstock.errors import InvalidArgumentError
 from penstock.features.expressions import INT_MIN
-from penstock.features.source_definitions import ArrowSource, CSVSource, FileSource, Source
+from penstock.features.source_definitions import Source
+from penstock.features.source_schema import (
+    as_expected,
+    check_columns,
+    check_declared,
+    check_recorded,
+    feature_dtype,
+    found_schema,
+    is_text,
+)
+from penstock.features.source_tables import raw_table, where_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 UNKNOWN_TIME = INT_MIN  # `known_at` of a row whose `created` is null: it loses ties and no cut-off admits it
-_SUFFIXES = {"ParquetSource": (".parquet", ".pq"), "CSVSource": (".csv",),
-             "ArrowSource": (".arrow", ".feather", ".ipc")}  # fmt: skip
 _PER_US = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _ZONED = r"[0-9][Tt ].*([Zz]|[+-][0-9]{2}(:?[0-9]{2})?)$"
 
@@ -64,6 +70,9 @@ class SourceTable:
         known_at: int64[n]; `event_time` if the source has no `created`, `UNKNOWN_TIME` where that is null.
         unsupported: Arrow type of each column that is no feature type; to use one is an error.
         dropped: rows left out because their event time is null.
+        event_id: what names each row's event, int64 or string, or None; a null names none.
+        deleted: bool[n]; true where the row takes its event back. None: no row does.
+        found: the dtype of every column that the source has, read or not.
     """
 
     columns: dict[str, SourceColumn]
@@ -72,6 +81,9 @@ class SourceTable:
     known_at: NDArray[np.int64]
     unsupported: dict[str, str] = field(default_factory=dict)
     dropped: int = 0
+    event_id: SourceColumn | None = None
+    deleted: NDArray[np.bool_] | None = None
+    found: dict[str, str] = field(default_factory=dict)
 
     @property
     def schema(self) -> dict[str, str]:
@@ -84,72 +96,57 @@ class SourceTable:
         return {n: c.dictionary for n, c in self.columns.items() if c.dictionary is not None}
 
 
-def source_files(source: FileSource, base: Path) -> list[Path]:
-    """Files of a source, sorted by path; a folder stands for all files below it with a known suffix."""
-    path = base / source.path
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        suffixes = _SUFFIXES[type(source).__name__]
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-        wanted = f"a file *{suffixes[0]} in it"
-    else:
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())  # noqa: PTH207
-        wanted = "an existing file, folder or glob"
-    if not found:
-        raise InvalidArgumentError(f"source path is '{source.path}' in {base}; expected {wanted}")
-    return found
-
-
-def source_stamp(source: Source, base: Path) -> str:
-    """A digest that changes with the events: of the names, sizes and modification times of the files."""
-    assert isinstance(source, FileSource)
-    facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in source_files(source, base)]
-    return hashlib.sha256(repr((source.describe(), facts)).encode()).hexdigest()
-
-
 def read_source(
     source: Source,
     base: Path,
     dictionaries: Mapping[str, list[str]] | None = None,
     columns: Iterable[str] | None = None,
+    recorded: Mapping[str, str] | None = None,
 ) -> SourceTable:
     """Read a source.
 
     Args:
-        source: what to read; its path is relative to `base`.
+        source: what to read; its paths are relative to `base`.
         dictionaries: codes given earlier, by column; new strings are appended to a copy.
-        columns: the columns to keep besides the time columns; all that have a feature type if None.
+        columns: the columns to keep besides the source's own; all that have a feature type if None.
+        recorded: the schema that `apply` recorded; None: it is not held to one.
 
     Raises:
-        InvalidArgumentError: a missing or corrupt file, a missing column, or one whose type does not fit.
+        InvalidArgumentError: a missing or corrupt file, a missing column, one whose type does not fit, a row
+            that the declared schema forbids, or a wrong query.
+        FailedPreconditionError: a column has another type than `recorded` says.
     """
-    times = [source.timestamp] + ([source.created] if source.created else [])
-    wanted = None if columns is None else list(dict.fromkeys([*times, *columns]))
-    assert isinstance(source, FileSource)
-    table = _read_files(source, base, None if wanted is None else source.file_columns(wanted))
-    if source.field_mapping:
-        renames = source.renames(table.column_names)
-        table = table.select(list(renames)).rename_columns(list(renames.values()))
-    where = f"source '{source.name}'"
-    for name in wanted or times:
-        if name not in table.column_names:
-            known = ", ".join(table.column_names)
-            raise InvalidArgumentError(f"{where} has no column '{name}'; expected one of {known}")
+    own = source.own_columns
+    wanted = None if columns is None else list(dict.fromkeys([*own, *columns]))
+    table, schema = raw_table(source, base, wanted)
+    where = where_of(source)
+    check_columns(source, schema, wanted or own)
+    check_declared(source, schema)
+    used = wanted or list(dict.fromkeys(schema.names))
+    if recorded is not None:
+        check_recorded(source, schema, recorded, used)
+    table = as_expected(source, table, {**(recorded or {}), **(source.schema or {})}, used)
+    times = [name for name in (source.timestamp, source.created) if name is not None]
     converted: dict[str, SourceColumn] = {}
     unsupported: dict[str, str] = {}
-    for name in wanted or table.column_names:
+    for name in used:
         given = (dictionaries or {}).get(name)
+        what = f"{where}: column '{name}'"
         if name in times:
-            converted[name] = time_column(table[name], f"{where}: column '{name}'")
+            converted[name] = time_column(table[name], what, one_kind=source.schema is not None)
         elif wanted is None and feature_dtype(table[name].type) is None:
             unsupported[name] = str(table[name].type)
         else:
-            converted[name] = arrow_column(table[name], f"{where}: column '{name}'", given)
+            converted[name] = arrow_column(table[name], what, given)
     present = converted[source.timestamp].valid
     dropped = 0
     if present is not None:
         dropped = int(np.count_nonzero(~present))
+        if source.schema is not None:
+            raise InvalidArgumentError(
+                f"{where}: column '{source.timestamp}' is null in {dropped} of {len(present)} rows, first in "
+                f"row {int(np.argmin(present))}; expected a time in each, as a schema is declared"
+            )
         converted = {name: column.take(present) for name, column in converted.items()}
     event_time = converted[source.timestamp].values
     known_at = event_time
@@ -158,74 +155,35 @@ def read_source(
         known_at = (
             created.values if created.valid is None else np.where(created.valid, created.values, UNKNOWN_TIME)
         )
-    return SourceTable(converted, len(event_time), event_time, known_at, unsupported, dropped)
+    event_id, deleted = _versions(source, converted)
+    return SourceTable(
+        converted, len(event_time), event_time, known_at, unsupported, dropped, event_id, deleted,
+        found_schema(source, schema),
+    )  # fmt: skip
 
 
-def _read_files(source: FileSource, base: Path, wanted: list[str] | None) -> pa.Table:
-    files = source_files(source, base)
-    tables = []
-    for path in files:
-        try:
-            tables.append(_read_file(source, path, wanted))
-        except (pa.ArrowException, OSError) as error:
-            kind = type(source).__name__.removesuffix("Source")
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InvalidArgumentError(f"file '{path}' cannot be read as {kind}: {reason}") from error
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InvalidArgumentError(
-            f"the files of source '{source.path}' differ in schema: {error}"
-        ) from error
-
-
-def _read_file(source: FileSource, path: Path, wanted: list[str] | None) -> pa.Table:
-    if isinstance(source, CSVSource):
-        from pyarrow import csv
-
-        # Only an empty unquoted cell is null: "NA" and "null" are texts that people use.
-        options = csv.ConvertOptions(
-            null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
-        )
-        return csv.read_csv(path, convert_options=options)
-    if isinstance(source, ArrowSource):
-        with pa.OSFile(str(path)) as file:
-            magic = file.read(6)
-            file.seek(0)
-            reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-            return reader.read_all()
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        # A file that lacks a column is read whole, so that the error can list what there is.
-        whole = wanted is None or not set(wanted) <= set(file.schema_arrow.names)
-        return file.read(columns=None if whole else wanted)
-
-
-def feature_dtype(kind: pa.DataType) -> str | None:
-    """The feature dtype of an Arrow type; None if it has none."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_boolean(kind):
-        return "bool"
-    if pa.types.is_integer(kind):
-        return "int64"
-    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
-        return "float32"
-    if pa.types.is_float64(kind) or pa.types.is_null(kind):
-        return "float64"
-    if is_text(kind):
-        return "string"
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return "timestamp"
-    return "duration" if pa.types.is_duration(kind) else None
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether the Arrow type is a string, dictionary-encoded or not."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _versions(
+    source: Source, columns: Mapping[str, SourceColumn]
+) -> tuple[SourceColumn | None, NDArray[np.bool_] | None]:
+    """The name of each row's event, and whether the row takes it back."""
+    where = where_of(source)
+    event_id = deleted = None
+    if source.event_id is not None:
+        event_id = columns[source.event_id]
+        if event_id.dtype not in ("int64", "string"):
+            raise InvalidArgumentError(
+                f"{where}: column '{source.event_id}' is {event_id.dtype}; "
+                "expected int64 or string, as it names events"
+            )
+    if source.deleted is not None:
+        column = columns[source.deleted]
+        if column.dtype != "bool":
+            raise InvalidArgumentError(
+                f"{where}: column '{source.deleted}' is {column.dtype}; "
+                "expected bool, as it says what is deleted"
+            )
+        deleted = column.values.astype(np.bool_)  # null is 0: not deleted
+    return event_id, deleted
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -311,8 +269,11 @@ def _text_column(
     return SourceColumn("string", codes, valid, list(at))
 
 
-def time_column(column: pa.ChunkedArray, what: str) -> SourceColumn:
+def time_column(column: pa.ChunkedArray, what: str, *, one_kind: bool = False) -> SourceColumn:
     """Convert a column of times: timestamps of any zone and unit, dates, or ISO 8601 texts.
+
+    Args:
+        one_kind: refuse texts of which some have a zone and some have none.
 
     Raises:
         InvalidArgumentError: another type, or a text that is no time.
@@ -321,18 +282,24 @@ def time_column(column: pa.ChunkedArray, what: str) -> SourceColumn:
     if pa.types.is_null(kind):
         return SourceColumn("timestamp", np.zeros(len(column), np.int64), np.zeros(len(column), np.bool_))
     if is_text(kind):
-        column = _parse_times(_plain(column), what)
+        column = _parse_times(_plain(column), what, one_kind)
     elif feature_dtype(kind) != "timestamp":
         raise InvalidArgumentError(f"{what} has type {kind}; expected a timestamp, a date or ISO 8601 texts")
     return arrow_column(column, what)
 
 
-def _parse_times(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
+def _parse_times(column: pa.ChunkedArray, what: str, one_kind: bool) -> pa.ChunkedArray:
     """ISO texts to timestamp[us, UTC]. Each keeps its own offset; without one it is UTC."""
     column = column.cast(pa.string())
     # Digits beyond microseconds are cut: the fraction always counts upwards, so that is the floor.
     texts = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r"([.][0-9]{6})[0-9]+", r"\1")
     zoned = pc.match_substring_regex(texts, _ZONED)
+    if one_kind and len(kinds := pc.unique(zoned.drop_null())) > 1:
+        first = [texts[pc.index(zoned, kind).as_py()].as_py() for kind in kinds]
+        raise InvalidArgumentError(
+            f"{what} has times with a zone and without one, '{first[0]}' and '{first[1]}'; "
+            "expected one or the other"
+        )
     texts = pc.if_else(zoned, texts, pc.binary_join_element_wise(texts, "Z", ""))
     # A lone date takes no offset in Arrow's parser.
     texts = pc.replace_substring_regex(texts, r"^([0-9]{4}-[0-9]{2}-[0-9]{2})Z$", r"\1T00:00:00Z")

@@ -7,7 +7,6 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +21,19 @@ from penstock.clock import SystemClock
 from penstock.errors import (
     InvalidArgumentError,
     NotFoundError,
+    PenstockError,
 )
 from penstock.features import materialize as writing
-from penstock.features import offline, retrieval
+from penstock.features import offline, retrieval, sql
+from penstock.features.changes import (
+    Break,
+    BundleFacts,
+    DefinitionChanges,
+    bundle_breaks,
+    changes,
+    declared,
+    service_breaks,
+)
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.definitions import (
     FeatureService,
@@ -33,15 +42,16 @@ from penstock.features.definitions import (
     ViewProjection,
     list_features,
 )
-from penstock.features.fit import rank_arguments
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.plan import ServicePlan, compile_plan
-from penstock.features.registry import Registry, RegistryState
+from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.source_schema import check_declared, found_schema
+from penstock.features.source_tables import raw_schema
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -51,17 +61,6 @@ _MAX_PLANS = 256
 _READ_TRIES = 5
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
-
-
-@dataclass(frozen=True)
-class DefinitionChanges:
-    """What `apply` changes or has changed in the registry: "added", "changed" or "removed" by name."""
-
-    views: dict[str, str]
-    services: dict[str, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.views or self.services)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +133,57 @@ class FeatureStore:
 
     # Definitions
 
-    def plan(self) -> DefinitionChanges:
-        """What `apply` would change: the definitions in force against those that it recorded last."""
-        self._registry.reload()
-        return self._changes(self._registry.state)
+    def plan(self, bundles: Sequence[BundleFacts] = ()) -> DefinitionChanges:
+        """What `apply` would change, and what it would break.
 
-    def apply(self) -> DefinitionChanges:
+        Args:
+            bundles: models whose fingerprints are compared with those that the services would have. Only
+                with some of them are the sources read, as `apply` reads them.
+        """
+        self._registry.reload()
+        breaks = service_breaks(self.services, self.views, self._repo.projections)
+        schemas: dict[str, dict[str, str]] = {}
+        for source in {view.source.key: view.source for view in self.views.values()}.values():
+            try:
+                schema = raw_schema(source, self._repo.path)
+                check_declared(source, schema)
+                schemas[source.key] = found_schema(source, schema)
+            except (PenstockError, OSError) as error:
+                breaks.append(Break("source", source.name, str(error)))
+        used = {bundle.service for bundle in bundles} & self.services.keys()
+        if used:
+            with self._writing, self._live.locked():
+                fingerprints, faults = self._would_be(sorted(name for name in used if name is not None))
+            breaks += bundle_breaks(bundles, self.services, fingerprints, faults)
+        else:
+            breaks += bundle_breaks(bundles, self.services, {}, {})
+        return changes(self._registry.state, self._declared(), schemas, breaks)
+
+    def _would_be(self, services: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Fingerprints of services as `apply` would make them, and why others cannot be made."""
+        found: dict[str, str] = {}
+        try:
+            computers = {name: reading.computer for name, reading in self._live.rebuild().items()}
+        except PenstockError as error:
+            return found, {name: str(error) for name in services}
+        faults: dict[str, str] = {}
+        for name in services:
+            service = self.services[name]
+            try:
+                found[name] = self._compile_service(service, computers).fingerprint
+            except PenstockError as error:
+                faults[name] = str(error)
+        return found, faults
+
+    def apply(self, bundles: Sequence[BundleFacts] = ()) -> DefinitionChanges:
         """Check all definitions against their sources, fit distributions anew, and record the result.
 
-        Rows of views that are no longer defined leave the online store. On an error nothing is recorded.
+        The schemas that the sources have now are recorded; later readings are held to them. Rows of views
+        that are no longer defined leave the online store. On an error nothing is recorded.
         Serving code must compile its plans again, for distributions may have changed.
+
+        Args:
+            bundles: models whose fingerprints are compared with those that the services have now.
 
         Returns:
             What has changed.
@@ -154,30 +194,27 @@ class FeatureStore:
         with self._writing, self._live.locked():
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
-            for service in self.services.values():
-                self._compile_service(service, computers)
+            fingerprints = {
+                name: self._compile_service(service, computers).fingerprint
+                for name, service in self.services.items()
+            }
             self._live.adopt(fresh)
             self._registry.reload()
-            changes = self._changes(self._registry.state)
-            self._registry.record_applied(*self._declared())
+            schemas = {self.views[name].source.key: reading.schema for name, reading in fresh.items()}
+            now = self._declared()
+            breaks = bundle_breaks(bundles, self.services, fingerprints, {})
+            found = changes(self._registry.state, now, schemas, breaks)
+            dtypes = {name: _dtypes(reading.computer) for name, reading in fresh.items()}
+            self._registry.record_applied({**now, "sources": schemas, "dtypes": dtypes})
             self._plans = {}
             numbers = self._live.numbers()
             for number in self._online.headers():
                 if number not in numbers:
                     self._online.delete_view(number)
-        return changes
+        return found
 
-    def _declared(self) -> tuple[dict[str, str], dict[str, str]]:
-        views = {}
-        for name, view in self.views.items():
-            parts = [view.fingerprint()] + [self._repo.fit_until_us] * bool(rank_arguments(view))
-            views[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return views, {name: service.fingerprint() for name, service in self.services.items()}
-
-    def _changes(self, state: RegistryState) -> DefinitionChanges:
-        applied = state.applied or {"views": {}, "services": {}}
-        views, services = self._declared()
-        return DefinitionChanges(_diff(applied["views"], views), _diff(applied["services"], services))
+    def _declared(self) -> dict[str, dict[str, Any]]:
+        return declared(self.views, self.services, self._repo.fit_until_us)
 
     def service_plan(
         self, features: str | FeatureService | Sequence[str], *, full_feature_names: bool = False
@@ -297,7 +334,8 @@ class FeatureStore:
 
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
-                the join keys and the request inputs.
+                the join keys and the request inputs; or a SELECT that gives them, run by DuckDB in the
+                repository's folder.
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
             filter_by_created_timestamp: leave out events that became known after the row's time.
@@ -310,6 +348,8 @@ class FeatureStore:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
+        if isinstance(entity_df, str):
+            entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
         table = offline.entity_table(entity_df)
         computers = {view.name: self.computer(view.name) for view in plan.views}
         return RetrievalJob(
@@ -477,9 +517,10 @@ class FeatureStore:
         return self.epoch << _STAMP_BITS
 
 
-def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
-    found = {name: "removed" for name in before if name not in after}
-    for name, fingerprint in after.items():
-        if before.get(name) != fingerprint:
-            found[name] = "changed" if name in before else "added"
-    return dict(sorted(found.items()))
+def _dtypes(computer: ViewComputer) -> dict[str, str]:
+    """The dtype of each feature of a view, request-time ones too."""
+    view = computer.view
+    plan = compile_plan(
+        view.name, [f"{view.name}:{name}" for name in view.features], {view.name: view}, {view.name: computer}
+    )
+    return dict(zip(view.features, plan.output_dtypes))

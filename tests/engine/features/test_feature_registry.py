@@ -35,7 +35,7 @@ def test_everything_is_there_again_after_reopening(tmp_path: Path) -> None:
     assert registry.extend_dictionaries("t.parquet", {"city": ["Rome", "Oslo"]})
     registry.record_fits({"k": DIST}, 7, refit=True)
     number = registry.view_id("a")
-    registry.record_applied({"v": "1"}, {"s": "2"})
+    registry.record_applied({"views": {"v": "1"}, "services": {"s": "2"}})
     again = Registry(tmp_path)
     assert again.state == registry.state
     assert again.state.dictionaries == {"t.parquet": {"city": ["Rome", "Oslo"]}}

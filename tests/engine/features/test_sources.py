@@ -16,13 +16,8 @@ from pyarrow import csv, feather
 from penstock.errors import InvalidArgumentError
 from penstock.features.expressions import timestamp_us
 from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
-from penstock.features.sources import (
-    UNKNOWN_TIME,
-    arrow_column,
-    read_source,
-    source_stamp,
-    time_column,
-)
+from penstock.features.source_tables import source_stamp
+from penstock.features.sources import UNKNOWN_TIME, arrow_column, read_source, time_column
 
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
 NOON_US = timestamp_us(NOON)
