@@ -50,6 +50,7 @@ from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.snapshot import snapshot_rows
 from penstock.features.source_schema import check_declared, found_schema
 from penstock.features.source_tables import raw_schema
 from penstock.features.times import Time, to_us
@@ -327,6 +328,8 @@ class FeatureStore:
         features: str | FeatureService | Sequence[str],
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
         with_status: bool = False,
     ) -> RetrievalJob:
@@ -335,9 +338,11 @@ class FeatureStore:
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
                 the join keys and the request inputs; or a SELECT that gives them, run by DuckDB in the
-                repository's folder.
+                repository's folder; or None: every key with an event in [`start_date`, `end_date`], as of
+                `end_date`.
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
+            start_date, end_date: of a snapshot; by default `end_date` minus the longest ttl, and now.
             filter_by_created_timestamp: leave out events that became known after the row's time.
             with_status: append `<feature>__status` to each feature.
 
@@ -348,6 +353,16 @@ class FeatureStore:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
+        if entity_df is None:
+            end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
+            start_us = None if start_date is None else to_us(start_date, "start_date")
+            if start_us is not None and start_us > end_us:
+                raise InvalidArgumentError(f"start_date is {start_date!r}, after end_date {end_date!r}")
+            entity_df = snapshot_rows(plan, self._repo.path, start_us, end_us)
+        elif start_date is not None or end_date is not None:
+            raise InvalidArgumentError(
+                "start_date and end_date are given with entity_df; expected one or the other"
+            )
         if isinstance(entity_df, str):
             entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
         table = offline.entity_table(entity_df)

@@ -80,6 +80,10 @@ def same(ours: Any, theirs: Any) -> bool:
         return ours is theirs or any(isinstance(v, float) and math.isnan(v) for v in (ours, theirs))
     if isinstance(ours, float) and math.isnan(ours):
         return isinstance(theirs, float) and math.isnan(theirs)
+    if isinstance(ours, int) and isinstance(
+        theirs, float
+    ):  # Feast's frames hold integers beside nulls as floats
+        return float(ours) == theirs
     return bool(ours == theirs) if not hasattr(ours, "isoformat") else str(ours) == str(theirs)
 
 
