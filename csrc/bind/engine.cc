@@ -51,6 +51,7 @@ std::shared_ptr<const ServicePlan> make_plan(const py::dict& given) {
     PlanView view;
     view.name = py::cast<std::string>(given_view["name"]);
     view.cache = py::cast<std::shared_ptr<FeatureCache>>(given_view["cache"]);
+    if (given_view.contains("rows_of")) view.rows_of = py::cast<std::string>(given_view["rows_of"]);
     for (PlanColumn& column : plan_columns(given_view["fields"]))
       view.fields.push_back({std::move(column.name), column.dtype});
     view.key_columns = py::cast<std::vector<uint32_t>>(given_view["key_columns"]);
@@ -266,7 +267,7 @@ py::list hot_misses(const ServedModel& self, const PyHotInputs& hot, int64_t now
     if (keys.empty()) continue;
     const py::array_t<uint64_t> array({static_cast<py::ssize_t>(keys.size()), py::ssize_t{2}},
                                       reinterpret_cast<const uint64_t*>(keys.data()));
-    views.append(py::make_tuple(self.plan()->view(v).name, array));
+    views.append(py::make_tuple(self.plan()->view(v).loaded_as(), array));
   }
   return views;
 }

@@ -147,6 +147,11 @@ class ViewComputer:
                 aggregates.append((KINDS[value.kind], of, window, value.param))
                 if dtype == "string" and value.value is not None:
                     self._coded[column.name] = value.value.param
+            declared = view.schema.get(column.name, dtype)
+            if dtype != declared:
+                raise DefinitionError(
+                    f"{self._where}: feature '{column.name}' is {dtype}; its schema expects {declared}"
+                )
             self.schema.append((column.name, dtype))
         self.row_schema = _core.RowSchema(self.schema)
         self.dictionaries: dict[str, list[str]] = {

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from penstock.errors import DefinitionError
+from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features.aggregates import WindowAggregate
 from penstock.features.expressions import DTYPES, Expr, columns_read, digest, uses_now
 from penstock.features.source_definitions import Source
@@ -79,10 +79,11 @@ class StoredColumn:
 
 @dataclass(frozen=True, eq=False)
 class FeatureView:
-    """Features of one entity set computed from one source.
+    """Features of one entity set computed from one source. Without entities it has one row, for all.
 
     Attributes:
         as_known: only events known by the time asked count, in plain features and in aggregates.
+        schema: dtype that a stored feature must have; without `features` it names source columns.
         stored: columns of the stored row: features in the order given, then hidden columns by name.
         request_time: expressions to evaluate for each request; they read source columns by their own names.
         hidden: hidden stored column of each source column that request-time expressions read.
@@ -91,9 +92,10 @@ class FeatureView:
     name: str
     entities: Sequence[Entity]
     source: Source
-    features: Mapping[str, Expr | WindowAggregate]
+    features: Mapping[str, Expr | WindowAggregate] = field(default_factory=dict)
     ttl: timedelta | None = None
     as_known: bool = False
+    schema: Mapping[str, str] = field(default_factory=dict)
     stored: tuple[StoredColumn, ...] = field(init=False)
     request_time: Mapping[str, Expr] = field(init=False)
     hidden: Mapping[str, str] = field(init=False)
@@ -101,7 +103,9 @@ class FeatureView:
     def __post_init__(self) -> None:
         _check_name("view name", self.name)
         where = f"view '{self.name}'"
-        if not self.entities or not all(isinstance(e, Entity) for e in self.entities):
+        if not isinstance(self.entities, list | tuple) or not all(
+            isinstance(e, Entity) for e in self.entities
+        ):
             raise DefinitionError(f"{where}: entities is {self.entities!r}; expected a list of Entity")
         if not isinstance(self.source, Source):
             raise DefinitionError(
@@ -111,14 +115,15 @@ class FeatureView:
             raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
         if not isinstance(self.as_known, bool):
             raise DefinitionError(f"{where}: as_known is {self.as_known!r}; expected True or False")
-        if not self.features:
+        features = self.features or {name: Expr("col", name) for name in self.schema}
+        if not features:
             raise DefinitionError(f"{where} has no features")
         _check_distinct(f"{where}: entity", [e.name for e in self.entities])
         keys = self.join_keys
         _check_distinct(f"{where}: join key", keys)
         stored: list[StoredColumn] = []
         request_time: dict[str, Expr] = {}
-        for name, value in self.features.items():
+        for name, value in features.items():
             _check_name(f"{where}: feature name", name)
             if name in keys:
                 raise DefinitionError(f"{where}: feature '{name}' has the name of a join key")
@@ -130,11 +135,16 @@ class FeatureView:
                 raise DefinitionError(
                     f"{where}: feature '{name}' is {value!r}; expected an expression or an aggregate"
                 )
+        for name, dtype in self.schema.items():
+            if dtype not in DTYPES or name not in features or name in request_time:
+                expected = f"a dtype of {', '.join(DTYPES)} for a stored feature"
+                raise DefinitionError(f"{where}: schema has '{name}': {dtype!r}; expected {expected}")
         hidden = {column: HIDDEN_PREFIX + column for column in columns_read(*request_time.values())}
         stored += [StoredColumn(name, Expr("col", column), True) for column, name in hidden.items()]
         for attribute, found in (
             ("entities", tuple(self.entities)),
-            ("features", dict(self.features)),
+            ("features", dict(features)),
+            ("schema", dict(self.schema)),
             ("stored", tuple(stored)),
             ("request_time", request_time),
             ("hidden", hidden),
@@ -158,15 +168,112 @@ class FeatureView:
         known = ["as_known"] * self.as_known
         return digest([self.name, entities, self.source.describe(), self.ttl_us, features, *known])
 
+    def with_name(self, name: str) -> ViewProjection:
+        """The view under another name, in feature lists and in `view__feature`."""
+        return ViewProjection(self, name, tuple(self.features), {})
+
+    def with_join_key_map(self, join_key_map: Mapping[str, str]) -> ViewProjection:
+        """The view for other columns of the request: join key -> column."""
+        return self.with_name(self.name).with_join_key_map(join_key_map)
+
+    def __getitem__(self, features: Sequence[str]) -> ViewProjection:
+        """Some features of the view."""
+        return self.with_name(self.name)[features]
+
+    __iter__ = None
+
+
+@dataclass(frozen=True, eq=False)
+class ViewProjection:
+    """Features of a view under a name and for entity columns of its own; it shares the view's rows.
+
+    Attributes:
+        features: those that it stands for where it is listed itself.
+        join_key_map: join key -> column that holds it.
+    """
+
+    view: FeatureView
+    name: str
+    features: tuple[str, ...]
+    join_key_map: Mapping[str, str]
+
+    def with_name(self, name: str) -> ViewProjection:
+        """The same under another name."""
+        _check_name("view name", name)
+        return replace(self, name=name)
+
+    def with_join_key_map(self, join_key_map: Mapping[str, str]) -> ViewProjection:
+        """The same for other columns."""
+        where = f"view '{self.view.name}' as '{self.name}'"
+        for key, column in join_key_map.items():
+            _check_name(f"{where}: column of join key '{key}'", column)
+            if key not in self.view.join_keys:
+                known = ", ".join(self.view.join_keys) or "none"
+                raise DefinitionError(f"{where}: '{key}' is no join key; expected one of {known}")
+        return replace(self, join_key_map=dict(join_key_map))
+
+    def __getitem__(self, features: Sequence[str]) -> ViewProjection:
+        if isinstance(features, str) or not isinstance(features, list | tuple) or not features:
+            raise DefinitionError(f"view '{self.name}': features is {features!r}; expected a list of names")
+        for feature in features:
+            if feature not in self.view.features:
+                known = ", ".join(self.view.features)
+                raise DefinitionError(
+                    f"view '{self.name}' has no feature '{feature}'; expected one of {known}"
+                )
+        return replace(self, features=tuple(features))
+
+    __iter__ = None
+
+    @property
+    def join_keys(self) -> list[str]:
+        """Columns that hold the view's join keys, in key order."""
+        return [self.join_key_map.get(key, key) for key in self.view.join_keys]
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether it is more than a choice of features."""
+        return self.name != self.view.name or bool(self.join_key_map)
+
+    def describe(self) -> list[Any]:
+        """What it adds to the view, as JSON values."""
+        return [self.name, self.view.name, sorted(self.join_key_map.items())]
+
+
+def list_features(given: Any) -> tuple[list[str], dict[str, ViewProjection]]:
+    """Names "view:feature" of a feature list, and the aliases that are objects in it, by name.
+
+    Raises:
+        DefinitionError: two projections of one name that differ.
+    """
+    refs: list[str] = []
+    aliases: dict[str, ViewProjection] = {}
+    for item in given:
+        if isinstance(item, FeatureView):
+            item = item.with_name(item.name)
+        if not isinstance(item, ViewProjection):
+            refs.append(item)
+            continue
+        refs += [f"{item.name}:{feature}" for feature in item.features]
+        if item.is_alias and aliases.setdefault(item.name, item).describe() != item.describe():
+            raise DefinitionError(f"two different projections are named '{item.name}'; use with_name")
+    return refs, aliases
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureService:
-    """The ordered inputs of a model: "view:feature" and, from the request, "request_source:input" names."""
+    """The ordered inputs of a model: "view:feature" and, from the request, "request_source:input" names.
+
+    Attributes:
+        features: names; a view or a projection in the list stands for its features.
+        aliases: the projections that were listed under a name or for join keys of their own, by name.
+    """
 
     name: str
-    features: Sequence[str]
+    features: Sequence[Any]
     request: RequestSource | None = None
     on_missing: str = "nan"
+    aliases: Mapping[str, ViewProjection] = field(init=False)
 
     def __post_init__(self) -> None:
         _check_name("service name", self.name)
@@ -175,19 +282,32 @@ class FeatureService:
             raise DefinitionError(
                 f"{where}: features is {self.features!r}; expected a list of 'view:feature'"
             )
-        for reference in self.features:
+        refs, aliases = list_features(self.features)
+        for reference in refs:
+            check_unversioned(reference)
             parts = reference.split(":") if isinstance(reference, str) else []
             if len(parts) != 2 or not all(map(_NAME.match, parts)):
                 raise DefinitionError(f"{where}: feature is {reference!r}; expected 'view:feature'")
             if self.request and parts[0] == self.request.name and parts[1] not in self.request.schema:
                 known = ", ".join(self.request.schema)
                 raise DefinitionError(f"{where}: '{reference}' is no request input; expected one of {known}")
-        _check_distinct(f"{where}: feature", self.features)
+        _check_distinct(f"{where}: feature", refs)
         if self.on_missing not in ("nan", "error"):
             raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")
-        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "features", tuple(refs))
+        object.__setattr__(self, "aliases", aliases)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the service's own declaration; views have their own."""
         request = None if self.request is None else [self.request.name, list(self.request.schema.items())]
-        return digest([self.name, list(self.features), request, self.on_missing])
+        aliases = [[self.aliases[name].describe() for name in sorted(self.aliases)]] * bool(self.aliases)
+        return digest([self.name, list(self.features), request, self.on_missing, *aliases])
+
+
+def check_unversioned(reference: Any) -> None:
+    """Refuse "view@v2:feature"."""
+    if isinstance(reference, str) and "@" in reference.split(":")[0]:
+        raise InvalidArgumentError(
+            f"feature is '{reference}'; a repository has one version of a view: expected "
+            f"'{reference.split('@')[0]}:{reference.split(':')[-1]}'"
+        )

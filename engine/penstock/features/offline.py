@@ -102,7 +102,7 @@ def historical_join(
         columns[source_name] = (given.values, given.valid)
         texts[source_name] = given.dictionary or []
     statuses: dict[str, NDArray[np.uint8]] = {}
-    for view, positions in zip(plan.views, plan.view_keys):
+    for owner, view, positions in zip(plan.view_names, plan.views, plan.view_keys):
         computer = computers[view.name]
         words, nulls = entity_keys([keys[i] for i in positions], n, key_seed)
         if times.valid is not None:
@@ -110,10 +110,10 @@ def historical_join(
         cut = times.values if filter_by_created_timestamp else known_by
         rows = computer.rows_at(words, times.values, nulls=nulls, known_by=cut)
         for (name, _), column in zip(computer.schema, rows.columns):
-            columns[f"{view.name}:{name}"] = column
+            columns[f"{owner}:{name}"] = column
         for name, dictionary in computer.dictionaries.items():
-            texts[f"{view.name}:{name}"] = dictionary
-        statuses[view.name] = rows.status
+            texts[f"{owner}:{name}"] = dictionary
+        statuses[owner] = rows.status
     outputs = plan.evaluate(columns, (times.values, times.valid))
     result = _with_time(entities, time_name, times)
     for i in order:
@@ -149,7 +149,7 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
 def _output_order(plan: ServicePlan) -> list[int]:
     """Positions of the refs to append: by view, then request inputs that get a name of their own."""
     owners = [ref.split(":")[0] for ref in plan.refs]
-    order = [i for view in plan.views for i, owner in enumerate(owners) if owner == view.name]
+    order = [i for name in plan.view_names for i, owner in enumerate(owners) if owner == name]
     inputs = [i for i, owner in enumerate(owners) if owner == plan.request_name]
     return order + [i for i in inputs if plan.output_names[i] != plan.refs[i].split(":")[1]]
 

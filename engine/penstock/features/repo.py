@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from penstock.errors import ConfigError, DefinitionError
-from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
+from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource, ViewProjection
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
@@ -39,7 +39,7 @@ class Repo:
         project: its name.
         data_dir: folder of the registry and the online store.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
-        entities, views, services, requests: the definitions by name.
+        entities, views, services, requests, projections: the definitions by name.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class Repo:
     views: Mapping[str, FeatureView] = field(default_factory=dict)
     services: Mapping[str, FeatureService] = field(default_factory=dict)
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
+    projections: Mapping[str, ViewProjection] = field(default_factory=dict)
 
 
 def load_repo(path: Path) -> Repo:
@@ -63,11 +64,13 @@ def load_repo(path: Path) -> Repo:
     config = _read_config(path / CONFIG_NAME)
     data_dir = path / config.get("data_dir", ".penstock")
     found: dict[type, dict[str, Any]] = {
-        kind: {} for kind in (Entity, FeatureView, FeatureService, RequestSource)
+        kind: {} for kind in (Entity, FeatureView, FeatureService, RequestSource, ViewProjection)
     }
     origin: dict[int, str] = {}
     for file, namespace in _run_files(path, data_dir):
         for value in namespace.values():
+            if isinstance(value, ViewProjection) and value.name == value.view.name:
+                continue  # a choice of features, or an alias for the lists that hold the object
             if type(value) in found:
                 _collect(found[type(value)], value, file, origin)
     entities = found[Entity]
@@ -78,12 +81,18 @@ def load_repo(path: Path) -> Repo:
                     f"view '{view.name}': entity '{entity.name}' has the join keys {entity.join_keys}, "
                     f"elsewhere {entities[entity.name].join_keys}"
                 )
-    for name in found[RequestSource]:
-        if name in found[FeatureView]:
-            raise DefinitionError(f"request source '{name}' has the name of a view")
+    for kind, what in ((RequestSource, "request source"), (ViewProjection, "projection")):
+        for name in found[kind]:
+            if name in found[FeatureView]:
+                raise DefinitionError(f"{what} '{name}' has the name of a view")
+    for name, projection in found[ViewProjection].items():
+        if found[FeatureView].get(projection.view.name) is not projection.view:
+            raise DefinitionError(
+                f"projection '{name}' is of view '{projection.view.name}', which no file names"
+            )
     return Repo(
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
-        found[FeatureService], found[RequestSource],
+        found[FeatureService], found[RequestSource], found[ViewProjection],
     )  # fmt: skip
 
 

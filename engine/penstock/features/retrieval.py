@@ -5,12 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
+from penstock import diskio
+from penstock.errors import (
+    FailedPreconditionError,
+    FeatureNameCollisionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from penstock.features import offline
 from penstock.features.compute import NULL, PRESENT
 from penstock.features.expressions import is_floating
@@ -39,6 +46,31 @@ class RetrievalJob:
             if self._table is None:
                 self._table = self._compute()
             return self._table
+
+    def persist(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the result as one Parquet file, whole or absent, and return its path.
+
+        `pyarrow.parquet.read_table(path)` equals `to_arrow()`, types included.
+
+        Raises:
+            FailedPreconditionError: the file is there and `overwrite` is false.
+            UnavailableError: it cannot be written.
+        """
+        from pyarrow import parquet
+
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FailedPreconditionError(
+                f"'{path}' is there already; expected a new path, or overwrite=True"
+            )
+        sink = pa.BufferOutputStream()
+        parquet.write_table(self.to_arrow(), sink)
+        try:
+            diskio.make_folders(path.parent)
+            diskio.write_file(path, sink.getvalue().to_pybytes())
+        except OSError as error:
+            raise UnavailableError(f"'{path}' cannot be written: {error}") from error
+        return path
 
     def to_df(self) -> pd.DataFrame:
         """The same as a pandas frame with index 0..N-1; integers with nulls become Int64."""
@@ -128,7 +160,10 @@ def entity_row_table(entity_rows: Any) -> tuple[pa.Table, bool]:
     if isinstance(entity_rows, Mapping):
         return _from_columns(dict(entity_rows)), False
     if isinstance(entity_rows, list | tuple):
-        return _from_columns(_columns_of(entity_rows)), False
+        columns = _columns_of(entity_rows)
+        if not columns:  # every view asked has one row for all
+            return pa.table({"": pa.nulls(len(entity_rows))}).select([]), False
+        return _from_columns(columns), False
     return offline.entity_table(entity_rows), True
 
 

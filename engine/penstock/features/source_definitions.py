@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.errors import DefinitionError
-from penstock.features.expressions import DTYPES
+from penstock.features.expressions import DTYPES, digest
 
 
 class Source:
@@ -99,6 +99,8 @@ class FileSource(Source):
         timestamp: column of the event's time.
         created: column of the time when the row became known, or None.
         event_id, deleted, schema: see `Source`.
+        field_mapping: name in the files -> name by which everything else, the time columns included, calls
+            the column. It takes the place of a column that the files have under that name.
     """
 
     name: str = field(init=False, repr=False, compare=False)
@@ -108,15 +110,45 @@ class FileSource(Source):
     event_id: str | None = field(default=None, kw_only=True)
     deleted: str | None = field(default=None, kw_only=True)
     schema: Mapping[str, str] | None = field(default=None, kw_only=True, hash=False)
+    field_mapping: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise DefinitionError(f"{type(self).__name__}: path is {self.path!r}; expected a text")
         object.__setattr__(self, "name", self.path)
+        object.__setattr__(self, "field_mapping", _checked_mapping(type(self).__name__, self.field_mapping))
         self._check()
 
     def describe(self) -> list[Any]:
-        return [type(self).__name__, self.path, self.timestamp, self.created, *self._versions()]
+        renamed = [sorted(self.field_mapping.items())] if self.field_mapping else []
+        return [type(self).__name__, self.path, self.timestamp, self.created, *self._versions(), *renamed]
+
+    @property
+    def key(self) -> str:
+        renamed = f" {digest([sorted(self.field_mapping.items())])[:8]}" if self.field_mapping else ""
+        return super().key + renamed
+
+    def file_columns(self, names: Iterable[str]) -> list[str]:
+        """What the files call these columns."""
+        before = {name: column for column, name in self.field_mapping.items()}
+        return [before.get(name, name) for name in names]
+
+    def renames(self, columns: Iterable[str]) -> dict[str, str]:
+        """Name of each column of the files that stays: a renamed one takes the place of another."""
+        targets = {self.field_mapping[column] for column in columns if column in self.field_mapping}
+        kept = [c for c in columns if c in self.field_mapping or c not in targets]
+        return {column: self.field_mapping.get(column, column) for column in kept}
+
+
+def _checked_mapping(where: str, given: Any) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(
+        isinstance(text, str) and text for pair in given.items() for text in pair
+    ):
+        raise DefinitionError(f"{where}: field_mapping is {given!r}; expected names of columns by name")
+    for name in given.values():
+        if list(given.values()).count(name) > 1:
+            raise DefinitionError(f"{where}: field_mapping gives two columns the name '{name}'")
+    return dict(given)
 
 
 @dataclass(frozen=True)

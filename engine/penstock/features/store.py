@@ -7,8 +7,10 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +35,22 @@ from penstock.features.changes import (
     service_breaks,
 )
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
-from penstock.features.definitions import FeatureService, FeatureView, RequestSource
+from penstock.features.definitions import (
+    FeatureService,
+    FeatureView,
+    RequestSource,
+    ViewProjection,
+    list_features,
+)
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.registry import Registry
-from penstock.features.repo import load_repo
+from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.snapshot import snapshot_rows
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.times import Time, to_us
@@ -53,6 +62,17 @@ _MAX_PLANS = 256
 _READ_TRIES = 5
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
+
+
+@dataclass(frozen=True, eq=False)
+class AdHocList:
+    """A feature list that no service declares."""
+
+    features: Sequence[str]
+    aliases: Mapping[str, ViewProjection]
+    request: RequestSource | None
+    name: str = "features"
+    on_missing: str = "nan"
 
 
 class FeatureStore:
@@ -67,12 +87,17 @@ class FeatureStore:
     """
 
     def __init__(
-        self, repo_path: str | Path, *, data_dir: str | Path | None = None, clock: SystemClock | None = None
+        self,
+        repo_path: str | Path | Repo,
+        *,
+        data_dir: str | Path | None = None,
+        clock: SystemClock | None = None,
     ) -> None:
         """Open a repository; `apply` need not have run.
 
         Args:
-            repo_path: folder with `feature_store.yaml` and Python files of definitions.
+            repo_path: folder with `feature_store.yaml` and Python files of definitions, or definitions that
+                were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
 
@@ -81,7 +106,7 @@ class FeatureStore:
             DefinitionError: a definition is wrong; the message names the file and line.
             StoreError: the registry or the online store is corrupt, or cannot be written.
         """
-        self._repo = load_repo(Path(repo_path))
+        self._repo = repo_path if isinstance(repo_path, Repo) else load_repo(Path(repo_path))
         self._clock = SystemClock() if clock is None else clock
         self.project = self._repo.project
         self.views: Mapping[str, FeatureView] = self._repo.views
@@ -117,7 +142,7 @@ class FeatureStore:
                 with some of them are the sources read, as `apply` reads them.
         """
         self._registry.reload()
-        breaks = service_breaks(self.services, self.views)
+        breaks = service_breaks(self.services, self.views, self._repo.projections)
         schemas: dict[str, dict[str, str]] = {}
         for source in {view.source.key: view.source for view in self.views.values()}.values():
             try:
@@ -146,8 +171,7 @@ class FeatureStore:
         for name in services:
             service = self.services[name]
             try:
-                plan = _compile(name, service.features, self.views, computers, service.request, service)
-                found[name] = plan.fingerprint
+                found[name] = self._compile_service(service, computers).fingerprint
             except PenstockError as error:
                 faults[name] = str(error)
         return found, faults
@@ -172,9 +196,7 @@ class FeatureStore:
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
             fingerprints = {
-                name: _compile(
-                    name, service.features, self.views, computers, service.request, service
-                ).fingerprint
+                name: self._compile_service(service, computers).fingerprint
                 for name, service in self.services.items()
             }
             self._live.adopt(fresh)
@@ -210,30 +232,54 @@ class FeatureStore:
                 known = ", ".join(sorted(self.services)) or "none"
                 raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
             features = self.services[features]
+        service: FeatureService | AdHocList
         if isinstance(features, FeatureService):
-            service: FeatureService | None = features
-            name, refs, request = features.name, features.features, features.request
+            service = features
             key: Any = (features.fingerprint(), full_feature_names)
         else:
-            service, name = None, "features"
-            refs, request = features, self._request_of(features)
-            key = (tuple(refs), full_feature_names)
+            if not isinstance(features, Iterable):
+                raise InvalidArgumentError(
+                    f"features is {features!r}; expected a service or a list of 'view:feature'"
+                )
+            refs, aliases = list_features(features)
+            service = AdHocList(refs, aliases, self._request_of(refs))
+            described = json.dumps([alias.describe() for alias in aliases.values()])
+            key = (tuple(refs), described, full_feature_names)
         plans = self._plans
         if key not in plans:
-            used = {ref.split(":")[0] for ref in refs if isinstance(ref, str)}
+            owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
+            aliases = {**self._repo.projections, **service.aliases}
+            used = {aliases[name].view.name if name in aliases else name for name in owners}
             computers = {view: self.computer(view) for view in used if view in self.views}
-            plan = _compile(name, refs, self.views, computers, request, service, full_feature_names)
+            plan = self._compile_service(service, computers, full_feature_names)
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans[key] = plan
             return plan
         return plans[key]
 
+    def _compile_service(
+        self,
+        service: FeatureService | AdHocList,
+        computers: Mapping[str, ViewComputer],
+        full_feature_names: bool = False,
+    ) -> ServicePlan:
+        aliases = {**self._repo.projections, **service.aliases}
+        for alias in aliases.values():
+            if self.views.get(alias.view.name) is not alias.view:
+                raise InvalidArgumentError(f"'{alias.name}' is of a view that is not the repository's")
+        return compile_plan(
+            service.name,
+            service.features,
+            self.views,
+            computers,
+            service.request,
+            aliases=aliases,
+            full_feature_names=full_feature_names,
+            on_missing=service.on_missing,
+        )
+
     def _request_of(self, refs: Any) -> RequestSource | None:
-        if isinstance(refs, str) or not isinstance(refs, Iterable):
-            raise InvalidArgumentError(
-                f"features is {refs!r}; expected a service or a list of 'view:feature'"
-            )
         owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))
         used = [self._repo.requests[owner] for owner in owners if owner in self._repo.requests]
         if len(used) > 1:
@@ -283,6 +329,8 @@ class FeatureStore:
         features: str | FeatureService | Sequence[str],
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
         known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
@@ -292,9 +340,11 @@ class FeatureStore:
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
                 the join keys and the request inputs; or a SELECT that gives them, run by DuckDB in the
-                repository's folder.
+                repository's folder; or None: every key with an event in [`start_date`, `end_date`], as of
+                `end_date`.
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
+            start_date, end_date: of a snapshot; by default `end_date` minus the longest ttl, and now.
             filter_by_created_timestamp: leave out events that became known after the row's time.
             known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
@@ -306,6 +356,16 @@ class FeatureStore:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
+        if entity_df is None:
+            end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
+            start_us = None if start_date is None else to_us(start_date, "start_date")
+            if start_us is not None and start_us > end_us:
+                raise InvalidArgumentError(f"start_date is {start_date!r}, after end_date {end_date!r}")
+            entity_df = snapshot_rows(plan, self._repo.path, start_us, end_us)
+        elif start_date is not None or end_date is not None:
+            raise InvalidArgumentError(
+                "start_date and end_date are given with entity_df; expected one or the other"
+            )
         if isinstance(entity_df, str):
             entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
         table = offline.entity_table(entity_df)
@@ -386,18 +446,18 @@ class FeatureStore:
             texts[f"{plan.request_name}:{name}"] = given.dictionary or []
         statuses: dict[str, NDArray[np.uint8]] = {}
         event_time = np.empty((n, len(plan.views)), np.int64)
-        for at, (view, positions) in enumerate(zip(plan.views, plan.view_keys)):
+        for at, (owner, view, positions) in enumerate(zip(plan.view_names, plan.views, plan.view_keys)):
             live = self._live.view(view.name)
             computer = live.computer
             words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
             rows, meta = self._load(live, words, times)
             status = (rows[:, 0] & np.uint64(0xFF)).astype(np.uint8)
-            statuses[view.name] = np.where(nulls, np.uint8(NOT_FOUND), status)
+            statuses[owner] = np.where(nulls, np.uint8(NOT_FOUND), status)
             event_time[:, at] = np.where(nulls, np.iinfo(np.int64).min, meta[:, 2])
             for (name, dtype), (values, valid) in zip(computer.schema, computer.row_schema.decode(rows)):
                 values = np.where(nulls, 0, values).astype(np.float64 if dtype in _FLOATS else np.int64)
-                columns[f"{view.name}:{name}"] = (values, valid & ~nulls)
-            texts.update({f"{view.name}:{name}": found for name, found in computer.dictionaries.items()})
+                columns[f"{owner}:{name}"] = (values, valid & ~nulls)
+            texts.update({f"{owner}:{name}": found for name, found in computer.dictionaries.items()})
         outputs = [
             (values, np.ones(n, np.bool_) if valid is None else valid)
             for values, valid in plan.evaluate(columns, (times, None))
@@ -474,26 +534,6 @@ class FeatureStore:
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""
         return self.epoch << _STAMP_BITS
-
-
-def _compile(
-    name: str,
-    refs: Sequence[str],
-    views: Mapping[str, FeatureView],
-    computers: Mapping[str, ViewComputer],
-    request: RequestSource | None,
-    service: FeatureService | None,
-    full_feature_names: bool = False,
-) -> ServicePlan:
-    return compile_plan(
-        name,
-        refs,
-        views,
-        computers,
-        request,
-        full_feature_names=full_feature_names,
-        on_missing="nan" if service is None else service.on_missing,
-    )
 
 
 def _dtypes(computer: ViewComputer) -> dict[str, str]:

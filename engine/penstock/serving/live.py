@@ -265,7 +265,7 @@ class LiveModels:
         performance = None
         if bundle.output_kind == "probability":
             performance = self._tracker(self.performance, bundle.name)
-        views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        views = {} if plan is None else dict(zip(plan.view_names, (view.ttl_us for view in plan.views)))
         drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
         if self.counts_drift:
             served.count_drift(drift.panes)
@@ -498,7 +498,7 @@ class LiveModels:
     def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
         assert self._store is not None
         views: list[Mapping[str, Any]] = []
-        for view, keys in zip(plan.views, plan.view_keys):
+        for name, view, keys in zip(plan.view_names, plan.views, plan.view_keys):
             computer = self._store.computer(view.name)
             if view.name not in self.caches:
                 self.caches[view.name] = self.new_cache(view.name, computer.row_schema.row_words)
@@ -509,7 +509,8 @@ class LiveModels:
             self._store.load_rows(view.name, some, np.zeros(1, np.int64))
             views.append(
                 {
-                    "name": view.name,
+                    "name": name,
+                    "rows_of": view.name,
                     "cache": self.caches[view.name],
                     "fields": computer.schema,
                     "key_columns": list(keys),

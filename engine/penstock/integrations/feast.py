@@ -1,0 +1,540 @@
+"""An existing Feast repository, read and served by Penstock.
+
+`FeastRepository.open` turns its definitions into Penstock's and gives historical joins, materialisation into
+Penstock's own online store, and online reads from either that store or Feast's own Redis or SQLite. It can
+also write rows where Feast's readers look for them. Where Feast and Penstock differ, Penstock's rules hold:
+every entity row stays, in order; ttl is one rule, both ends inclusive, online too; a null key matches
+nothing. A declared Float32 over a column of doubles is a double here, as it is in Feast's own training
+frames.
+
+Feast itself is imported only to read Python files that `feast apply` has not recorded. Not thread-safe, but
+for `store`, which is a `FeatureStore` like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from penstock.clock import SystemClock
+from penstock.errors import FeatureNameCollisionError, InvalidArgumentError, NotFoundError, UnavailableError
+from penstock.features import offline, retrieval
+from penstock.features.compute import EXPIRED, NOT_FOUND, NULL, PRESENT
+from penstock.features.definitions import ViewProjection, check_unversioned
+from penstock.features.index import entity_keys
+from penstock.features.materialize import MaterializeReport, Progress
+from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.sources import SourceColumn, read_source
+from penstock.features.store import FeatureStore
+from penstock.features.times import Time, to_us
+from penstock.integrations import feast_on_demand
+from penstock.integrations.feast_online import FeastOnlineStore, RowWrite, ViewRead, open_online_store
+from penstock.integrations.feast_registry import (
+    DUMMY_KEY,
+    FeastDefinitions,
+    FeastView,
+    OnDemandView,
+    read_definitions,
+)
+from penstock.integrations.feast_wire import (
+    T_INT32,
+    T_INT64,
+    T_STRING,
+    arrow_type,
+    decode_value,
+    encode_value,
+    entity_key,
+    type_name,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+_NEVER = np.iinfo(np.int64).min
+_WRITE_ROWS = 5_000  # of one pipeline
+_KEY_TYPES = {T_STRING: "string", T_INT32: "int64", T_INT64: "int64"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A feature list, taken apart."""
+
+    refs: list[str]  # stored features, in order
+    aliases: dict[str, ViewProjection]
+    on_demand: list[tuple[OnDemandView, str]]
+
+    def items(self) -> list[Any]:
+        """What a FeatureStore takes for `refs`."""
+        return [_item(ref, self.aliases) for ref in self.refs]
+
+
+def _item(ref: str, aliases: Mapping[str, ViewProjection]) -> Any:
+    owner, short = ref.split(":")
+    return aliases[owner][[short]] if owner in aliases else ref
+
+
+@dataclass(frozen=True, eq=False)
+class FeastOnlineResult:
+    """Rows read from Feast's own online store.
+
+    Attributes:
+        table: the join keys given, then the features.
+        names: of the features.
+        status: uint8[n, features]: PRESENT 0, NULL 1, NOT_FOUND 2 (never written, or not before `now`) or
+            EXPIRED 3. All but PRESENT cells are null.
+        views: the views asked, by their names in the list.
+        event_time: int64[n, views], microseconds UTC; INT64_MIN where nothing was written.
+    """
+
+    table: pa.Table
+    names: list[str]
+    status: NDArray[np.uint8]
+    views: list[str]
+    event_time: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def to_arrow(self, *, with_status: bool = False) -> pa.Table:
+        """Join keys, then features; with status, `<feature>__status` behind each."""
+        if not with_status:
+            return self.table
+        table = self.table
+        for i, name in enumerate(self.names):
+            codes = pa.array(self.status[:, i], pa.int8())
+            column = pa.DictionaryArray.from_arrays(codes, pa.array(offline.STATUS_NAMES))
+            table = table.add_column(table.column_names.index(name) + 1, name + "__status", column)
+        return table
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Lists of Python values by column; None where empty."""
+        found: dict[str, list[Any]] = self.table.to_pydict()
+        return found
+
+    def to_df(self) -> pd.DataFrame:
+        """A pandas frame; integers and booleans with nulls become Int64 and boolean."""
+        return offline.to_frame(self.table)
+
+    def statuses(self) -> dict[str, list[int]]:
+        """The status of each cell, by feature."""
+        return {name: self.status[:, i].tolist() for i, name in enumerate(self.names)}
+
+
+class FeastRepository:
+    """A Feast repository.
+
+    Attributes:
+        definitions: what was read, and what was refused with the reason.
+        store: a Penstock feature store over its views and services; models can be served from it.
+    """
+
+    def __init__(self, definitions: FeastDefinitions, clock: SystemClock | None = None) -> None:
+        self.definitions = definitions
+        self._clock = SystemClock() if clock is None else clock
+        self.store = FeatureStore(definitions.repo, clock=clock)
+        self._online: FeastOnlineStore | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        data_dir: str | Path | None = None,
+        clock: SystemClock | None = None,
+        definitions: str = "auto",
+    ) -> FeastRepository:
+        """Read a Feast repository.
+
+        Args:
+            path: its folder, with `feature_store.yaml`.
+            data_dir: where Penstock keeps its registry and online store; `.penstock` in the folder by
+                default.
+            clock: gives `now` where a call names none.
+            definitions: "registry": what `feast apply` recorded; "files": the Python files, read by an
+                installed Feast; "auto": the registry if there is one.
+
+        Raises:
+            ConfigError: it is no Feast repository, or neither way of reading it is open.
+            DefinitionError: the definitions are corrupt, or have names that Penstock cannot use.
+        """
+        base = Path(path)
+        where = base / ".penstock" if data_dir is None else Path(data_dir)
+        return cls(read_definitions(base, where.resolve(), definitions), clock)
+
+    def __enter__(self) -> FeastRepository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of both online stores."""
+        self.store.close()
+        if self._online is not None:
+            self._online.close()
+            self._online = None
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why a view, "view:feature" or service of the repository cannot be used, by name."""
+        return self.definitions.refused
+
+    # Historical
+
+    def get_historical_features(
+        self,
+        entity_df: Any,
+        features: str | Sequence[str],
+        full_feature_names: bool = False,
+        *,
+        filter_by_created_timestamp: bool = False,
+        with_status: bool = False,
+    ) -> RetrievalJob:
+        """Features as they were at each row's time; see `FeatureStore.get_historical_features`.
+
+        Args:
+            features: "view:feature" names, those of on-demand views too, or the name of a service.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: an unknown or refused name, or a missing column.
+            FeatureNameCollisionError: two columns with one name.
+        """
+        asked = self._asked(features)
+        table = offline.entity_table(entity_df)
+
+        def join(items: Sequence[Any], full: bool, status: bool) -> pa.Table:
+            return self.store.get_historical_features(
+                table,
+                items,
+                full,
+                filter_by_created_timestamp=filter_by_created_timestamp,
+                with_status=status,
+            ).to_arrow()
+
+        def compute() -> pa.Table:
+            result = join(asked.items(), full_feature_names, with_status) if asked.refs else None
+            outputs: dict[str, dict[str, pa.Array]] = {}
+            for view, feature in asked.on_demand:
+                if view.name not in outputs:
+                    refs = [ref for ref in view.refs if self._base(ref, view.aliases) not in self.refused]
+                    joined = join([_item(ref, view.aliases) for ref in refs], True, False) if refs else table
+                    result = joined.select(table.column_names) if result is None else result
+                    inputs = feast_on_demand.input_table(view, refs, joined, table)
+                    outputs[view.name] = feast_on_demand.run(view, inputs)
+                assert result is not None
+                name = f"{view.name}__{feature}" if full_feature_names else feature
+                if name in result.column_names:
+                    raise FeatureNameCollisionError(
+                        f"feature '{view.name}:{feature}' would be named '{name}', which is a column "
+                        "already; use full_feature_names=True"
+                    )
+                result = result.append_column(name, outputs[view.name][feature])
+            return result
+
+        return RetrievalJob(compute)
+
+    # Online
+
+    def materialize(
+        self, start: Time, end: Time, *, views: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> MaterializeReport:
+        """Write the row that every key has at `end` into Penstock's online store."""
+        return self.store.materialize(start, end, views=views, progress=progress)
+
+    def materialize_incremental(
+        self, end: Time, *, views: Sequence[str] | None = None, progress: Progress | None = None
+    ) -> MaterializeReport:
+        """Bring the rows of Penstock's online store up to `end`."""
+        return self.store.materialize_incremental(end, views=views, progress=progress)
+
+    def get_online_features(
+        self,
+        features: str | Sequence[str],
+        entity_rows: Any,
+        *,
+        origin: str = "store",
+        now: Time | None = None,
+        full_feature_names: bool = False,
+    ) -> OnlineResult | FeastOnlineResult:
+        """Features at `now`.
+
+        Args:
+            features: "view:feature" names, or the name of a service. Feast's store also has what Penstock
+                cannot compute: lists, bytes, and views of other sources.
+            entity_rows: list of dicts, dict of lists or scalars, pandas, polars or Arrow table.
+            origin: "store": Penstock's, with the bits of a historical join; "feast": what Feast's online
+                store holds, in the types that Feast declares.
+            now: request time; the clock's by default.
+
+        Raises:
+            InvalidArgumentError: an on-demand feature, which runs offline only, or another wrong argument.
+            UnavailableError: the online store failed.
+        """
+        if origin not in ("store", "feast"):
+            raise InvalidArgumentError(f"origin is {origin!r}; expected 'store' or 'feast'")
+        asked = self._asked(features, stored=origin == "feast")
+        for view, feature in asked.on_demand:
+            raise InvalidArgumentError(
+                f"'{view.name}:{feature}' is an on-demand feature, an opaque Python function: it runs in "
+                "historical joins only; compute it from its inputs, or write it as a Penstock expression"
+            )
+        if origin == "store":
+            return self.store.get_online_features(
+                asked.items(), entity_rows, now=now, full_feature_names=full_feature_names
+            )
+        now_us = self._clock.now_us() if now is None else to_us(now, "now")
+        return self._read_feast(asked, entity_rows, now_us, full_feature_names)
+
+    def _read_feast(
+        self, asked: _Asked, entity_rows: Any, now_us: int, full_feature_names: bool
+    ) -> FeastOnlineResult:
+        table, floats = retrieval.entity_row_table(entity_rows)
+        n = table.num_rows
+        owners: dict[str, list[str]] = {}
+        for ref in asked.refs:
+            owner, short = ref.split(":")
+            owners.setdefault(owner, []).append(short)
+        columns: dict[str, list[Any]] = {}
+        reads: list[ViewRead] = []
+        for owner, shorts in owners.items():
+            view = self._feast_view(owner, asked.aliases)
+            mapping = asked.aliases[owner].join_key_map if owner in asked.aliases else {}
+            types = self._key_types(view)
+            for key, kind in types.items():
+                column = mapping.get(key, key)
+                dtype = _KEY_TYPES.get(kind)
+                if dtype is None:
+                    raise InvalidArgumentError(
+                        f"view '{view.name}': join key '{key}' is {type_name(kind)}; "
+                        "expected Int32, Int64 or String"
+                    )
+                given = retrieval.key_column(table, column, dtype, floats=floats)
+                columns[column] = _values(given, n)
+            names = list(types)
+            cells = [columns[mapping.get(key, key)] for key in names]
+            reads.append(ViewRead(view.online_name, shorts, _entity_keys(names, types, cells, n)))
+        for name in table.column_names:
+            if name not in columns:
+                known = ", ".join(sorted(columns)) or "none"
+                raise InvalidArgumentError(f"entity_rows: column '{name}' is no join key; expected {known}")
+        answers = dict(zip(owners, self._online_store().read(reads)))
+        result = table.select(list(columns))
+        statuses, output = [], []
+        for ref in asked.refs:
+            owner, short = ref.split(":")
+            name = f"{owner}__{short}" if full_feature_names else short
+            if name in output or name in columns:
+                raise FeatureNameCollisionError(
+                    f"feature '{ref}' would be named '{name}', which is a column already; "
+                    "use full_feature_names=True"
+                )
+            output.append(name)
+            view = self._feast_view(owner, asked.aliases)
+            values: list[Any] = [None] * n
+            status = np.full(n, NOT_FOUND, np.uint8)
+            for i, row in enumerate(answers[owner]):
+                if row is None or row.event_us > now_us or short not in row.values:
+                    continue
+                if view.ttl_us is not None and row.event_us < now_us - view.ttl_us:
+                    status[i] = EXPIRED
+                    continue
+                values[i] = _decoded(ref, row.values[short])
+                status[i] = NULL if values[i] is None else PRESENT
+            statuses.append(status)
+            result = result.append_column(name, _column(ref, values, view.types[short]))
+        times = [[_NEVER if row is None else row.event_us for row in answers[owner]] for owner in owners]
+        return FeastOnlineResult(
+            result,
+            output,
+            np.stack(statuses, axis=1),
+            list(owners),
+            np.array(times, np.int64).reshape(len(owners), n).T,
+        )
+
+    def write_online(self, end: Time, *, views: Sequence[str] | None = None) -> dict[str, int]:
+        """Write the row that every key has at `end` into Feast's own online store, for Feast's readers.
+
+        Rows that are expired at `end` are left out; a newer row there stays.
+
+        Args:
+            end: time of the rows.
+            views: names; all that Penstock can compute by default.
+
+        Returns:
+            Rows written, by view.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: an unknown view, or a type that cannot be written.
+            UnavailableError: the online store failed; rows written before stay.
+        """
+        end_us = to_us(end, "end")
+        names = list(self.store.views if views is None else views)
+        for name in names:
+            self._known(name, f"view '{name}'")
+        return {name: self._write_view(name, end_us) for name in names}
+
+    def _write_view(self, name: str, end_us: int) -> int:
+        view, feast = self.store.views[name], self.definitions.views[name]
+        computer = self.store.computer(name)
+        table = read_source(view.source, self.definitions.repo.path, None, view.join_keys)
+        joins = [table.columns[key] for key in view.join_keys]
+        words, nulls = entity_keys(joins, table.n_rows, self.store.key_seed)
+        rows_of = np.flatnonzero(~nulls)
+        _, first = np.unique(words[rows_of], axis=0, return_index=True)
+        at = rows_of[first]
+        found = computer.rows_at(words[at], np.full(len(at), end_us, np.int64))
+        kept = np.flatnonzero(found.status == PRESENT)
+        types = self._key_types(feast)
+        cells = [_values(column.take(at[kept]), len(kept)) for column in joins]
+        keys = _entity_keys(list(types), types, cells, len(kept))
+        values: dict[str, list[bytes]] = {}
+        for (feature, dtype), (column, valid) in zip(computer.schema, found.columns):
+            if dtype == "timestamp":
+                column = column // 1_000_000  # Feast's timestamps are seconds
+            texts = computer.dictionaries.get(feature)
+            cell = _values(SourceColumn(dtype, column[kept], valid[kept], texts), len(kept))
+            values[feature] = [encode_value(feast.types[feature], value) for value in cell]
+        written = 0
+        for start in range(0, len(kept), _WRITE_ROWS):
+            rows = []
+            for i in range(start, min(start + _WRITE_ROWS, len(kept))):
+                key = keys[i]
+                assert key is not None
+                event_us = int(found.meta[kept[i], 2])
+                rows.append(RowWrite(key, event_us, {feature: cell[i] for feature, cell in values.items()}))
+            written += self._online_store().write(feast.online_name, rows)
+        return written
+
+    # Names
+
+    def _online_store(self) -> FeastOnlineStore:
+        if self._online is None:
+            self._online = open_online_store(self.definitions.config, self.definitions.repo.path)
+        return self._online
+
+    def _asked(self, features: Any, *, stored: bool = False) -> _Asked:
+        """Take a feature list apart; `stored`: what Feast's online store has is enough."""
+        if isinstance(features, str):
+            service = self.definitions.services.get(features)
+            if service is None:
+                known = ", ".join(sorted(self.definitions.services)) or "none"
+                raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
+            if features in self.refused:
+                raise InvalidArgumentError(f"service '{features}' {self.refused[features]}")
+            features, aliases = service.refs, dict(service.aliases)
+        else:
+            aliases = {}
+        if not isinstance(features, Iterable):
+            raise InvalidArgumentError(
+                f"features is {features!r}; expected a service or 'view:feature' names"
+            )
+        asked = _Asked([], aliases, [])
+        for ref in features:
+            check_unversioned(ref)
+            parts = ref.split(":") if isinstance(ref, str) else []
+            if len(parts) != 2 or not all(parts):
+                raise InvalidArgumentError(f"feature is {ref!r}; expected 'view:feature'")
+            owner, short = parts
+            view = self.definitions.on_demand.get(owner)
+            if view is None:
+                asked.refs.append(ref)
+            elif short not in view.outputs:
+                raise NotFoundError(f"'{ref}': no such feature; expected one of {', '.join(view.outputs)}")
+            else:
+                asked.on_demand.append((view, short))
+        if not asked.refs and not asked.on_demand:
+            raise InvalidArgumentError("features is empty; expected at least one 'view:feature'")
+        for ref in asked.refs:
+            base = self._base(ref, aliases)
+            owner, short = base.split(":")
+            if not stored:
+                self._known(owner, f"'{ref}': view '{owner}'")
+                self._known(base, f"'{ref}'")
+            elif owner not in self.definitions.views or short not in self.definitions.views[owner].types:
+                raise NotFoundError(f"'{ref}' is no feature of a view in Feast's online store")
+        for view, short in asked.on_demand:
+            for ref in view.refs:
+                owner = self._base(ref, view.aliases).split(":")[0]
+                self._known(owner, f"'{view.name}:{short}' reads view '{owner}', which")
+        return asked
+
+    def _base(self, ref: str, aliases: Mapping[str, ViewProjection]) -> str:
+        owner, short = ref.split(":")
+        return f"{aliases[owner].view.name if owner in aliases else owner}:{short}"
+
+    def _known(self, name: str, what: str) -> None:
+        if name in self.refused:
+            raise InvalidArgumentError(f"{what} {self.refused[name]}")
+        if ":" not in name and name not in self.definitions.views:
+            known = ", ".join(sorted(self.definitions.views)) or "none"
+            raise NotFoundError(f"{what} is unknown; the views are {known}")
+
+    def _feast_view(self, owner: str, aliases: Mapping[str, ViewProjection]) -> FeastView:
+        return self.definitions.views[aliases[owner].view.name if owner in aliases else owner]
+
+    def _key_types(self, view: FeastView) -> dict[str, int]:
+        """Value types of the join keys; those that Feast has not recorded come from the source."""
+        types = dict(view.key_types)
+        if not all(types.values()):
+            if view.name not in self.store.views:
+                raise InvalidArgumentError(
+                    f"view '{view.name}': Feast has not recorded the types of its join keys; "
+                    "run `feast apply`"
+                )
+            dtypes = self.store.computer(view.name).join_dtypes
+            inferred = (T_STRING if dtype == "string" else T_INT64 for dtype in dtypes)
+            types = {key: kind or guess for (key, kind), guess in zip(types.items(), inferred)}
+        return types
+
+
+def _values(column: SourceColumn, n: int) -> list[Any]:
+    """Python values of a column; None where null."""
+    values: list[Any] = column.values.tolist()
+    if column.dictionary is not None:
+        texts = column.dictionary
+        values = [texts[code] if texts else None for code in values]
+    elif column.dtype == "bool":
+        values = [bool(value) for value in values]
+    if column.valid is not None:
+        values = [value if ok else None for value, ok in zip(values, column.valid.tolist())]
+    assert len(values) == n
+    return values
+
+
+def _entity_keys(
+    names: Sequence[str], types: Mapping[str, int], cells: Sequence[Sequence[Any]], n: int
+) -> list[bytes | None]:
+    """The serialized entity key of each row, None where one of its keys is null."""
+    if not names:
+        return [entity_key([DUMMY_KEY], [T_STRING], [""])] * n
+    kinds = [types[name] for name in names]
+    rows = zip(*cells) if n else ()
+    return [None if None in row else entity_key(names, kinds, row) for row in rows]
+
+
+def _decoded(ref: str, data: bytes) -> Any:
+    try:
+        return decode_value(data)
+    except ValueError as error:
+        raise UnavailableError(f"Feast's online store has no value at '{ref}', but {error}") from error
+
+
+def _column(ref: str, values: list[Any], kind: int) -> pa.Array:
+    wanted = arrow_type(kind)
+    if wanted is None:
+        raise InvalidArgumentError(f"'{ref}' is of type {type_name(kind)}, which cannot be read")
+    try:
+        return pa.array(values, wanted)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UnavailableError(
+            f"Feast's online store has other values at '{ref}' than {type_name(kind)}: {error}"
+        ) from error
+
+
+__all__ = ["FeastOnlineResult", "FeastRepository"]
