@@ -121,7 +121,7 @@ class EventTable {
   const TileSet* tiles(const Found& found, const Window& window) const;
   void rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,
                   Scratch* scratch) const;
-  uint8_t newest(const Found& found, int64_t now, const int64_t* known_by, size_t* at, Interval* interval,
+  uint8_t newest(const Found& found, size_t after, int64_t now, const int64_t* known_by, size_t* at, Interval* interval,
                  int64_t* meta) const;
   void aggregate_row(const Found& found, int64_t now, const int64_t* known_by, const RowsFound& out,
                      size_t row, Interval* interval, Scratch* scratch) const;

@@ -22,6 +22,8 @@ def entity_keys(
     for column in columns:
         if column.valid is not None:
             nulls |= ~column.valid
+    if not columns:  # a view without entities: one key
+        return np.zeros((n, 2), np.uint64), nulls
     if len(columns) == 1 and columns[0].dictionary is not None:
         texts = columns[0].dictionary
         per_code, _ = _core.keys128([texts], seed)
