@@ -273,11 +273,12 @@ Status EventIndex::build(const EventRows& rows, unsigned threads, EventIndex* ou
       const uint32_t first = index.starts_[key], stop = index.starts_[key + 1];
       bool ordered = true;
       for (uint32_t i = first + 1; i < stop && ordered; ++i) {
-        ordered = index.time_[i - 1] < index.time_[i] ||
-                  (index.time_[i - 1] == index.time_[i] && (!known || index.known_[i - 1] <= index.known_[i]));
+        ordered = index.time_[i - 1] < index.time_[i] || (index.time_[i - 1] == index.time_[i] &&
+                                                          (!known || index.known_[i - 1] <= index.known_[i]));
       }
       if (ordered) continue;
-      sorter.sort(&index.time_[first], known ? &index.known_[first] : nullptr, &index.row_[first], stop - first);
+      sorter.sort(&index.time_[first], known ? &index.known_[first] : nullptr, &index.row_[first],
+                  stop - first);
     }
   });
   if (rows.event_ids != nullptr || rows.deleted != nullptr) index.apply_versions(rows);

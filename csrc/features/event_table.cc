@@ -675,6 +675,42 @@ void EventTable::keys(std::vector<Key128>* keys) const {
   keys->insert(keys->end(), more_keys_.keys().begin(), more_keys_.keys().end());
 }
 
+size_t EventTable::n_keys() const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  return histories_.size();
+}
+
+void EventTable::source_rows(std::vector<int64_t>* rows) const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  for (uint32_t key = 0; key < base_.n_keys(); ++key) {
+    const EventSlice events = base_.slice(key);
+    if (events.n > 0 && (histories_[key] == nullptr || histories_[key]->events().n > 0)) {
+      rows->push_back(events.row[0]);
+    }
+  }
+}
+
+void EventTable::newest_events(const uint64_t* keys, size_t n, int64_t now, int64_t* times) const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  const EventCut cut{shape_.versioned ? EventCut::kLive : EventCut::kAll, kTimeMax};
+  Found found;
+  for (size_t i = 0; i < n; ++i) {
+    times[i] = kTimeMin;
+    const uint32_t key = find({keys[2 * i], keys[2 * i + 1]});
+    if (key == kNoKey) continue;
+    locate(key, &found);
+    size_t at = upper_time(found.events.time, 0, found.events.n, now);
+    while (at > 0 && !found.events.counts(at - 1, cut)) --at;
+    if (at > 0) times[i] = found.events.time[at - 1];
+  }
+}
+
 size_t EventTable::n_events() const {
   std::unique_lock turn(turn_);
   const std::shared_lock reading(lock_);

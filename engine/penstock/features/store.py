@@ -240,32 +240,49 @@ class FeatureStore:
 
     def get_historical_features(
         self,
-        entity_df: Any,
-        features: str | FeatureService | Sequence[str],
+        entity_df: Any = None,
+        features: str | FeatureService | Sequence[str] = (),
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
         with_status: bool = False,
+        with_age: bool = False,
+        progress: Progress | None = None,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
 
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
-                the join keys and the request inputs.
+                the join keys and the request inputs. None: a snapshot, every key at `end_date`.
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
+            start_date, end_date: of a snapshot only. Keys whose newest event is before `start_date` are
+                left out (by default, those beyond the longest ttl); `end_date` is now by default.
             filter_by_created_timestamp: leave out events that became known after the row's time.
             with_status: append `<feature>__status` to each feature.
+            with_age: append `<feature>__age`, microseconds from the event behind the cell to the row's time.
+            progress: called with a view, and the rows joined and to join, while the job runs.
 
         Returns:
-            A job; `to_df()` and `to_arrow()` give the N rows in order with the features appended.
+            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order with the features behind.
 
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
-        table = offline.entity_table(entity_df)
         computers = {view.name: self.computer(view.name) for view in plan.views}
+        if entity_df is None:
+            end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
+            start_us = None if start_date is None else to_us(start_date, "start_date")
+            table = offline.snapshot_entities(plan, computers, start_us, end_us)
+        elif start_date is not None or end_date is not None:
+            raise InvalidArgumentError(
+                "start_date and end_date are of a snapshot; expected them without entity_df"
+            )
+        else:
+            table = offline.entity_table(entity_df)
         return RetrievalJob(
             lambda: offline.historical_join(
                 table,
@@ -274,6 +291,8 @@ class FeatureStore:
                 self.key_seed,
                 filter_by_created_timestamp=filter_by_created_timestamp,
                 with_status=with_status,
+                with_age=with_age,
+                progress=progress,
             )
         )
 
