@@ -44,7 +44,7 @@ def snapshot_rows(plan: ServicePlan, base: Path, start_us: int | None, end_us: i
         found = " and ".join("(" + ", ".join(names) + ")" for names in sorted(columns))
         raise InvalidArgumentError(f"features are of the different entities {found}; give entity_df")
     if start_us is None:
-        ttls = [view.ttl_us for view in plan.views]
+        ttls = [view.ttl_us for view, _ in keyed] or [None]
         start_us = INT_MIN if None in ttls else max(INT_MIN, end_us - max(ttl or 0 for ttl in ttls))
     parts = []
     for view, at in keyed:
