@@ -17,6 +17,7 @@ void bind_model(py::module_& m);
 void bind_cache(py::module_& m);
 void bind_drift(py::module_& m);
 void bind_features(py::module_& m);
+void bind_events(py::module_& m);
 void bind_backends(py::module_& m);
 void bind_connection(py::module_& m);
 void bind_engine(py::module_& m);

@@ -9,7 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.features.aggregates import count, max, mean, min, sum
+    from penstock.features.aggregates import (
+        count,
+        distinct,
+        ewma,
+        first,
+        last,
+        max,
+        mean,
+        min,
+        std,
+        sum,
+        top_k,
+        var,
+    )
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
     from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
     from penstock.features.source_definitions import (
@@ -42,6 +55,10 @@ __all__ = [
     "TableSource",
     "col",
     "count",
+    "distinct",
+    "ewma",
+    "first",
+    "last",
     "lit",
     "max",
     "maximum",
@@ -50,12 +67,17 @@ __all__ = [
     "minimum",
     "now",
     "percentile_rank",
+    "std",
     "sum",
+    "top_k",
+    "var",
     "where",
 ]
 
 _HOMES = {
-    "penstock.features.aggregates": ("count", "max", "mean", "min", "sum"),
+    "penstock.features.aggregates": (
+        "count", "distinct", "ewma", "first", "last", "max", "mean", "min", "std", "sum", "top_k", "var",
+    ),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
     "penstock.features.source_definitions": (
         "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",

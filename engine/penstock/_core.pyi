@@ -198,6 +198,79 @@ class TreeEnsemble(metaclass=_NativeType):
     @property
     def n_trees(self) -> int: ...
 
+class EventTable(metaclass=_NativeType):
+    """
+    The events of a view by key, and its stored rows at any time.
+    """
+    def __init__(
+        self,
+        *,
+        plain: object,
+        plain_inputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        values: object,
+        value_inputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        windows: collections.abc.Sequence[tuple[int, int, int, int, int, bool]],
+        aggregates: collections.abc.Sequence[tuple[int, int, int, int]],
+        features: collections.abc.Sequence[tuple[bool, int, bool]],
+        ttl: typing.SupportsInt | typing.SupportsIndex,
+        tick: typing.SupportsInt | typing.SupportsIndex,
+        as_known: bool,
+        tiles: bool,
+        events: dict,
+        raw: list,
+        texts: collections.abc.Sequence[collections.abc.Sequence[str] | None],
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        plain, values: programs of the plain features and of the aggregated values, or None; *_inputs:
+        the column in `raw` of each of their inputs. windows: (enters, leaves, every, lag, tile, as_known)
+        in microseconds. aggregates: (kind, value or -1, window, parameter). features: (whether an
+        aggregate, which, whether float64). events: arrays keys (int64[n], or uint64[n, 2]), event_time,
+        known_at, null_keys, event_ids, null_ids, deleted. raw: (float32, float64 or int64 [n], bool [n]
+        or None). texts: of each aggregated value, those of its codes, or None. The arrays are referred
+        to, not copied. ValueError where they do not fit.
+        """
+    def append(
+        self, events: dict, raw: list, texts: collections.abc.Sequence[collections.abc.Sequence[str] | None]
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        Add events behind those there are; `texts` are new ones, behind the old. Returns the distinct
+        keys uint64[k, 2].
+        """
+    def changed_keys(
+        self, start: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        Keys uint64[k, 2], ascending, whose row may differ between the two times.
+        """
+    def erase(
+        self, lo: typing.SupportsInt | typing.SupportsIndex, hi: typing.SupportsInt | typing.SupportsIndex
+    ) -> bool:
+        """
+        Forget the events of a key; False if it was unknown.
+        """
+    def keys(self) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        The distinct keys uint64[m, 2], ascending.
+        """
+    def rows_at(
+        self,
+        keys: numpy.typing.NDArray[numpy.uint64],
+        now: numpy.typing.NDArray[numpy.int64],
+        nulls: object,
+        known_by: object,
+        threads: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> tuple:
+        """
+        Rows of keys uint64[n, 2] at the times now int64[n]: a list of (values, valid), status uint8[n],
+        meta int64[n, 4].
+        """
+    @property
+    def n_events(self) -> int:
+        """
+        Events held.
+        """
+
 class FeatureCache(metaclass=_NativeType):
     """
     Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.
@@ -462,6 +535,11 @@ class ServedModel(metaclass=_NativeType):
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
         One thread at a time. Drift has counted them.
         """
+    def drain_samples(self) -> list:
+        """
+        The sampled vectors since the last call: [(now_us, wall clock us when they were made, params of
+        the predict call, float32 [n, F])]. One thread at a time.
+        """
     def count_drift(self, panes: DriftPanes) -> None:
         """
         Count every row answered OK in these DriftPanes. Before it is published. Raises ValueError.
@@ -682,13 +760,16 @@ class ServingCore(metaclass=_NativeType):
         breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
         breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
         edge: typing.Any = None,
+        sample_share: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        sample_bytes: typing.SupportsInt | typing.SupportsIndex = 1048576,
     ) -> ServedModel:
         """
         Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
         is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
-        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
+        or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are kept for
+        drain_samples(), in sample_bytes at most. ValueError says what is wrong.
         """
     def overdue(
         self,

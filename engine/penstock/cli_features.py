@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from penstock.cli_holder import alone, holder, holder_client, holder_name
+from penstock.cli_plan import bundles_of, change_lines
 from penstock.errors import FailedPreconditionError, InvalidArgumentError, PenstockError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -109,33 +110,35 @@ def apply(
     repo: RepoOption = None,
     data_dir: DataOption = None,
     config: ConfigOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Only say what would change and what would break.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check the definitions against their sources, fit distributions, and record the result."""
+    """Check the definitions against their sources, fit distributions, and record the result.
+
+    With --plan the exit code is 1 if something would break: a bundle, a service, or the apply itself.
+    """
     from penstock.features.store import FeatureStore
 
     with _reporting():
         folder, data = _folders(repo, data_dir, config)
-        server = None if dry_run else holder(data)
+        bundles = bundles_of(data, config_of(config, repo))
+        server = None if plan else holder(data)
         with _spinner(as_json, "Reading sources"):
             if server is not None:
                 with holder_client(server) as client:
                     changes = client.apply()
             else:
                 with alone(data), FeatureStore(folder, data_dir=data) as store:
-                    found = store.plan() if dry_run else store.apply()
-                    changes = {"views": found.views, "services": found.services}
+                    found = store.plan(bundles) if plan else store.apply(bundles)
+                    changes = found.to_dict()
     if as_json:
         typer.echo(json.dumps(changes))
-        return
-    lines = [
-        f"{change:>8}  {kind} {name}"
-        for kind, key in (("view", "views"), ("service", "services"))
-        for name, change in changes[key].items()
-    ]
-    lines += [f" retired  {name}" for name in changes.get("retired", [])]
-    typer.echo("\n".join(lines) or "nothing has changed")
+    else:
+        typer.echo("\n".join(change_lines(changes)) or "nothing has changed")
+    if plan and changes["breaks"]:
+        raise typer.Exit(1)
 
 
 def materialize(
@@ -181,13 +184,17 @@ def materialize(
     typer.echo(f"materialised up to {iso(end_us)}")
 
 
+def config_of(config: Path | None, repo: Path | None) -> Path | None:
+    """The configuration: the one named, or the usual one where no repository is named."""
+    return _CONFIG if config is None and repo is None and _CONFIG.exists() else config
+
+
 def _folders(repo: Path | None, data_dir: Path | None, config: Path | None) -> tuple[Path, Path]:
     """The repository and the data folder: from options, the configuration, or where they usually are."""
     from penstock.config import load_config
     from penstock.features.repo import load_repo
 
-    if config is None and repo is None and _CONFIG.exists():
-        config = _CONFIG
+    config = config_of(config, repo)
     if config is not None:
         loaded = load_config(config)
         repo = repo or loaded.feature_store.repo_path

@@ -48,7 +48,11 @@ def callers(served, wanted: int) -> dict[int, Any]:
 
 
 def pids(served) -> dict[int, int]:
-    stats = served.raw().call("stats")
+    caller = served.raw()
+    try:
+        stats = caller.call("stats")
+    finally:
+        caller.close()
     assert "workers" in stats, stats
     return {int(index): worker["pid"] for index, worker in stats["workers"].items()}
 

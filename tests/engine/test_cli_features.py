@@ -136,7 +136,7 @@ def test_apply_and_materialize(run: Any, shop: Path) -> None:
     ]  # fmt: skip
     assert run("apply").output == planned.output
     assert run("apply").output == "nothing has changed\n"
-    assert json.loads(run("apply", "--json").output) == {"views": {}, "services": {}}
+    assert not any(json.loads(run("apply", "--json").output).values())
     first = json.loads(run("materialize", "--end", "2026-03-01", "--json").output)
     assert first["end"] == "2026-03-01T00:00:00+00:00"
     assert first["rows"]["item_features"] == 200

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -83,6 +84,7 @@ class FeatureView:
 
     Attributes:
         schema: dtype that a stored feature must have; without `features` it names source columns.
+        as_known: only events known by the time asked count, in plain features and in aggregates.
         stored: columns of the stored row: features in the order given, then hidden columns by name.
         request_time: expressions to evaluate for each request; they read source columns by their own names.
         hidden: hidden stored column of each source column that request-time expressions read.
@@ -94,6 +96,7 @@ class FeatureView:
     features: Mapping[str, Expr | WindowAggregate] = field(default_factory=dict)
     ttl: timedelta | None = None
     schema: Mapping[str, str] = field(default_factory=dict)
+    as_known: bool = False
     stored: tuple[StoredColumn, ...] = field(init=False)
     request_time: Mapping[str, Expr] = field(init=False)
     hidden: Mapping[str, str] = field(init=False)
@@ -111,6 +114,8 @@ class FeatureView:
             )
         if self.ttl is not None and self.ttl <= timedelta(0):
             raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
+        if not isinstance(self.as_known, bool):
+            raise DefinitionError(f"{where}: as_known is {self.as_known!r}; expected True or False")
         features = self.features or {name: Expr("col", name) for name in self.schema}
         if not features:
             raise DefinitionError(f"{where} has no features")
@@ -161,7 +166,8 @@ class FeatureView:
         """SHA-256 (hex) of all that decides the view's values."""
         features = [[name, value.fingerprint()] for name, value in self.features.items()]
         entities = [[e.name, list(e.join_keys)] for e in self.entities]
-        return digest([self.name, entities, self.source.describe(), self.ttl_us, features])
+        known = ["as_known"] * self.as_known
+        return digest([self.name, entities, self.source.describe(), self.ttl_us, features, *known])
 
     def with_name(self, name: str) -> ViewProjection:
         """The view under another name, in feature lists and in `view__feature`."""
@@ -261,7 +267,7 @@ class FeatureService:
 
     Attributes:
         features: names; a view or a projection in the list stands for its features.
-        aliases: the projections that were listed under a name or for join keys of their own, by name.
+        aliases: the projections among them that have a name or join keys of their own, by name.
     """
 
     name: str
@@ -291,6 +297,20 @@ class FeatureService:
             raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")
         object.__setattr__(self, "features", tuple(refs))
         object.__setattr__(self, "aliases", aliases)
+
+    @property
+    def base_refs(self) -> list[str]:
+        """`features` with the names of the views that the aliases stand for."""
+        owners = (ref.split(":") for ref in self.features)
+        return [f"{self.aliases[o].view.name if o in self.aliases else o}:{f}" for o, f in owners]
+
+    def bound(self, projections: Mapping[str, ViewProjection]) -> FeatureService:
+        """The service with the repository's projections that its list calls by name."""
+        used = {ref.split(":")[0] for ref in self.features}
+        found = {name: alias for name, alias in projections.items() if name in used}
+        made = copy(self)
+        object.__setattr__(made, "aliases", {**found, **self.aliases})
+        return made
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the service's own declaration; views have their own."""

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
-from penstock.features.compute import ViewComputer
+from penstock.features.compute import ViewComputer, stored_texts
 from penstock.features.definitions import FeatureView
 from penstock.features.expressions import Expr, columns_read
 from penstock.features.fit import fit_key, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
-from penstock.features.source_tables import source_stamp
+from penstock.features.source_reading import source_stamp
 from penstock.features.sources import SourceTable, read_source
 
 _READ_TRIES = 5
@@ -170,7 +170,7 @@ class LiveViews:
         source, stored = view.source, view.stored
         values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
         columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
-        plain = {c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"}
+        plain = stored_texts(view)
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
             known = self._registry.state.dictionaries.get(source.name, {})

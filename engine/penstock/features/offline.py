@@ -18,8 +18,8 @@ from penstock.features.compute import NULL, PRESENT, ViewComputer
 from penstock.features.expressions import is_floating
 from penstock.features.index import entity_keys
 from penstock.features.plan import ServicePlan
+from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
-from penstock.features.source_tables import arrow_table
 from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def historical_join(
     key_seed: bytes,
     *,
     filter_by_created_timestamp: bool = False,
+    known_by: NDArray[np.int64] | None = None,
     with_status: bool = False,
 ) -> pa.Table:
     """Append the plan's features to an entity table (see `entity_table`).
@@ -76,6 +77,7 @@ def historical_join(
         computers: by view name.
         key_seed: 16 bytes, the computers' own.
         filter_by_created_timestamp: leave out events that became known after the row's time.
+        known_by: int64[N], microseconds; leave out events that became known after these times instead.
         with_status: append `<feature>__status`: PRESENT, NULL, NOT_FOUND, EXPIRED or FUTURE for each cell.
 
     Returns:
@@ -105,8 +107,8 @@ def historical_join(
         words, nulls = entity_keys([keys[i] for i in positions], n, key_seed)
         if times.valid is not None:
             nulls |= ~times.valid
-        known_by = times.values if filter_by_created_timestamp else None
-        rows = computer.rows_at(words, times.values, nulls=nulls, known_by=known_by)
+        cut = times.values if filter_by_created_timestamp else known_by
+        rows = computer.rows_at(words, times.values, nulls=nulls, known_by=cut)
         for (name, _), column in zip(computer.schema, rows.columns):
             columns[f"{owner}:{name}"] = column
         for name, dictionary in computer.dictionaries.items():

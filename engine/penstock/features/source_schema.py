@@ -13,10 +13,8 @@ import pyarrow as pa
 
 from penstock.errors import FailedPreconditionError, InvalidArgumentError
 from penstock.features.source_definitions import CSVSource, Source
+from penstock.features.source_reading import ARROW_TYPES
 
-_ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
-          "string": pa.string(), "timestamp": pa.timestamp("us", "UTC"),
-          "duration": pa.duration("us")}  # fmt: skip
 NULL = "null"
 
 
@@ -55,6 +53,11 @@ def found_schema(source: Source, schema: pa.Schema) -> dict[str, str]:
             dtype = "timestamp"
         found[name] = dtype or f"<{kind}>"
     return found
+
+
+def schema_of(source: Source, found: Mapping[str, str]) -> dict[str, str]:
+    """The schema that stands for a source: what was found, or declared where nothing is there to be found."""
+    return dict(found or source.schema or {})
 
 
 def check_columns(source: Source, schema: pa.Schema, used: Iterable[str]) -> None:
@@ -125,7 +128,7 @@ def as_expected(
     """
     for name in used:
         column, dtype = table[name], expected.get(name)
-        if dtype not in _ARROW:
+        if dtype not in ARROW_TYPES:
             continue
         widened = (
             isinstance(source, CSVSource)
@@ -136,7 +139,7 @@ def as_expected(
         if not pa.types.is_null(column.type) and not widened:
             continue
         try:
-            made = column.cast(_ARROW[dtype], safe=feature_dtype(column.type) == "int64")
+            made = column.cast(ARROW_TYPES[dtype], safe=feature_dtype(column.type) == "int64")
         except pa.ArrowInvalid as error:
             raise InvalidArgumentError(
                 f"source '{source.name}': column '{name}' has a value that is no {dtype}: {error}"

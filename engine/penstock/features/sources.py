@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from penstock.errors import InvalidArgumentError
 from penstock.features.expressions import INT_MIN
 from penstock.features.source_definitions import Source
+from penstock.features.source_reading import raw_table, where_of
 from penstock.features.source_schema import (
     as_expected,
     check_columns,
@@ -28,7 +29,6 @@ from penstock.features.source_schema import (
     found_schema,
     is_text,
 )
-from penstock.features.source_tables import raw_table, where_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

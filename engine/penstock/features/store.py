@@ -51,8 +51,8 @@ from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.snapshot import snapshot_rows
-from penstock.features.source_schema import check_declared, found_schema
-from penstock.features.source_tables import raw_schema
+from penstock.features.source_reading import raw_schema
+from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class FeatureStore:
                 with some of them are the sources read, as `apply` reads them.
         """
         self._registry.reload()
-        breaks = service_breaks(self.services, self.views, self._repo.projections)
+        breaks = service_breaks(self.services, self.views)
         schemas: dict[str, dict[str, str]] = {}
         for source in {view.source.key: view.source for view in self.views.values()}.values():
             try:
@@ -201,7 +201,8 @@ class FeatureStore:
             }
             self._live.adopt(fresh)
             self._registry.reload()
-            schemas = {self.views[name].source.key: reading.schema for name, reading in fresh.items()}
+            sources = {name: self.views[name].source for name in fresh}
+            schemas = {s.key: schema_of(s, fresh[name].schema) for name, s in sources.items()}
             now = self._declared()
             breaks = bundle_breaks(bundles, self.services, fingerprints, {})
             found = changes(self._registry.state, now, schemas, breaks)
@@ -331,6 +332,7 @@ class FeatureStore:
         start_date: Time | None = None,
         end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
+        known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
@@ -344,6 +346,7 @@ class FeatureStore:
             full_feature_names: name columns "view__feature".
             start_date, end_date: of a snapshot; by default `end_date` minus the longest ttl, and now.
             filter_by_created_timestamp: leave out events that became known after the row's time.
+            known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
 
         Returns:
@@ -374,6 +377,7 @@ class FeatureStore:
                 computers,
                 self.key_seed,
                 filter_by_created_timestamp=filter_by_created_timestamp,
+                known_by=known_by,
                 with_status=with_status,
             )
         )

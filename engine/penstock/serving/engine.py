@@ -37,7 +37,7 @@ from penstock.errors import (
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import load_bundle
 from penstock.models.registry import ModelRegistry
-from penstock.monitoring.label_log import LabelLog
+from penstock.monitoring.record_log import RecordLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
 from penstock.serving.labels import Labels
@@ -72,6 +72,8 @@ class Engine:
         ConfigError, BundleError, StoreError: what cannot be served, by name.
         FailedPreconditionError: another engine holds `data_dir`.
     """
+
+    worker = 0  # index of this process among those that serve together
 
     def __init__(self, config: Config, *, clock: SystemClock | None = None) -> None:
         self.config = config
@@ -108,7 +110,7 @@ class Engine:
             )
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()
-        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock, self.worker)
         self.trials = Trials(config, self.live, self.registry, self.clock)
         self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
@@ -140,7 +142,7 @@ class Engine:
             flush_us=round(settings.log_flush * 1e6),
             max_bytes=settings.log_bytes,
         )
-        self.label_log = LabelLog(config.data_dir / "log")
+        self.label_log = RecordLog(config.data_dir / "log", "labels")
 
     def _prepare(self) -> None:
         """Before the models are loaded."""

@@ -26,7 +26,7 @@ from penstock.features.source_definitions import (
     Source,
     TableSource,
 )
-from penstock.features.source_tables import rows_digest, source_stamp
+from penstock.features.source_reading import rows_digest, source_stamp
 from penstock.features.sources import SourceTable, read_source
 from penstock.features.store import FeatureStore
 

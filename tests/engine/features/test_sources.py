@@ -16,7 +16,7 @@ from pyarrow import csv, feather
 from penstock.errors import InvalidArgumentError
 from penstock.features.expressions import timestamp_us
 from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
-from penstock.features.source_tables import source_stamp
+from penstock.features.source_reading import source_stamp
 from penstock.features.sources import UNKNOWN_TIME, arrow_column, read_source, time_column
 
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)

@@ -21,7 +21,7 @@ from penstock.errors import (
 )
 from penstock.features import sql
 from penstock.features.source_definitions import DuckDBSource, ParquetSource
-from penstock.features.source_tables import source_stamp
+from penstock.features.source_reading import source_stamp
 from penstock.features.sources import read_source
 from penstock.features.store import FeatureStore
 

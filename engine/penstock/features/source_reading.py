@@ -26,6 +26,9 @@ from penstock.features.source_definitions import (
     TableSource,
 )
 
+ARROW_TYPES = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
+               "string": pa.string(), "timestamp": pa.timestamp("us", "UTC"),
+               "duration": pa.duration("us")}  # fmt: skip
 _SUFFIXES = {"ParquetSource": (".parquet", ".pq"), "CSVSource": (".csv",),
              "ArrowSource": (".arrow", ".feather", ".ipc")}  # fmt: skip
 _CSV_TEXT = pa.string()
@@ -116,24 +119,16 @@ def _file_facts(files: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 
 def rows_digest(table: pa.Table) -> str:
-    """SHA-256 (hex) of a table's rows; equal tables may differ in it, different ones do."""
-    digest = hashlib.sha256()
+    """128 bits (hex) of a table's rows; equal tables may differ in it, different ones do.
 
-    class Sink:
-        closed = False
+    It guards against changes, not against people who want two tables to look alike.
+    """
+    from penstock.features.digests import RowsDigest
 
-        def write(self, data: Any) -> int:
-            digest.update(data)
-            return len(data)
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    sink = pa.PythonFile(Sink(), mode="w")
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+    sink = RowsDigest()
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
         writer.write_table(table)
-    return digest.hexdigest()
+    return sink.hexdigest()
 
 
 def _held(source: TableSource) -> pa.Table:
@@ -185,7 +180,12 @@ def raw_table(source: Source, base: Path, wanted: Sequence[str] | None) -> tuple
 
 
 def raw_schema(source: Source, base: Path) -> pa.Schema:
-    """The schema of all columns; of Parquet, Arrow and queries no row is read. Raises as `raw_table`."""
+    """The schema of all columns; of Parquet, Arrow and queries no row is read. Raises as `raw_table`.
+
+    A source of another kind has the schema that it declares.
+    """
+    if not isinstance(source, FileSource | DuckDBSource | TableSource):
+        return pa.schema([(name, ARROW_TYPES[dtype]) for name, dtype in (source.schema or {}).items()])
     if isinstance(source, DuckDBSource):
         return sql.query_schema(source.query, base, where_of(source))
     if not isinstance(source, FileSource) or isinstance(source, CSVSource):
