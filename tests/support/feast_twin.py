@@ -61,10 +61,11 @@ def write_twin(path: Path, shop: Path) -> Path:
     return path
 
 
-def visits(shop: Path) -> pa.Table:
-    """The shop's visits, numbered, and one of them at three items at once."""
+def visits(shop: Path, at_once: int | None = None) -> pa.Table:
+    """The shop's visits, numbered; one of them, if it is named, at three more items at once."""
     table = pq.read_table(shop / "data" / "visits.parquet")
-    basket = table.slice(7, 1)
-    more = [basket.set_column(2, "item_id", pa.array([item], pa.int64())) for item in (1, 2, 3)]
+    basket = table.slice(0, 0) if at_once is None else table.slice(at_once, 1)
+    more = [basket.set_column(2, "item_id", pa.array([item] * len(basket), pa.int64()))
+            for item in (1, 2, 3)]  # fmt: skip
     table = pa.concat_tables([table, *more])
     return table.append_column("row", pa.array(range(table.num_rows)))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from penstock.features.definitions import FeatureService, FeatureView, ViewProjection
+from penstock.features.definitions import FeatureService, FeatureView
 from penstock.features.expressions import digest
 from penstock.features.fit import rank_arguments
 from penstock.features.registry import RegistryState
@@ -138,21 +138,15 @@ def changes(
     return DefinitionChanges(views, services, view_parts, service_features, sources, (*lost, *breaks))
 
 
-def service_breaks(
-    services: Mapping[str, FeatureService],
-    views: Mapping[str, FeatureView],
-    aliases: Mapping[str, ViewProjection],
-) -> list[Break]:
+def service_breaks(services: Mapping[str, FeatureService], views: Mapping[str, FeatureView]) -> list[Break]:
     """Services that list a feature which no view has; `apply` refuses them."""
     found = []
     for name, service in services.items():
         request = service.request
-        known = {**aliases, **service.aliases}
-        for ref in service.features:
-            owner, short = ref.split(":")
+        for ref, base in zip(service.features, service.base_refs):
+            owner, short = base.split(":")
             if request is not None and owner == request.name:
                 continue
-            owner = known[owner].view.name if owner in known else owner
             if owner not in views or short not in views[owner].features:
                 found.append(Break("service", name, f"lists '{ref}', which no view has"))
     return found

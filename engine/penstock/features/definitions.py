@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -82,8 +83,8 @@ class FeatureView:
     """Features of one entity set computed from one source. Without entities it has one row, for all.
 
     Attributes:
-        as_known: only events known by the time asked count, in plain features and in aggregates.
         schema: dtype that a stored feature must have; without `features` it names source columns.
+        as_known: only events known by the time asked count, in plain features and in aggregates.
         stored: columns of the stored row: features in the order given, then hidden columns by name.
         request_time: expressions to evaluate for each request; they read source columns by their own names.
         hidden: hidden stored column of each source column that request-time expressions read.
@@ -94,8 +95,8 @@ class FeatureView:
     source: Source
     features: Mapping[str, Expr | WindowAggregate] = field(default_factory=dict)
     ttl: timedelta | None = None
-    as_known: bool = False
     schema: Mapping[str, str] = field(default_factory=dict)
+    as_known: bool = False
     stored: tuple[StoredColumn, ...] = field(init=False)
     request_time: Mapping[str, Expr] = field(init=False)
     hidden: Mapping[str, str] = field(init=False)
@@ -266,7 +267,7 @@ class FeatureService:
 
     Attributes:
         features: names; a view or a projection in the list stands for its features.
-        aliases: the projections that were listed under a name or for join keys of their own, by name.
+        aliases: the projections among them that have a name or join keys of their own, by name.
     """
 
     name: str
@@ -296,6 +297,20 @@ class FeatureService:
             raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")
         object.__setattr__(self, "features", tuple(refs))
         object.__setattr__(self, "aliases", aliases)
+
+    @property
+    def base_refs(self) -> list[str]:
+        """`features` with the names of the views that the aliases stand for."""
+        owners = (ref.split(":") for ref in self.features)
+        return [f"{self.aliases[o].view.name if o in self.aliases else o}:{f}" for o, f in owners]
+
+    def bound(self, projections: Mapping[str, ViewProjection]) -> FeatureService:
+        """The service with the repository's projections that its list calls by name."""
+        used = {ref.split(":")[0] for ref in self.features}
+        found = {name: alias for name, alias in projections.items() if name in used}
+        made = copy(self)
+        object.__setattr__(made, "aliases", {**found, **self.aliases})
+        return made
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the service's own declaration; views have their own."""

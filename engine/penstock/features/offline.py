@@ -192,7 +192,7 @@ def snapshot_entities(
                 f"view '{view.name}' has the join keys {', '.join(view.join_keys)}, of "
                 f"{', '.join(name for name, _ in plan.entities)}; expected an entity_df"
             )
-    ttls = [view.ttl_us for view in plan.views]
+    ttls = [view.ttl_us for view, _ in keyed] or [None]
     if start_us is None and None not in ttls:
         start_us = end_us - max(ttl or 0 for ttl in ttls)
     order = [name for name, _ in plan.entities]

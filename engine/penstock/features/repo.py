@@ -92,7 +92,8 @@ def load_repo(path: Path) -> Repo:
             )
     return Repo(
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
-        found[FeatureService], found[RequestSource], found[ViewProjection],
+        {name: service.bound(found[ViewProjection]) for name, service in found[FeatureService].items()},
+        found[RequestSource], found[ViewProjection],
     )  # fmt: skip
 
 

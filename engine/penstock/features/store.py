@@ -141,7 +141,7 @@ class FeatureStore:
                 with some of them are the sources read, as `apply` reads them.
         """
         self._registry.reload()
-        breaks = service_breaks(self.services, self.views, self._repo.projections)
+        breaks = service_breaks(self.services, self.views)
         schemas: dict[str, dict[str, str]] = {}
         for source in {view.source.key: view.source for view in self.views.values()}.values():
             try:

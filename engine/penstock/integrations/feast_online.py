@@ -3,19 +3,20 @@
 A row of a view is its event time and one serialized Value for each feature. A write never replaces a newer
 row,
 and replaces one of the same event time: a correction. Feast's own Redis adapter keeps the older of two rows
-of one event time, its SQLite adapter the last one written. Redis is asked once for a batch of keys, whatever
-the number of views; a write reads the times first, as Feast does, so two writers at once may race as Feast's
-do. Stores are for one thread at a time.
+of one event time, its SQLite adapter the last one written, and its times in whole seconds. Redis is asked
+once for a batch of keys, whatever the number of views; a write reads the times first, as Feast does, so two
+writers at once may race as Feast's do. Stores are for one thread at a time.
 """
 
 from __future__ import annotations
 
+import calendar
 import json
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -197,11 +198,11 @@ def _connection(text: str) -> tuple[str, int, dict[str, Any]]:
 
 def _redis_row(read: ViewRead, stored: Mapping[bytes, bytes | None]) -> StoredRow | None:
     """The row of a view; without a time its entity was never written, whatever other views wrote."""
-    time = stored[redis_time_field(read.view)]
-    if time is None:
+    at = stored[redis_time_field(read.view)]
+    if at is None:
         return None
     values = {f: stored[redis_field(read.view, f)] for f in read.features}
-    return StoredRow(_time(read.view, time), {f: v for f, v in values.items() if v is not None})
+    return StoredRow(_time(read.view, at), {f: v for f, v in values.items() if v is not None})
 
 
 def _time(view: str, data: bytes) -> int:
@@ -240,10 +241,10 @@ class SqliteLayout:
             query = (
                 f"SELECT entity_key, feature_name, value, event_ts FROM {_quoted(table)} WHERE entity_key IN"
             )
-            for key, feature, value, time in db.execute(f"{query} ({marks})", part):
+            for key, feature, value, stored in db.execute(f"{query} ({marks})", part):
                 if feature in read.features:
                     values.setdefault(key, {})[feature] = value
-                times[key] = max(times.get(key, _sqlite_time(time)), _sqlite_time(time))
+                times[key] = max(times.get(key, _sqlite_time(stored)), _sqlite_time(stored))
         return [None if k not in times else StoredRow(times[k], values.get(k, {})) for k in read.keys]
 
     def write(self, view: str, rows: Sequence[RowWrite]) -> int:
@@ -258,16 +259,14 @@ class SqliteLayout:
                     "PRIMARY KEY(entity_key, feature_name))"
                 )
                 for row in rows:
-                    time = datetime.fromtimestamp(row.event_us // 1_000_000, UTC).replace(
-                        microsecond=row.event_us % 1_000_000, tzinfo=None
-                    )
+                    at = _to_sqlite_time(row.event_us)
                     found = db.execute(f"SELECT event_ts FROM {table} WHERE entity_key = ?", (row.key,))
-                    if any(_sqlite_time(stored) > row.event_us for (stored,) in found.fetchall()):
+                    if any(_sqlite_time(stored) > _sqlite_time(at) for (stored,) in found.fetchall()):
                         continue
                     db.executemany(
                         f"INSERT OR REPLACE INTO {table} (entity_key, feature_name, value, event_ts) "
                         "VALUES (?, ?, ?, ?)",
-                        [(row.key, f, value, time.isoformat(" ")) for f, value in row.values.items()],
+                        [(row.key, f, value, at) for f, value in row.values.items()],
                     )
                     written += 1
         except (sqlite3.Error, OSError) as error:
@@ -287,8 +286,13 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _sqlite_time(text: str) -> int:
-    time = datetime.fromisoformat(text)
-    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-    whole = int(time.replace(microsecond=0).timestamp())
-    return whole * 1_000_000 + time.microsecond
+def _sqlite_time(seconds: Any) -> int:
+    """Microseconds of a stored time. Feast stores UTC as if it were the local time, in whole seconds."""
+    if not isinstance(seconds, int):
+        raise ValueError(f"a time is {seconds!r}; expected whole seconds")
+    return calendar.timegm(time.localtime(seconds)) * 1_000_000
+
+
+def _to_sqlite_time(us: int) -> int:
+    found = time.gmtime(us // 1_000_000)
+    return int(time.mktime((*found[:8], -1)))

@@ -21,7 +21,9 @@ from penstock.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from penstock.features.describe import describe_service, describe_view
 from penstock.features.expressions import col
+from penstock.features.lineage import around, lineage
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import save_bundle
 from penstock.serving.engine import Engine
@@ -129,7 +131,24 @@ def test_a_service_lists_projections_as_objects(repo: Path) -> None:
         by_object = [store.get_historical_features(entities([T]), refs).to_arrow() for refs in lists]
         assert [table["temperature"].to_pylist() for table in by_object] == [[11.0], [22.0]]
         assert "trip" in store.apply().services
-        assert not store.plan()
+        assert not store.plan() and not store.plan().breaks
+    (repo / "features.py").write_text(DEFINITIONS.replace('"destination_id"}', '"other_id"}'))
+    with FeatureStore(repo) as store:  # a projection that the service calls by its name has changed
+        assert store.plan().services == {"trip": "changed"}
+
+
+def test_lineage_names_the_views_behind_projections(repo: Path) -> None:
+    with FeatureStore(repo) as store:
+        service = store.services["trip"]
+        assert service.base_refs == ["location_stats:temperature", "location_stats:seen", "market:rate"]
+        graph = lineage(store.views, store.services)
+        assert {node.name for node in graph.nodes if node.kind == "view"} == {"location_stats", "market"}
+        assert not [node for node in graph.nodes if node.note == "not defined"]
+        near = around(graph, "location_stats:seen", store.services)
+        assert "trip" in {node.name for node in near.nodes}
+        assert describe_view(store.views["location_stats"], store.services, {})["services"] == ["trip"]
+        assert describe_service(service)["aliases"]["origin_stats"] == {
+            "view": "location_stats", "join_keys": {"location_id": "origin_id"}}  # fmt: skip
 
 
 def test_the_fingerprint_counts_what_a_projection_reads(repo: Path) -> None:

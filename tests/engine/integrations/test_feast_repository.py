@@ -402,15 +402,18 @@ def test_layouts_keep_the_newest_row(tmp_path: Path, kind: str, request: pytest.
     else:
         layout = SqliteLayout("p", tmp_path / "o.db")
     key = entity_key(["k"], [2], [f"{kind}"])
-    batch = [RowWrite(key, at, {"f": value}) for at, value in ((20, b"a"), (30, b"b"), (10, b"c"))]
+    second = 1_000_000
+    times = ((20, b"a"), (30, b"b"), (10, b"c"))
+    batch = [RowWrite(key, at * second, {"f": value}) for at, value in times]
     assert layout.write("v", batch) == 2
     read = [ViewRead("v", ["f", "g"], [key, None, key + b"x"])]
     for rows, written, value in (([], 0, b"b"), ([(29, b"d")], 0, b"b"), ([(30, b"e")], 1, b"e")):
-        assert layout.write("v", [RowWrite(key, at, {"f": data}) for at, data in rows]) == written
+        assert layout.write("v", [RowWrite(key, at * second, {"f": data}) for at, data in rows]) == written
         [[found, none, missing]] = layout.read(read)
-        assert found is not None and (found.event_us, dict(found.values)) == (30, {"f": value})
+        assert found is not None and (found.event_us, dict(found.values)) == (30 * second, {"f": value})
         assert none is None and missing is None
     if isinstance(layout, SqliteLayout):
         with closing(sqlite3.connect(tmp_path / "o.db")) as db:
-            assert db.execute('SELECT event_ts FROM "p_v"').fetchall() == [("1970-01-01 00:00:00.000030",)]
+            [(stored,)] = db.execute('SELECT event_ts FROM "p_v"').fetchall()
+            assert datetime.fromtimestamp(stored) == datetime(1970, 1, 1, 0, 0, 30)  # UTC as if it were local
     layout.close()
