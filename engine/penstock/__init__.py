@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from penstock.features.aggregates import count, max, mean, min, sum
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-    from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
+    from penstock.features.expressions import (
+        coalesce,
+        col,
+        lit,
+        maximum,
+        minimum,
+        now,
+        percentile_rank,
+        udf,
+        where,
+    )
     from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
     from penstock.features.store import FeatureStore
     from penstock.serving.async_client import AsyncClient
@@ -32,6 +42,7 @@ __all__ = [
     "FeatureView",
     "ParquetSource",
     "RequestSource",
+    "coalesce",
     "col",
     "count",
     "lit",
@@ -43,6 +54,7 @@ __all__ = [
     "now",
     "percentile_rank",
     "sum",
+    "udf",
     "where",
 ]
 
@@ -51,7 +63,7 @@ _HOMES = {
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
     "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource"),
     "penstock.features.expressions": (
-        "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
+        "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
     "penstock.serving.async_client": ("AsyncClient",),

@@ -17,11 +17,13 @@ from penstock import _core
 from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features import windows
 from penstock.features.aggregates import WindowAggregate
+from penstock.features.backends.stored import stored_program
 from penstock.features.definitions import FeatureView, StoredColumn
 from penstock.features.expressions import Expr, columns_read, is_floating
 from penstock.features.index import EventIndex, entity_keys
-from penstock.features.program import Distribution, compile_program
+from penstock.features.program import Distribution
 from penstock.features.sources import SourceTable
+from penstock.features.text_inputs import input_column
 from penstock.features.windows import EXPIRED, FUTURE, NOT_FOUND, NULL, PRESENT
 
 if TYPE_CHECKING:
@@ -118,10 +120,10 @@ class ViewComputer:
         found: dict[str, Column] = {}
         if outputs:
             try:
-                program = _core.FeatureProgram(compile_program(outputs, table.schema, distributions))
+                program = stored_program(outputs, table.schema, distributions)
             except DefinitionError as error:
                 raise DefinitionError(f"{where}: {error}") from error
-            inputs = [(table.columns[n].values, table.columns[n].valid) for n, _ in program.inputs]
+            inputs = [input_column(name, table.columns) for name, _ in program.inputs]
             dtypes = dict(program.outputs)
             found = dict(zip(dtypes, program.run(inputs, rows=table.n_rows)))
         self.schema: list[tuple[str, str]] = []
