@@ -10,54 +10,64 @@
 #include <cstdint>
 #include <limits>
 
+// A call left in a loop would keep it from vectorising.
+#define PENSTOCK_INLINE [[gnu::always_inline]] static inline
+
 namespace penstock::float_math {
 
-static inline int64_t bits(double x) {
+PENSTOCK_INLINE int64_t bits(double x) {
   return std::bit_cast<int64_t>(x);
 }
-static inline double value(int64_t i) {
+PENSTOCK_INLINE double value(int64_t i) {
   return std::bit_cast<double>(i);
 }
-static inline int64_t shift_right(int64_t i, int n) {
+PENSTOCK_INLINE int64_t shift_right(int64_t i, int n) {
   return static_cast<int64_t>(static_cast<uint64_t>(i) >> n);
 }
-static inline int64_t shift_left(int64_t i, int n) {
+PENSTOCK_INLINE int64_t shift_left(int64_t i, int n) {
   return static_cast<int64_t>(static_cast<uint64_t>(i) << n);
 }
-static inline double select(bool condition, double then, double other) {
-  return condition ? then : other;
+PENSTOCK_INLINE bool both(bool a, bool b) {
+  return a & b;
 }
-static inline int64_t select(bool condition, int64_t then, int64_t other) {
-  return condition ? then : other;
+PENSTOCK_INLINE bool either(bool a, bool b) {
+  return a | b;
+}
+// By mask: of `?:` compilers make jumps, which keep a loop from vectorising.
+PENSTOCK_INLINE int64_t select(bool condition, int64_t then, int64_t other) {
+  return other ^ ((then ^ other) & -int64_t{condition});
+}
+PENSTOCK_INLINE double select(bool condition, double then, double other) {
+  return value(select(condition, bits(then), bits(other)));
 }
 
-static inline double magnitude(double x) {
+PENSTOCK_INLINE double magnitude(double x) {
   return value((bits(x) & INT64_C(9223372036854775807)));
 }
 
-static inline double high_part(double x) {
+PENSTOCK_INLINE double high_part(double x) {
   return value((bits(x) & INT64_C(-4294967296)));
 }
 
-static inline int64_t integer_of(double rounder) {
+PENSTOCK_INLINE int64_t integer_of(double rounder) {
   return (bits(rounder) - INT64_C(4843621399236968448));
 }
 
-static inline double float_of(int64_t n) {
+PENSTOCK_INLINE double float_of(int64_t n) {
   return (value((n + INT64_C(4843621399236968448))) - 6755399441055744.0);
 }
 
-static inline double power_of_two(int64_t n) {
+PENSTOCK_INLINE double power_of_two(int64_t n) {
   return value(shift_left((n + INT64_C(1023)), 52));
 }
 
-static inline double scale(double y, int64_t n) {
+PENSTOCK_INLINE double scale(double y, int64_t n) {
   auto first =
       select((n > INT64_C(1000)), INT64_C(1000), select((n < (-INT64_C(1000))), (-INT64_C(1000)), n));
   return ((y * power_of_two(first)) * power_of_two((n - first)));
 }
 
-static inline double exp_of_parts(double hi, double lo, int64_t n) {
+PENSTOCK_INLINE double exp_of_parts(double hi, double lo, int64_t n) {
   auto r = (hi - lo);
   auto t = (r * r);
   auto c = (r - (t * (0.16666666666666602 +
@@ -67,7 +77,7 @@ static inline double exp_of_parts(double hi, double lo, int64_t n) {
   return scale((1.0 - ((lo - ((r * c) / (2.0 - c))) - hi)), n);
 }
 
-static inline double exp(double x) {
+PENSTOCK_INLINE double exp(double x) {
   auto a = select((x < 710.0), x, 710.0);
   auto b = select((a > (-746.0)), a, (-746.0));
   auto t = ((b * 1.4426950408889634) + 6755399441055744.0);
@@ -76,7 +86,7 @@ static inline double exp(double x) {
   return select((x == x), y, x);
 }
 
-static inline double exp2(double x) {
+PENSTOCK_INLINE double exp2(double x) {
   auto a = select((x < 1025.0), x, 1025.0);
   auto b = select((a > (-1076.0)), a, (-1076.0));
   auto t = (b + 6755399441055744.0);
@@ -87,7 +97,7 @@ static inline double exp2(double x) {
   return select((x == x), y, x);
 }
 
-static inline double expm1(double x) {
+PENSTOCK_INLINE double expm1(double x) {
   auto a = select((x < 710.0), x, 710.0);
   auto b = select((a > (-50.0)), a, (-50.0));
   auto t = ((b * 1.4426950408889634) + 6755399441055744.0);
@@ -114,7 +124,7 @@ static inline double expm1(double x) {
   auto middle = scale(((1.0 - inverse) - (d - r)), n);
   auto large = scale(((r - (d + inverse)) + 1.0), n);
   auto y = select((n < INT64_C(20)), middle, large);
-  y = select(((n <= (-INT64_C(2))) | (n > INT64_C(56))), far, y);
+  y = select(either((n <= (-INT64_C(2))), (n > INT64_C(56))), far, y);
   y = select((n == INT64_C(1)), one, y);
   y = select((n == (-INT64_C(1))), minus_one, y);
   y = select((n == INT64_C(0)), small, y);
@@ -122,7 +132,7 @@ static inline double expm1(double x) {
   return select((x == x), y, x);
 }
 
-static inline double tanh(double x) {
+PENSTOCK_INLINE double tanh(double x) {
   auto a = magnitude(x);
   auto b = select((a < 22.0), a, 22.0);
   auto t = expm1(select((b >= 1.0), (2.0 * b), ((-2.0) * b)));
@@ -131,21 +141,21 @@ static inline double tanh(double x) {
   return select((x == x), y, x);
 }
 
-static inline int64_t log_bits(double x) {
+PENSTOCK_INLINE int64_t log_bits(double x) {
   return (bits(select((x < 2.2250738585072014e-308), (x * 1.8014398509481984e+16), x)) +
           INT64_C(2638149301829632));
 }
 
-static inline double log_exponent(double x) {
+PENSTOCK_INLINE double log_exponent(double x) {
   return float_of(
       (shift_right(log_bits(x), 52) - select((x < 2.2250738585072014e-308), INT64_C(1077), INT64_C(1023))));
 }
 
-static inline double log_fraction(double x) {
+PENSTOCK_INLINE double log_fraction(double x) {
   return value(((log_bits(x) & INT64_C(4503599627370495)) + INT64_C(4604544269498187776)));
 }
 
-static inline double log_tail(double f) {
+PENSTOCK_INLINE double log_tail(double f) {
   auto s = (f / (2.0 + f));
   auto z = (s * s);
   auto w = (z * z);
@@ -155,7 +165,7 @@ static inline double log_tail(double f) {
   return (s * (((0.5 * f) * f) + (u + t)));
 }
 
-static inline double log_limits(double x, double y) {
+PENSTOCK_INLINE double log_limits(double x, double y) {
   y = select((x == std::numeric_limits<double>::infinity()), x, y);
   y = select((x == 0.0), (-std::numeric_limits<double>::infinity()), y);
   y = select((x < 0.0), (std::numeric_limits<double>::infinity() - std::numeric_limits<double>::infinity()),
@@ -163,11 +173,11 @@ static inline double log_limits(double x, double y) {
   return select((x == x), y, x);
 }
 
-static inline double log_argument(double x) {
-  return select(((x > 0.0) & (x < std::numeric_limits<double>::infinity())), x, 1.0);
+PENSTOCK_INLINE double log_argument(double x) {
+  return select(both((x > 0.0), (x < std::numeric_limits<double>::infinity())), x, 1.0);
 }
 
-static inline double log(double x) {
+PENSTOCK_INLINE double log(double x) {
   auto a = log_argument(x);
   auto k = log_exponent(a);
   auto f = (log_fraction(a) - 1.0);
@@ -176,7 +186,7 @@ static inline double log(double x) {
   return log_limits(x, y);
 }
 
-static inline double log2(double x) {
+PENSTOCK_INLINE double log2(double x) {
   auto a = log_argument(x);
   auto k = log_exponent(a);
   auto f = (log_fraction(a) - 1.0);
@@ -189,7 +199,7 @@ static inline double log2(double x) {
   return log_limits(x, y);
 }
 
-static inline double log10(double x) {
+PENSTOCK_INLINE double log10(double x) {
   auto a = log_argument(x);
   auto k = log_exponent(a);
   auto f = (log_fraction(a) - 1.0);
@@ -206,14 +216,14 @@ static inline double log10(double x) {
   return log_limits(x, y);
 }
 
-static inline double log1p(double x) {
-  auto a = select(((x > (-1.0)) & (x < std::numeric_limits<double>::infinity())), x, 1.0);
+PENSTOCK_INLINE double log1p(double x) {
+  auto a = select(both((x > (-1.0)), (x < std::numeric_limits<double>::infinity())), x, 1.0);
   auto u = (1.0 + a);
-  auto small = ((a > (-0.2928)) & (a < 0.4142));
+  auto small = both((a > (-0.2928)), (a < 0.4142));
   auto k = select(small, (0.0 * a), log_exponent(u));
   auto f = select(small, a, (log_fraction(u) - 1.0));
   auto c = (select((k >= 2.0), (1.0 - (u - a)), (a - (u - 1.0))) / u);
-  c = select((small | (k >= 54.0)), (0.0 * a), c);
+  c = select(either(small, (k >= 54.0)), (0.0 * a), c);
   auto y = ((((log_tail(f) + ((k * 1.9082149292705877e-10) + c)) - ((0.5 * f) * f)) + f) +
             (k * 0.6931471803691238));
   y = select((x == std::numeric_limits<double>::infinity()), x, y);
@@ -224,13 +234,13 @@ static inline double log1p(double x) {
   return select((x == x), y, x);
 }
 
-static inline double pow(double x, double y) {
+PENSTOCK_INLINE double pow(double x, double y) {
   auto a = magnitude(x);
-  auto b = select(((a > 0.0) & (a < std::numeric_limits<double>::infinity())), a, 1.5);
+  auto b = select(both((a > 0.0), (a < std::numeric_limits<double>::infinity())), a, 1.5);
   auto scaled = bits(select((b < 2.2250738585072014e-308), (b * 1.8014398509481984e+16), b));
   auto fraction = (scaled & INT64_C(4503599627370495));
   auto wraps = (fraction >= INT64_C(3296859846082560));
-  auto middle = ((fraction > INT64_C(1012164877877247)) & (fraction < INT64_C(3296859846082560)));
+  auto middle = both((fraction > INT64_C(1012164877877247)), (fraction < INT64_C(3296859846082560)));
   auto n = ((shift_right(scaled, 52) - select((b < 2.2250738585072014e-308), INT64_C(1077), INT64_C(1023))) +
             select(wraps, INT64_C(1), INT64_C(0)));
   auto m_bits = (fraction + select(wraps, INT64_C(4602678819172646912), INT64_C(4607182418800017408)));
@@ -273,7 +283,7 @@ static inline double pow(double x, double y) {
   auto q_lo = (((e - e1) * t1) + (e * t2));
   auto q_hi = (e1 * t1);
   auto z = (q_lo + q_hi);
-  auto far = ((z > 1025.0) | (z < (-1076.0)));
+  auto far = either((z > 1025.0), (z < (-1076.0)));
   q_hi = select(far, select((z > 0.0), (1025.0 + (0.0 * s)), (-1076.0)), q_hi);
   q_lo = select(far, (0.0 * s), q_lo);
   auto rounder = ((q_hi + q_lo) + 6755399441055744.0);
@@ -290,7 +300,7 @@ static inline double pow(double x, double y) {
                                   (t * (-1.6533902205465252e-06 + (t * 4.1381367970572385e-08))))))))));
   auto result = scale((1.0 - ((((z * c) / (c - 2.0)) - (w + (z * w))) - z)), integer_of(rounder));
   auto up = ((a == std::numeric_limits<double>::infinity()) == (y > 0.0));
-  result = select(((a == 0.0) | (a == std::numeric_limits<double>::infinity())),
+  result = select(either((a == 0.0), (a == std::numeric_limits<double>::infinity())),
                   select(up, (std::numeric_limits<double>::infinity() + (0.0 * s)), 0.0), result);
   auto size = select((magnitude(y) < 1.8014398509481984e+16), magnitude(y), 1.8014398509481984e+16);
   auto near = select((size < 4503599627370496.0), ((size + 6755399441055744.0) - 6755399441055744.0), size);
@@ -298,16 +308,17 @@ static inline double pow(double x, double y) {
   auto even_near =
       select((halves < 4503599627370496.0), ((halves + 6755399441055744.0) - 6755399441055744.0), halves);
   auto whole = (near == size);
-  auto odd = (whole & (even_near != halves));
+  auto odd = both(whole, (even_near != halves));
   auto negative = (bits(x) < INT64_C(0));
-  result = select((negative & odd), (-result), result);
+  result = select(both(negative, odd), (-result), result);
   result =
-      select((((x < 0.0) & (a < std::numeric_limits<double>::infinity())) & (near != size)),
+      select(both(both((x < 0.0), (a < std::numeric_limits<double>::infinity())), (near != size)),
              (std::numeric_limits<double>::infinity() - std::numeric_limits<double>::infinity()), result);
-  result = select(((x == x) & (y == y)), result, (x + y));
-  result = select(((a == 1.0) & (magnitude(y) == std::numeric_limits<double>::infinity())), 1.0, result);
-  result = select(((x == 1.0) | (y == 0.0)), 1.0, result);
-  return result;
+  result = select(both((x == x), (y == y)), result, (x + y));
+  result = select(both((a == 1.0), (magnitude(y) == std::numeric_limits<double>::infinity())), 1.0, result);
+  return select(either((x == 1.0), (y == 0.0)), 1.0, result);
 }
 
 }  // namespace penstock::float_math
+
+#undef PENSTOCK_INLINE

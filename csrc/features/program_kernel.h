@@ -15,6 +15,9 @@
 #include "features/operations.h"
 #include "features/program_code.h"
 
+// A call left in a loop would keep it from vectorising.
+#define PENSTOCK_ALWAYS __attribute__((always_inline))
+
 namespace penstock {
 
 namespace {
@@ -59,21 +62,21 @@ inline Civil civil(int64_t days) {
 
 // NaN wins; -0.0 is below +0.0.
 inline double min_f(double a, double b) {
-  double lesser = a < b ? a : b;
-  lesser = (a == b) & (std::bit_cast<int64_t>(a) < 0) ? a : lesser;
-  return a == a ? (b == b ? lesser : b) : a;
+  using namespace float_math;
+  const double lesser = select(either(a < b, both(a == b, bits(a) < 0)), a, b);
+  return select(a == a, select(b == b, lesser, b), a);
 }
 inline double max_f(double a, double b) {
-  double greater = a > b ? a : b;
-  greater = (a == b) & (std::bit_cast<int64_t>(b) < 0) ? a : greater;
-  return a == a ? (b == b ? greater : b) : a;
+  using namespace float_math;
+  const double greater = select(either(a > b, both(a == b, bits(b) < 0)), a, b);
+  return select(a == a, select(b == b, greater, b), a);
 }
 inline double with_sign(double x, double sign) {
   return float_math::value((float_math::bits(x) & INT64_MAX) | (float_math::bits(sign) & INT64_MIN));
 }
 inline double round_f(double a) {
   const double size = float_math::magnitude(a);
-  return size < 0x1p52 ? with_sign((size + 0x1p52) - 0x1p52, a) : a;
+  return float_math::select(size < 0x1p52, with_sign((size + 0x1p52) - 0x1p52, a), a);
 }
 // Python's float `%` and `//` (Objects/floatobject.c), extended to a zero divisor.
 inline double mod_f(double a, double b) {
@@ -144,13 +147,13 @@ inline uint64_t nonzero(const int64_t* values, size_t n) {
 }
 
 template <class T, class F>
-inline void groups(T* out, size_t n, F value) {
+PENSTOCK_ALWAYS inline void groups(T* out, size_t n, F value) {
   const size_t whole = (n + 7) / 8;
 #pragma GCC ivdep
   for (size_t r = 0; r < whole * 8; ++r) out[r] = value(r);
 }
 template <class T, class F>
-inline void rows(T* out, size_t n, F value) {
+PENSTOCK_ALWAYS inline void rows(T* out, size_t n, F value) {
   for (size_t r = 0; r < n; ++r) out[r] = value(r);
 }
 
@@ -175,13 +178,13 @@ void PENSTOCK_PROGRAM_KERNEL(const ProgramInstruction* code, size_t count, const
     int64_t* x = out->i64;
     uint64_t valid = block_a.valid & block_b.valid;
     switch (at.op) {
-#define PENSTOCK_GROUPS(op, to, expression)              \
-  case op:                                               \
-    groups(to, n, [=](size_t r) { return expression; }); \
+#define PENSTOCK_GROUPS(op, to, expression)                              \
+  case op:                                                               \
+    groups(to, n, [=](size_t r) PENSTOCK_ALWAYS { return expression; }); \
     break;
-#define PENSTOCK_ROWS(op, to, expression)              \
-  case op:                                             \
-    rows(to, n, [=](size_t r) { return expression; }); \
+#define PENSTOCK_ROWS(op, to, expression)                              \
+  case op:                                                             \
+    rows(to, n, [=](size_t r) PENSTOCK_ALWAYS { return expression; }); \
     break;
       PENSTOCK_GROUPS(kAddF, f, a[r] + b[r])
       PENSTOCK_GROUPS(kSubF, f, a[r] - b[r])
@@ -213,7 +216,7 @@ void PENSTOCK_PROGRAM_KERNEL(const ProgramInstruction* code, size_t count, const
       PENSTOCK_GROUPS(kIntToBool, x, int64_t{ai[r] != 0})
       PENSTOCK_GROUPS(kFToBool, x, int64_t{a[r] != 0.0})
       PENSTOCK_GROUPS(kIsNan, x, int64_t{a[r] != a[r]})
-      PENSTOCK_GROUPS(kSignF, f, a[r] > 0 ? 1.0 : a[r] < 0 ? -1.0 : a[r])
+      PENSTOCK_GROUPS(kSignF, f, float_math::select(a[r] > 0, 1.0, float_math::select(a[r] < 0, -1.0, a[r])))
       PENSTOCK_GROUPS(kSignI, x, int64_t{ai[r] > 0} - int64_t{ai[r] < 0})
       PENSTOCK_GROUPS(kRoundF, f, round_f(a[r]))
       PENSTOCK_GROUPS(kExp, f, float_math::exp(a[r]))
@@ -239,44 +242,45 @@ void PENSTOCK_PROGRAM_KERNEL(const ProgramInstruction* code, size_t count, const
 #undef PENSTOCK_GROUPS
 #undef PENSTOCK_ROWS
       case kDayOfYear:
-        rows(x, n, [=](size_t r) {
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
           const int64_t day = down_by(ai[r], kDayUs);
           return day - civil(day).first_of_year + 1;
         });
         break;
       case kFloorTo:  // the bytes hold a positive constant; any other value is taken as 1
-        rows(x, n, [=](size_t r) {
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
           const int64_t length = bi[r] > 0 ? bi[r] : 1;
           return wrap(raw(down_by(ai[r], length)) * raw(length));
         });
         break;
       case kWeekStart:
-        rows(x, n, [=](size_t r) {
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
           const int64_t day = down_by(ai[r], kDayUs);
           return wrap(raw(day - rest_by(day + 3, 7)) * raw(kDayUs));
         });
         break;
       case kMonthStart:
-        rows(x, n, [=](size_t r) {
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
           const int64_t day = down_by(ai[r], kDayUs);
           return wrap(raw(day - civil(day).day + 1) * raw(kDayUs));
         });
         break;
       case kYearStart:
-        rows(x, n,
-             [=](size_t r) { return wrap(raw(civil(down_by(ai[r], kDayUs)).first_of_year) * raw(kDayUs)); });
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
+          return wrap(raw(civil(down_by(ai[r], kDayUs)).first_of_year) * raw(kDayUs));
+        });
         break;
       case kFloorDivI:
       case kModI:
         valid &= nonzero(bi, n);
         if (at.op == kModI) {
-          rows(x, n, [=](size_t r) { return mod_i(ai[r], bi[r]); });
+          rows(x, n, [=](size_t r) PENSTOCK_ALWAYS { return mod_i(ai[r], bi[r]); });
         } else {
-          rows(x, n, [=](size_t r) { return floor_div_i(ai[r], bi[r]); });
+          rows(x, n, [=](size_t r) PENSTOCK_ALWAYS { return floor_div_i(ai[r], bi[r]); });
         }
         break;
       case kBucketOf:
-        rows(x, n, [=](size_t r) {
+        rows(x, n, [=](size_t r) PENSTOCK_ALWAYS {
           const int64_t buckets = bi[r] > 0 ? bi[r] : 1;
           return wrap(raw(ai[r]) >> 1) % buckets;
         });
@@ -288,27 +292,29 @@ void PENSTOCK_PROGRAM_KERNEL(const ProgramInstruction* code, size_t count, const
                                                : (block_a.valid & ta) | (block_b.valid & tb);
         valid |= decided;
         const uint64_t truth = at.op == kAnd ? ~decided : decided;
-        groups(x, n, [=](size_t r) { return bit(truth, r); });
+        groups(x, n, [=](size_t r) PENSTOCK_ALWAYS { return bit(truth, r); });
         break;
       }
       case kWhereF:
       case kWhereI: {
         const uint64_t chosen = nonzero(ai, n);
         valid = block_a.valid & ((chosen & block_b.valid) | (~chosen & block_c.valid));
-        groups(x, n, [=](size_t r) { return ai[r] != 0 ? bi[r] : ci[r]; });  // the bits of either kind
+        groups(x, n, [=](size_t r) PENSTOCK_ALWAYS {
+          return ai[r] != 0 ? bi[r] : ci[r];
+        });  // the bits of either kind
         break;
       }
       case kIsNullF:
       case kIsNullI: {
         const uint64_t nulls = ~block_a.valid;
-        groups(x, n, [=](size_t r) { return bit(nulls, r); });
+        groups(x, n, [=](size_t r) PENSTOCK_ALWAYS { return bit(nulls, r); });
         valid = ~uint64_t{0};
         break;
       }
       case kFillF:
       case kFillI: {
         const uint64_t own = block_a.valid;
-        groups(x, n, [=](size_t r) { return bit(own, r) != 0 ? ai[r] : bi[r]; });
+        groups(x, n, [=](size_t r) PENSTOCK_ALWAYS { return bit(own, r) != 0 ? ai[r] : bi[r]; });
         valid = block_a.valid | block_b.valid;
         break;
       }

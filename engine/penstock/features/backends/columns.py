@@ -54,16 +54,21 @@ def function_name(op: str) -> str:
     return KLEENE.get(op, op)
 
 
-def instruction_text(program: Program, step: Instruction, at: int, used: set[str]) -> list[str]:
-    """Two statements that set v<at> and ok<at>; adds the functions that they call to `used`."""
+def instruction_text(
+    program: Program, step: Instruction, at: int, used: set[str], literal_sizes: bool = False
+) -> list[str]:
+    """Two statements that set v<at> and ok<at>; adds the functions that they call to `used`.
+
+    A table t has the names t<t> and c<t>; its size and steps are n<t> and s<t>, or literal numbers.
+    """
     name = function_name(step.op)
     args: list[str] = []
     valid: list[str] = []
     for kind, operand in zip(SIGNATURES[step.op][1:], step.operands):
-        if kind == "r":
-            args += [f"{part}{operand}" for part in "tcns"]
-        elif kind in "st":
-            args += [f"{part}{operand}" for part in "tns"]
+        if kind in "str":
+            size = len(program.tables[operand].values)
+            args += [f"t{operand}", f"c{operand}"] if kind == "r" else [f"t{operand}"]
+            args += [str(size), str(size.bit_length())] if literal_sizes else [f"n{operand}", f"s{operand}"]
         elif name in CHECKED:
             args += [f"v{operand}", f"ok{operand}"]
         else:

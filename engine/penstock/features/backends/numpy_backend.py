@@ -18,7 +18,7 @@ from penstock.features.program import SIGNATURES, Distribution, Opaque, Program,
 # The scalar functions that stand for numpy's below; the rest of the text is taken as it is.
 SCALARS = (
     "bits", "value", "select", "as_int", "as_float", "whole", "narrow", "floor", "ceil", "root", "rest",
-    "quotient", "at", "lower_bound", "upper_bound",
+    "quotient", "plus", "minus", "times", "at", "lower_bound", "upper_bound",
 )  # fmt: skip
 
 
@@ -36,6 +36,9 @@ def _primitives() -> dict[str, Any]:
         "root": np.sqrt,
         "rest": np.fmod,
         "quotient": np.floor_divide,
+        "plus": np.add,
+        "minus": np.subtract,
+        "times": np.multiply,
         "at": lambda table, i: table[i],
         "lower_bound": lambda table, n, steps, x: np.searchsorted(table[:n], x, "left"),
         "upper_bound": lambda table, n, steps, x: np.searchsorted(table[:n], x, "right"),

@@ -7,12 +7,11 @@ An operation is the function of its name (`and_`, `or_`, `not_` for those of Kle
 an operand is null, unless there is a function NAME_ok: then both are given the operands with their validity
 after each, and NAME_ok returns the validity. Bools are int64 0 and 1, validity is bool; a table operand is
 (values, size, steps of a binary search), a distribution (values, cumulative counts, size, steps). Values of
-null rows are arbitrary, so no function may trap. int64 arithmetic wraps.
+null rows are arbitrary, so no function may trap. `plus`, `minus`, `times` wrap; what cannot overflow uses +.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -61,11 +60,24 @@ def root(x: Any) -> Any:
 
 
 def rest(x: Any, y: Any) -> Any:
-    return math.fmod(x, y)
+    return np.fmod(x, y)
 
 
 def quotient(a: Any, b: Any) -> Any:
     return a // b
+
+
+def plus(a: Any, b: Any) -> Any:
+    # Signed overflow is undefined to numba's compiler; of unsigned numbers it wraps.
+    return np.int64(np.uint64(a) + np.uint64(b))
+
+
+def minus(a: Any, b: Any) -> Any:
+    return np.int64(np.uint64(a) - np.uint64(b))
+
+
+def times(a: Any, b: Any) -> Any:
+    return np.int64(np.uint64(a) * np.uint64(b))
 
 
 def at(table: Any, i: Any) -> Any:
@@ -203,23 +215,23 @@ def is_nan(a: Any) -> Any:
 
 
 def add_i(a: Any, b: Any) -> Any:
-    return a + b
+    return plus(a, b)
 
 
 def sub_i(a: Any, b: Any) -> Any:
-    return a - b
+    return minus(a, b)
 
 
 def mul_i(a: Any, b: Any) -> Any:
-    return a * b
+    return times(a, b)
 
 
 def neg_i(a: Any) -> Any:
-    return 0 - a
+    return minus(0, a)
 
 
 def abs_i(a: Any) -> Any:
-    return select(a < 0, 0 - a, a)
+    return select(a < 0, minus(0, a), a)
 
 
 def sign_i(a: Any) -> Any:
@@ -253,9 +265,9 @@ def divisor(b: Any) -> Any:
 def floor_div_i(a: Any, ka: Any, b: Any, kb: Any) -> Any:
     d = divisor(b)
     q = quotient(a, d)
-    r = a - q * d
+    r = minus(a, times(q, d))
     q = select((r != 0) & ((r < 0) != (d < 0)), q - 1, q)
-    return select(b == -1, 0 - a, q)
+    return select(b == -1, minus(0, a), q)
 
 
 def floor_div_i_ok(a: Any, ka: Any, b: Any, kb: Any) -> Any:
@@ -264,7 +276,7 @@ def floor_div_i_ok(a: Any, ka: Any, b: Any, kb: Any) -> Any:
 
 def mod_i(a: Any, ka: Any, b: Any, kb: Any) -> Any:
     d = divisor(b)
-    r = a - quotient(a, d) * d
+    r = minus(a, times(quotient(a, d), d))
     return select((r != 0) & ((r < 0) != (d < 0)), r + d, r)
 
 
@@ -367,15 +379,15 @@ def f_to_bool(a: Any) -> Any:
 def down_by(a: Any, n: Any) -> Any:
     # Floor of a / n, n > 0, whichever way `quotient` rounds.
     q = quotient(a, n)
-    return select(a - q * n < 0, q - 1, q)
+    return select(minus(a, times(q, n)) < 0, q - 1, q)
 
 
 def second(a: Any) -> Any:
-    return quotient(a - down_by(a, MINUTE_US) * MINUTE_US, 1_000_000)
+    return quotient(minus(a, times(down_by(a, MINUTE_US), MINUTE_US)), 1_000_000)
 
 
 def minute(a: Any) -> Any:
-    return quotient(a - down_by(a, HOUR_US) * HOUR_US, MINUTE_US)
+    return quotient(minus(a, times(down_by(a, HOUR_US), HOUR_US)), MINUTE_US)
 
 
 def hour(a: Any) -> Any:
@@ -449,21 +461,21 @@ def day_of_year(a: Any) -> Any:
 
 
 def floor_to(a: Any, n: Any) -> Any:
-    return down_by(a, n) * n
+    return times(down_by(a, n), n)
 
 
 def week_start(a: Any) -> Any:
     d = down_by(a, DAY_US)
-    return (d - day_of_week(d)) * DAY_US
+    return times(d - day_of_week(d), DAY_US)
 
 
 def month_start(a: Any) -> Any:
     d = down_by(a, DAY_US)
-    return (d - day_of(d) + 1) * DAY_US
+    return times(d - day_of(d) + 1, DAY_US)
 
 
 def year_start(a: Any) -> Any:
-    return first_of_year(down_by(a, DAY_US)) * DAY_US
+    return times(first_of_year(down_by(a, DAY_US)), DAY_US)
 
 
 def isin_f(a: Any, table: Any, n: Any, steps: Any) -> Any:
@@ -511,9 +523,9 @@ def rank(a: Any, table: Any, counts: Any, n: Any, steps: Any) -> Any:
 
 def hash_i(a: Any) -> Any:
     # SplitMix64's next output from state a; masks make the shifts logical.
-    z = a + GAMMA
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * MIX_1
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    z = plus(a, GAMMA)
+    z = times(z ^ ((z >> 30) & 0x3FFFFFFFF), MIX_1)
+    z = times(z ^ ((z >> 27) & 0x1FFFFFFFFF), MIX_2)
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
