@@ -24,7 +24,17 @@ if TYPE_CHECKING:
         var,
     )
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-    from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
+    from penstock.features.expressions import (
+        coalesce,
+        col,
+        lit,
+        maximum,
+        minimum,
+        now,
+        percentile_rank,
+        udf,
+        where,
+    )
     from penstock.features.source_definitions import (
         ArrowSource,
         CSVSource,
@@ -53,6 +63,7 @@ __all__ = [
     "ParquetSource",
     "RequestSource",
     "TableSource",
+    "coalesce",
     "col",
     "count",
     "distinct",
@@ -70,6 +81,7 @@ __all__ = [
     "std",
     "sum",
     "top_k",
+    "udf",
     "var",
     "where",
 ]
@@ -83,7 +95,7 @@ _HOMES = {
         "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
     ),
     "penstock.features.expressions": (
-        "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
+        "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
     "penstock.serving.async_client": ("AsyncClient",),
