@@ -63,6 +63,7 @@ struct EventTable::Scratch {
   FeatureProgram::Scratch program;
   std::vector<Block> in, out;
   std::vector<Segment> segments;
+  std::vector<uint8_t> registers;
   ValueCounter counter;
   std::vector<Word> results;  // of the aggregates
   std::vector<uint8_t> results_valid;
@@ -120,17 +121,23 @@ Status EventTable::create(ViewSpec spec, const EventRows& rows, std::vector<RawC
     as_known = as_known || window.as_known;
     table->by_window_[aggregate.window].push_back(static_cast<uint32_t>(a));
     Fold fold = fold_of(aggregate);
-    if (window.tile > 0 && own.store_tiles && fold.kind != FoldKind::kSet) {
+    uint32_t set = 0;
+    if (window.tile > 0 && own.store_tiles) {
       if (window.group < 0) {
         size_t g = 0;
         while (g < table->groups_.size() && table->groups_[g].tile != window.tile) ++g;
-        if (g == table->groups_.size()) table->groups_.push_back({window.tile, {}, 0});
+        if (g == table->groups_.size()) table->groups_.push_back({window.tile, {}, {}, 0, &table->domains_});
         window.group = static_cast<int32_t>(g);
       }
       TileGroup& group = table->groups_[static_cast<size_t>(window.group)];
-      fold = group.folds[group.add(fold)];
+      if (fold.kind == FoldKind::kSet) {
+        set = group.add_set(aggregate.value);
+      } else {
+        fold = group.folds[group.add(fold)];
+      }
     }
     table->folds_.push_back(fold);
+    table->sets_.push_back(set);
   }
   status = EventIndex::build(rows, threads, &table->base_);
   if (!status.is_ok()) return status;
@@ -349,18 +356,7 @@ void EventTable::aggregate_row(const Found& found, int64_t now, const int64_t* k
       Word* value = &scratch->results[a];
       bool valid = true;
       if (fold.kind == FoldKind::kSet) {
-        const ValueDomain& domain = domains_[static_cast<size_t>(aggregate.value)];
-        scratch->counter.clear();
-        for (size_t i = low; i < high; ++i) {
-          if ((values.valid != nullptr && values.valid[i] == 0) || !events.counts(i, cut)) continue;
-          scratch->counter.add(domain.canonical(values.data[i]));
-        }
-        value->i = 0;
-        if (aggregate.kind == AggregateKind::kDistinct) {
-          value->i = scratch->counter.distinct(domain, aggregate.param);
-        } else {
-          valid = scratch->counter.top(domain, aggregate.param, value);
-        }
+        valid = read_set(found, a, cut, stored, scratch, value);
         scratch->results_valid[a] = valid ? 1 : 0;
         continue;
       }
@@ -386,6 +382,43 @@ void EventTable::aggregate_row(const Found& found, int64_t now, const int64_t* k
     out.values[f][row] = scratch->results[spec_.features[f].at];
     out.valid[f][row] = scratch->results_valid[spec_.features[f].at] != 0;
   }
+}
+
+bool EventTable::read_set(const Found& found, uint32_t a, const EventCut& cut, const TileSet* stored,
+                          Scratch* scratch, Word* value) const {
+  const Aggregate& aggregate = spec_.aggregates[a];
+  const ValueDomain& domain = domains_[static_cast<size_t>(aggregate.value)];
+  const ValueSlice values = value_slice(found.values, aggregate.value);
+  const bool counting = aggregate.kind == AggregateKind::kDistinct;
+  ValueCounter& counter = scratch->counter;
+  counter.clear();
+  bool hashed = false;
+  if (counting) scratch->registers.assign(kRegisters, 0);
+  for (const Segment& segment : scratch->segments) {
+    size_t from = segment.from, to = segment.to;
+    if (segment.tile_from < segment.tile_to) {
+      const ValueTree& tree = stored->values(sets_[a]);
+      // A node without a list has more values than the bound of an exact number, where that is low enough.
+      const bool by_hash = counting && aggregate.param <= static_cast<int64_t>(ValueTree::kMostValues);
+      if (by_hash || tree.listed()) {
+        tree.read(stored->number(segment.tile_from), stored->number(segment.tile_to - 1) + 1, &counter,
+                  by_hash ? scratch->registers.data() : nullptr, &hashed);
+        continue;
+      }
+      from = stored->begin(segment.tile_from);
+      to = segment.tile_to < stored->size() ? stored->begin(segment.tile_to) : found.events.n;
+    }
+    count_values(found.events, values, domain, from, to, cut, &counter);
+  }
+  value->i = 0;
+  if (!counting) return counter.top(domain, aggregate.param, value);
+  if (hashed) {
+    counter.hash_into(domain, scratch->registers.data());
+    value->i = hll_estimate(scratch->registers.data());
+  } else {
+    value->i = counter.distinct(domain, aggregate.param);
+  }
+  return true;
 }
 
 void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,

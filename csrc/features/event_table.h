@@ -130,11 +130,14 @@ class EventTable {
                  Interval* interval, int64_t* meta) const;
   void aggregate_row(const Found& found, int64_t now, const int64_t* known_by, const RowsFound& out,
                      size_t row, Interval* interval, Scratch* scratch) const;
+  bool read_set(const Found& found, uint32_t aggregate, const EventCut& cut, const TileSet* stored,
+                Scratch* scratch, Word* value) const;
   bool may_differ(const Found& found, int64_t start, int64_t end) const;
   std::unique_ptr<History> open_history(uint32_t key) const;
 
   ViewSpec spec_;
-  std::vector<Fold> folds_;  // of each aggregate, with its words in the tiles of its group
+  std::vector<Fold> folds_;     // of each aggregate, with its words in the tiles of its group
+  std::vector<uint32_t> sets_;  // of each aggregate of a set of values, which of its group's it reads
   std::vector<TileGroup> groups_;
   std::vector<std::vector<uint32_t>> by_window_;  // aggregates of each window
   HistoryShape shape_;
