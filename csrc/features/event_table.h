@@ -110,6 +110,10 @@ class EventTable {
     std::vector<Word> values;  // by column, row
     std::vector<uint8_t> valid;
   };
+  struct RowOrder {
+    size_t row;       // of what is asked
+    uint32_t number;  // of its key, then the row of its newest event; kNoKey for none
+  };
   struct Found;    // where the events of a row's key lie
   struct Scratch;  // of one thread
 
@@ -124,7 +128,11 @@ class EventTable {
   uint32_t find(Key128 key) const;
   void locate(uint32_t key, Found* found) const;
   const TileSet* tiles(const Found& found, const Window& window) const;
-  void rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,
+  void number_rows(const RowsAsked& asked, size_t from, size_t n, uint32_t* numbers) const;
+  void locate_block(const RowsAsked& asked, const RowsFound& out, const RowOrder* order, size_t n,
+                    uint32_t* newest_rows, Scratch* scratch) const;
+  void gather_block(const RowsFound& out, const RowOrder* order, size_t n, Scratch* scratch) const;
+  void rows_range(const RowsAsked& asked, const RowsFound& found, size_t from, size_t n,
                   Scratch* scratch) const;
   uint8_t newest(const Found& found, size_t after, int64_t now, const int64_t* known_by, size_t* at,
                  Interval* interval, int64_t* meta) const;
