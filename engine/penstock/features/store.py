@@ -353,7 +353,7 @@ class FeatureStore:
             progress: called with a view, and the rows joined and to join, while the job runs.
 
         Returns:
-            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, features behind.
+            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, with the features.
 
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
