@@ -28,6 +28,7 @@ from penstock.features.expressions import col, now, where
 from penstock.features.source_definitions import ParquetSource
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import save_bundle
+from penstock.serving.lock import DataDirLock
 
 CITY = DEFINITIONS + 'cities = FeatureService("cities", features=["users:spend", "users:rank"])\n'
 
@@ -126,6 +127,21 @@ def test_a_changed_feature_breaks_the_bundles_that_read_it(run: Any, home: Path)
     assert applied.exit_code == 0
     assert json.loads(applied.output) == found  # apply says the same, and does it
     assert plan(run)[1] == {**NOTHING, "breaks": found["breaks"]}
+
+
+def test_a_plan_only_looks_even_while_a_server_holds_the_folder(run: Any, home: Path) -> None:
+    edit('count(window="1h")', 'count(window="2h")')
+    write_events(home / "repo", [*some_rows(), (HOUR, 1, "a", 1.0, "Aarhus")])  # a text without a code
+    before = sorted((p.name, p.read_bytes()) for p in (home / "data" / "registry").iterdir())
+    lock = DataDirLock(home / "data")
+    try:
+        code, found = plan(run)
+        assert (code, found["views"]) == (1, {"users": "changed"})
+        assert sorted((p.name, p.read_bytes()) for p in (home / "data" / "registry").iterdir()) == before
+        assert run("features", "lineage").exit_code == 0
+        assert run("apply").exit_code == 1
+    finally:
+        lock.release()
 
 
 def test_ttl_source_and_keys_are_named(run: Any, home: Path) -> None:
