@@ -1,4 +1,4 @@
-"""kill -9 while the registry is written and while `apply` runs: acknowledged is there, and nothing is half."""
+"""kill -9 while the registry is written and while `apply` runs: nothing acknowledged is lost or half done."""
 
 from __future__ import annotations
 
