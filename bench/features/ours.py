@@ -96,16 +96,21 @@ class Reads:
             self._read = self._by_reader
             self.through = "online_reader"
 
-    def __call__(self, keys: np.ndarray, now: int | None = None) -> np.ndarray:
-        return self._read(keys, self.now if now is None else now)
+    def __call__(self, rows: dict[str, Any], now: int | None = None) -> np.ndarray:
+        """The values of entity rows as `request` makes them: the same array again and again."""
+        return self._read(rows, self.now if now is None else now)
 
-    def _by_result(self, keys: np.ndarray, now: int) -> np.ndarray:
-        found = self.store.get_online_features(self.service, {"user_id": keys}, now=now)
-        return found.to_numpy(out=self.out)
+    def _by_result(self, rows: dict[str, Any], now: int) -> np.ndarray:
+        return self.store.get_online_features(self.service, rows, now=now).to_numpy(out=self.out)
 
-    def _by_reader(self, keys: np.ndarray, now: int) -> np.ndarray:
-        self._reader.read({"user_id": keys}, now=now, out=self.out)
+    def _by_reader(self, rows: dict[str, Any], now: int) -> np.ndarray:
+        self._reader.read(rows, out=self.out, now=now)
         return self.out
+
+
+def request(keys: np.ndarray) -> dict[str, Any]:
+    """Entity rows as a caller has them: a number for one row, a list for many."""
+    return {"user_id": int(keys[0]) if len(keys) == 1 else keys.tolist()}
 
 
 def percentiles(work: Callable[[Any], Any], arguments: Sequence[Any]) -> dict[str, float]:
