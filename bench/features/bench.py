@@ -146,7 +146,7 @@ def joins(run: Run) -> None:
     run.say("historical joins")
     peers: Worker | None = None
     try:
-        peers = run.worker("frames", FRAMES, "peer_joins.py", "--folder", str(run.data))
+        peers = run.worker("joins", "frames", FRAMES, "peer_joins.py", "--folder", str(run.data))
     except Absent as error:
         run.absent("polars, DuckDB, pandas", error)
     sets = {name: _Joined(run, name) for name in ("join", "long", "short")}

@@ -196,3 +196,19 @@ def test_the_data_has_no_ties_and_no_event_at_an_entity_rows_time(monkeypatch):
         "x0",
         "x1",
     ]
+
+
+@pytest.mark.long
+def test_the_windows_of_the_benchmark_run_and_are_right():
+    """Without peers and without writing results; a wrong answer ends it with another code."""
+    before = sorted((BENCH / "results").iterdir())
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "features" / "bench.py"), "--quick", "--only", "windows", "pushes"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 aggregates x 30 days" in " ".join(done.stdout.split())
+    assert "left out by --only" in done.stdout
+    assert sorted((BENCH / "results").iterdir()) == before
