@@ -111,14 +111,15 @@ class LiveViews:
                 _same_layout(live.computer, fresh[name].computer)
             self._live = {**self._live, **fresh}
 
-    def rebuild(self) -> dict[str, Reading]:
-        """Read every view and fit its distributions anew, without any effect yet.
+    def rebuild(self, *, only_look: bool = False) -> dict[str, Reading]:
+        """Read every view and fit its distributions anew, without any effect yet but on the dictionaries.
 
-        The sources are not held to the schemas that were recorded, for it is `apply` that records them.
+        The sources are not held to the schemas that were recorded, for it is `apply` that records them. With
+        `only_look` the codes of new strings are not recorded either.
         """
         found = {}
         for name, view in self._repo.views.items():
-            table, tag = self._read(view, None)
+            table, tag = self._read(view, None, only_look)
             fits = fit_view(view, table, self._repo.fit_until_us)
             computer = ViewComputer(view, table, self._registry.seed, fits)
             found[name] = Reading(computer, tag, fits, table.found)
@@ -162,10 +163,12 @@ class LiveViews:
         except OSError as error:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
-    def _read(self, view: FeatureView, recorded: Mapping[str, str] | None) -> tuple[SourceTable, str]:
+    def _read(
+        self, view: FeatureView, recorded: Mapping[str, str] | None, only_look: bool = False
+    ) -> tuple[SourceTable, str]:
         """The view's source, held to the recorded schema, and its stamp.
 
-        The codes of its stored strings are in the registry then.
+        The codes of its stored strings are in the registry then, but with `only_look`.
         """
         source, stored = view.source, view.stored
         values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
@@ -179,7 +182,7 @@ class LiveViews:
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
-            if self._registry.extend_dictionaries(source.name, grown):
+            if only_look or self._registry.extend_dictionaries(source.name, grown):
                 return table, stamp
         raise UnavailableError(f"source '{source.name}' changes while it is read")
 

@@ -23,6 +23,7 @@ import yaml
 
 from penstock.errors import ConfigError, DefinitionError
 from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource, ViewProjection
+from penstock.features.source_definitions import DuckDBSource, TableSource
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
@@ -81,6 +82,7 @@ def load_repo(path: Path) -> Repo:
                     f"view '{view.name}': entity '{entity.name}' has the join keys {entity.join_keys}, "
                     f"elsewhere {entities[entity.name].join_keys}"
                 )
+    _check_sources(found[FeatureView])
     for kind, what in ((RequestSource, "request source"), (ViewProjection, "projection")):
         for name in found[kind]:
             if name in found[FeatureView]:
@@ -95,6 +97,24 @@ def load_repo(path: Path) -> Repo:
         {name: service.bound(found[ViewProjection]) for name, service in found[FeatureService].items()},
         found[RequestSource], found[ViewProjection],
     )  # fmt: skip
+
+
+def _check_sources(views: Mapping[str, FeatureView]) -> None:
+    """Refuse two queries or tables of one name: the registry keeps schemas and dictionaries by name."""
+    first: dict[str, FeatureView] = {}
+    for view in views.values():
+        other = first.setdefault(view.source.key, view)
+        one, two = other.source, view.source
+        what = None
+        if isinstance(one, DuckDBSource) and isinstance(two, DuckDBSource) and one.query != two.query:
+            what = "query"
+        elif isinstance(one, TableSource) and isinstance(two, TableSource) and one.table is not two.table:
+            what = "table"
+        if what is not None:
+            raise DefinitionError(
+                f"source '{two.name}' of view '{view.name}' has another {what} than the source of that name "
+                f"of view '{other.name}'; expected distinct names"
+            )
 
 
 def _collect(known: dict[str, Any], value: Any, file: str, origin: dict[int, str]) -> None:

@@ -134,7 +134,7 @@ class FeatureStore:
     # Definitions
 
     def plan(self, bundles: Sequence[BundleFacts] = ()) -> DefinitionChanges:
-        """What `apply` would change, and what it would break.
+        """What `apply` would change, and what it would break; nothing is changed.
 
         Args:
             bundles: models whose fingerprints are compared with those that the services would have. Only
@@ -163,7 +163,8 @@ class FeatureStore:
         """Fingerprints of services as `apply` would make them, and why others cannot be made."""
         found: dict[str, str] = {}
         try:
-            computers = {name: reading.computer for name, reading in self._live.rebuild().items()}
+            fresh = self._live.rebuild(only_look=True)
+            computers = {name: reading.computer for name, reading in fresh.items()}
         except PenstockError as error:
             return found, {name: str(error) for name in services}
         faults: dict[str, str] = {}
