@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
     from penstock.features.store import FeatureStore
+    from penstock.features.vectors import vector
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
     from penstock.serving.engine import Engine
@@ -55,6 +56,7 @@ __all__ = [
     "percentile_rank",
     "sum",
     "udf",
+    "vector",
     "where",
 ]
 
@@ -66,6 +68,7 @@ _HOMES = {
         "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
+    "penstock.features.vectors": ("vector",),
     "penstock.serving.async_client": ("AsyncClient",),
     "penstock.serving.client": ("Client",),
     "penstock.serving.engine": ("Engine",),
