@@ -303,10 +303,10 @@ PENSTOCK_INLINE double pow(double x, double y) {
   result = select(either((a == 0.0), (a == std::numeric_limits<double>::infinity())),
                   select(up, (std::numeric_limits<double>::infinity() + (0.0 * s)), 0.0), result);
   auto size = select((magnitude(y) < 1.8014398509481984e+16), magnitude(y), 1.8014398509481984e+16);
-  auto near = select((size < 4503599627370496.0), ((size + 6755399441055744.0) - 6755399441055744.0), size);
+  auto near = select((size < 4503599627370496.0), ((size + 4503599627370496.0) - 4503599627370496.0), size);
   auto halves = (0.5 * near);
   auto even_near =
-      select((halves < 4503599627370496.0), ((halves + 6755399441055744.0) - 6755399441055744.0), halves);
+      select((halves < 4503599627370496.0), ((halves + 4503599627370496.0) - 4503599627370496.0), halves);
   auto whole = (near == size);
   auto odd = both(whole, (even_near != halves));
   auto negative = (bits(x) < INT64_C(0));

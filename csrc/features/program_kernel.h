@@ -172,7 +172,7 @@ void PENSTOCK_PROGRAM_KERNEL(const ProgramInstruction* code, size_t count, const
     const Block& block_a = *registers[at.a];
     const Block& block_b = *registers[at.operands > 1 ? at.b : at.a];
     const Block& block_c = *registers[at.operands > 2 ? at.c : at.a];
-    const double *a = block_a.f64, *b = block_b.f64, *c = block_c.f64;
+    const double *a = block_a.f64, *b = block_b.f64;
     const int64_t *ai = block_a.i64, *bi = block_b.i64, *ci = block_c.i64;
     double* f = out->f64;
     int64_t* x = out->i64;

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         TableSource,
     )
     from penstock.features.store import FeatureStore
+    from penstock.features.vectors import vector
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
     from penstock.serving.engine import Engine
@@ -83,6 +84,7 @@ __all__ = [
     "top_k",
     "udf",
     "var",
+    "vector",
     "where",
 ]
 
@@ -98,6 +100,7 @@ _HOMES = {
         "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
+    "penstock.features.vectors": ("vector",),
     "penstock.serving.async_client": ("AsyncClient",),
     "penstock.serving.client": ("Client",),
     "penstock.serving.engine": ("Engine",),

@@ -481,6 +481,12 @@ class FeatureProgram(metaclass=_NativeType):
         rows: the row count of a program without inputs. Returns a like list of outputs; the value of a null
         is 0. ValueError names the column that has a wrong dtype or length.
         """
+    def run_row(self, row: object) -> tuple:
+        """
+        One row, quickly: a list or tuple of the inputs' values in order, or a dict by input name. A value is
+        a float, an int (times in microseconds, strings as codes), a bool, or None for null; so are the outputs,
+        a tuple. ValueError names the column that has no such value.
+        """
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """

@@ -63,7 +63,8 @@ def _caller() -> tuple[str, int]:
     return frame.f_code.co_filename, frame.f_lineno
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """Raise a DefinitionError that names the caller's line."""
     raise DefinitionError("{2}; defined at {0}:{1}".format(*_caller(), message))
 
 
@@ -215,32 +216,32 @@ class Expr:
     __hash__ = None  # type: ignore[assignment]  # `==` builds a node, so a set or dict would lie
 
     def __bool__(self) -> NoReturn:
-        _refuse(f"'{self.op}' has no truth value while it is defined; use &, |, ~ and where()")
+        refuse(f"'{self.op}' has no truth value while it is defined; use &, |, ~ and where()")
 
     def __iter__(self) -> Iterator[Expr]:
-        _refuse(f"'{self.op}' is one value a row and cannot be iterated")
+        refuse(f"'{self.op}' is one value a row and cannot be iterated")
 
     def __float__(self) -> NoReturn:
-        _refuse(f"'{self.op}' has no value while it is defined; use its methods, such as .exp() or .floor()")
+        refuse(f"'{self.op}' has no value while it is defined; use its methods, such as .exp() or .floor()")
 
     def __int__(self) -> NoReturn:
         self.__float__()
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(f"'{self.op}' is no array; numpy functions are not operations of an expression")
+        refuse(f"'{self.op}' is no array; numpy functions are not operations of an expression")
 
     def __array_ufunc__(self, ufunc: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(f"an expression has no operation 'numpy.{ufunc.__name__}'; use its methods")
+        refuse(f"an expression has no operation 'numpy.{ufunc.__name__}'; use its methods")
 
     def __round__(self, digits: int | None = None) -> Expr:
         if digits is not None:
-            _refuse(f"operation 'round' to {digits} digits; expected round to an integer")
+            refuse(f"operation 'round' to {digits} digits; expected round to an integer")
         return self.round()
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__") or name in Expr.__slots__:
             raise AttributeError(name)  # copy, pickle and inspect probe for these
-        _refuse(f"an expression has no operation '{name}'")
+        refuse(f"an expression has no operation '{name}'")
 
     def cast(self, dtype: str) -> Expr:
         """Convert; to int64 toward zero, with null for NaN and for what int64 cannot hold.
@@ -248,7 +249,7 @@ class Expr:
         A timestamp or duration casts to int64 alone: microseconds.
         """
         if dtype not in ("float32", "float64", "int64", "bool"):
-            _refuse(f"operation 'cast' to {dtype!r}; expected float32, float64, int64 or bool")
+            refuse(f"operation 'cast' to {dtype!r}; expected float32, float64, int64 or bool")
         return Expr("cast", dtype, (self,))
 
     def is_null(self) -> Expr:
@@ -319,7 +320,7 @@ class Expr:
         """
         numbers = [_number(edge, "bucketize edge") for edge in edges]
         if not numbers or any(a >= b for a, b in pairwise(numbers)):
-            _refuse(f"operation 'bucketize': edges are {numbers}; expected one or more, ascending")
+            refuse(f"operation 'bucketize': edges are {numbers}; expected one or more, ascending")
         return Expr("bucketize", (bool(right), tuple(numbers)), (self,))
 
     def second(self) -> Expr:
@@ -361,14 +362,14 @@ class Expr:
         """
         length = _SPAN.match(unit) if isinstance(unit, str) else None
         if length is None and unit not in ("week", "month", "year"):
-            _refuse(
+            refuse(
                 f"operation 'truncate' to {unit!r}; expected a length such as '1h', or week, month or year"
             )
         if length is None:
             return Expr("truncate", unit, (self,))
         us = int(length[1]) * _SPAN_US[length[2]]
         if us > INT_MAX:
-            _refuse(f"operation 'truncate' to {unit!r}; expected less than 2**63 microseconds")
+            refuse(f"operation 'truncate' to {unit!r}; expected less than 2**63 microseconds")
         return Expr("truncate", us, (self,))
 
     def milliseconds(self) -> Expr:
@@ -427,26 +428,26 @@ class Expr:
         bucket is (h >> 1) % n.
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= INT_MAX:
-            _refuse(f"operation 'hash_bucket' of {n!r} buckets; expected 1 or more")
+            refuse(f"operation 'hash_bucket' of {n!r} buckets; expected 1 or more")
         return Expr("hash_bucket", n, (self,))
 
 
 def _number(value: Any, what: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        _refuse(f"{what} is {value!r}; expected a number that is not NaN")
+        refuse(f"{what} is {value!r}; expected a number that is not NaN")
     return _check_int(value) if isinstance(value, int) else value
 
 
 def _check_int(value: int) -> int:
     if not INT_MIN <= value <= INT_MAX:
-        _refuse(f"literal is {value}; expected an int64")
+        refuse(f"literal is {value}; expected an int64")
     return value
 
 
 def timestamp_us(value: datetime) -> int:
     """Microseconds since 1970-01-01 UTC of a datetime that has a time zone."""
     if value.tzinfo is None:
-        _refuse(f"literal {value!r} has no time zone")
+        refuse(f"literal {value!r} has no time zone")
     return (value - datetime(1970, 1, 1, tzinfo=UTC)) // _MICROSECOND
 
 
@@ -464,13 +465,13 @@ def lit(value: Any) -> Expr:
         return Expr("lit", ("timestamp", timestamp_us(value)))
     if isinstance(value, timedelta):
         return Expr("lit", ("duration", _check_int(value // _MICROSECOND)))
-    _refuse(f"literal {value!r} is a {type(value).__name__}; expected a number, bool or time")
+    refuse(f"literal {value!r} is a {type(value).__name__}; expected a number, bool or time")
 
 
 def col(name: str) -> Expr:
     """A column of the source, by name."""
     if not isinstance(name, str) or not name or name == "now" or "\0" in name:
-        _refuse(f"column name is {name!r}; expected a name other than 'now'")
+        refuse(f"column name is {name!r}; expected a name other than 'now'")
     return Expr("col", name)
 
 
@@ -519,18 +520,18 @@ def udf(*, returns: str) -> Callable[[Callable[..., Any]], Callable[..., Expr]]:
         returns: "float64", "int64" or "bool".
     """
     if returns not in ("float64", "int64", "bool"):
-        _refuse(f"udf returns {returns!r}; expected float64, int64 or bool")
+        refuse(f"udf returns {returns!r}; expected float64, int64 or bool")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Expr]:
         try:
             text = textwrap.dedent(inspect.getsource(function))
         except (OSError, TypeError):
-            _refuse(f"udf {function!r} has no source text, so it has no fingerprint")
+            refuse(f"udf {function!r} has no source text, so it has no fingerprint")
         param = (returns, function.__name__, hashlib.sha256(text.encode()).hexdigest())
 
         def build(*args: Any) -> Expr:
             if not args:
-                _refuse(f"udf '{function.__name__}' has no argument; expected one or more columns")
+                refuse(f"udf '{function.__name__}' has no argument; expected one or more columns")
             return Expr("udf", param, tuple(map(lit, args)), function=function)
 
         build.__name__, build.__doc__ = function.__name__, function.__doc__

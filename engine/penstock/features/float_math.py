@@ -34,6 +34,7 @@ MANTISSA = 2**52 - 1
 ROUNDER = 6755399441055744.0  # 1.5 * 2**52: adding it rounds to an integer, halves to even
 ROUNDER_BITS = 0x4338000000000000
 TINY = 2.0**-1022
+TWO_52 = 2.0**52
 TWO_54 = 2.0**54
 SQRT_HALF = 0x3FE6A09E00000000  # bits of sqrt(1/2), cut
 ONE_LESS_SQRT_HALF = 0x3FF0000000000000 - 0x3FE6A09E00000000
@@ -335,9 +336,9 @@ def pow(x: Any, y: Any) -> Any:
     up = (a == INF) == (y > 0.0)
     result = select((a == 0.0) | (a == INF), select(up, INF + 0.0 * s, 0.0), result)
     size = select(magnitude(y) < TWO_54, magnitude(y), TWO_54)
-    near = select(size < 4503599627370496.0, (size + ROUNDER) - ROUNDER, size)
+    near = select(size < TWO_52, (size + TWO_52) - TWO_52, size)
     halves = 0.5 * near
-    even_near = select(halves < 4503599627370496.0, (halves + ROUNDER) - ROUNDER, halves)
+    even_near = select(halves < TWO_52, (halves + TWO_52) - TWO_52, halves)
     whole = near == size
     odd = whole & (even_near != halves)
     negative = bits(x) < 0

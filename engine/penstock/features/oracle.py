@@ -10,6 +10,7 @@ import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -137,8 +138,7 @@ def _apply(
     node: Expr,
     args: list[Any],
     types: list[str],
-    distributions: Mapping[str, Distribution],
-    dictionaries: Mapping[str, Sequence[str]],
+    setting: _Setting,
 ) -> Any:
     """Meaning of an operation on values that are not null, numbers already in one type."""
     op, x = node.op, args[0]
@@ -193,14 +193,14 @@ def _apply(
     if op == "truncate":
         return _truncate(x, node.param)
     if op == "text_in":
-        return dictionaries[node.args[0].param][x] in node.param
+        return setting.dictionaries[node.args[0].param][x] in node.param
     if op == "hash_bucket":
-        text = dictionaries[node.args[0].param][x] if types[0] == "string" else None
+        text = setting.dictionaries[node.args[0].param][x] if types[0] == "string" else None
         return ((_mix(x) if text is None else text_hash(text) % 2**64) >> 1) % node.param
     if op == "udf":
         return _call(node, args, types)
     if op == "percentile_rank":
-        fitted = distribution_of(node, distributions)
+        fitted = distribution_of(node, setting.distributions)
         value = float(x)
         if math.isnan(value):
             return value
@@ -211,37 +211,46 @@ def _apply(
     return _time_part(x, op)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What nodes may need besides their arguments."""
+
+    distributions: Mapping[str, Distribution]
+    dictionaries: Mapping[str, Sequence[str]]
+
+
+def _meaning(node: Expr, args: list[Any], types: list[str], setting: _Setting) -> Any:
+    """Meaning of an operation on any values."""
+    op = node.op
+    if op == "lit":
+        return node.param[1]
+    if op == "is_null":
+        return args[0] is None
+    if op == "fill_null":
+        return args[1] if args[0] is None else args[0]
+    if op == "where":
+        return None if args[0] is None else args[1] if args[0] else args[2]
+    if op in ("and", "or"):
+        decisive = op == "or"
+        return decisive if decisive in args else None if None in args else not decisive
+    if None in args:
+        return None
+    if op != "udf" and len(types) == 2 and common_type(*types) == "float64":
+        args = [float(a) for a in args]
+    return _apply(node, args, types, setting)
+
+
 def _evaluate_row(
-    order: list[Expr],
-    types: dict[str, str],
-    row: Mapping[str, Any],
-    distributions: Mapping[str, Distribution],
-    dictionaries: Mapping[str, Sequence[str]],
+    order: list[Expr], types: dict[str, str], row: Mapping[str, Any], setting: _Setting
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for node in order:
-        key, op = node.fingerprint(), node.op
-        args = [values[a.fingerprint()] for a in node.args]
-        kinds = [types[a.fingerprint()] for a in node.args]
-        if op in ("col", "now"):
+        key = node.fingerprint()
+        if node.op in ("col", "now"):
             result = row[node.param or "now"]
-        elif op == "lit":
-            result = node.param[1]
-        elif op == "is_null":
-            result = args[0] is None
-        elif op == "fill_null":
-            result = args[1] if args[0] is None else args[0]
-        elif op == "where":
-            result = None if args[0] is None else args[1] if args[0] else args[2]
-        elif op in ("and", "or"):
-            decisive = op == "or"
-            result = decisive if decisive in args else None if None in args else not decisive
-        elif None in args:
-            result = None
         else:
-            if op != "udf" and len(kinds) == 2 and common_type(*kinds) == "float64":
-                args = [float(a) for a in args]
-            result = _apply(node, args, kinds, distributions, dictionaries)
+            args = [values[a.fingerprint()] for a in node.args]
+            result = _meaning(node, args, [types[a.fingerprint()] for a in node.args], setting)
         if result is not None and types[key] == "float64" and isinstance(result, int):
             result = float(result)
         values[key] = result
@@ -262,5 +271,6 @@ def evaluate(
     roots = [expr for _, expr in outputs]
     types = infer(roots, schema)
     order = walk(*roots)
-    done = [_evaluate_row(order, types, row, distributions or {}, dictionaries or {}) for row in rows]
+    setting = _Setting(distributions or {}, dictionaries or {})
+    done = [_evaluate_row(order, types, row, setting) for row in rows]
     return [[values[root.fingerprint()] for values in done] for root in roots]
