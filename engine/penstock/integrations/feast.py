@@ -493,6 +493,28 @@ class FeastRepository:
         return types
 
 
+def import_definitions(path: str | Path, *, definitions: str = "auto") -> dict[str, Any]:
+    """The definitions of a Feast repository, for the Python file of a Penstock repository.
+
+    With `globals().update(import_definitions(Path(__file__).parent / "feast_repo"))` the Feast repository's
+    views and services are the Penstock repository's own: to serve models from, to apply, and to list features
+    of beside others. Paths of sources become absolute; what is refused is left out.
+
+    Args:
+        path: folder of the Feast repository.
+        definitions: as for `FeastRepository.open`.
+
+    Returns:
+        Views and services by a name for each.
+
+    Raises:
+        ConfigError, DefinitionError: as `FeastRepository.open`.
+    """
+    repo = read_definitions(Path(path), Path(path), definitions, absolute=True).repo
+    views = {f"feast_view_{name}": view for name, view in repo.views.items()}
+    return {**views, **{f"feast_service_{name}": service for name, service in repo.services.items()}}
+
+
 def _values(column: SourceColumn, n: int) -> list[Any]:
     """Python values of a column; None where null."""
     values: list[Any] = column.values.tolist()
@@ -537,4 +559,4 @@ def _column(ref: str, values: list[Any], kind: int) -> pa.Array:
         ) from error
 
 
-__all__ = ["FeastOnlineResult", "FeastRepository"]
+__all__ = ["FeastOnlineResult", "FeastRepository", "import_definitions"]

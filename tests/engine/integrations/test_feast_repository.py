@@ -24,9 +24,16 @@ from penstock.errors import (
     NotFoundError,
     UnavailableError,
 )
+from penstock.features.store import FeatureStore
 from penstock.integrations.feast import FeastOnlineResult, FeastRepository
 from penstock.integrations.feast_online import RedisLayout, RowWrite, SqliteLayout, ViewRead
-from penstock.integrations.feast_wire import entity_key, redis_field, redis_time_field
+from penstock.integrations.feast_wire import (
+    Message,
+    encode_varint,
+    entity_key,
+    redis_field,
+    redis_time_field,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [{"driver_id": d, "customer_id": c} for d, c in
@@ -126,6 +133,43 @@ def test_environment_variables_in_the_configuration(
     )
     with FeastRepository.open(feast_repo) as repo:
         assert repo.store.project == "rides" and repo.store.views
+
+
+def test_a_penstock_repository_takes_over_the_definitions(feast_repo: Path, tmp_path: Path) -> None:
+    home = tmp_path / "penstock"
+    home.mkdir()
+    (home / "feature_store.yaml").write_text("project: own\n")
+    (home / "features.py").write_text(
+        "from pathlib import Path\n"
+        "from penstock import FeatureService\n"
+        "from penstock.integrations.feast import import_definitions\n"
+        "globals().update(import_definitions(Path(__file__).parent.parent / 'repo'))\n"
+        "mine = FeatureService('mine', ['driver_stats:trips', 'market:rate'])\n"
+    )
+    with FeatureStore(home) as store:
+        assert set(store.apply().services) == {"drivers", "mine", "swap"}
+        assert store.service_plan("swap").output_names == ("first__trips", "second__trips")
+        got = store.get_online_features("mine", {"driver_id": [1, 3]}, now=T)
+        assert got.to_dict() == {"driver_id": [1, 3], "trips": [2**53 + 1, None], "rate": [0.5, 0.5]}
+
+
+def test_versioned_names_of_the_online_store(redis_repo: Path) -> None:
+    registry = redis_repo / "data" / "registry.db"
+    text = (redis_repo / "feature_store.yaml").read_text()
+    on = "registry: {path: data/registry.db, enable_online_feature_view_versioning: true}"
+    (redis_repo / "feature_store.yaml").write_text(text.replace("registry: data/registry.db", on))
+    with FeastRepository.open(redis_repo) as repo:
+        assert {view.online_name for view in repo.definitions.views.values()} == set(repo.definitions.views)
+    view = next(m for m in Message(registry.read_bytes()).messages(6) if m.message(1).text(1) == "market")
+    data = view.data(1)
+    field = b"\x0a" + encode_varint(len(data)) + data
+    item = field + b"\x12\x02\x20\x03"  # meta: current_version_number 3
+    registry.write_bytes(b"\x32" + encode_varint(len(item)) + item)
+    with FeastRepository.open(redis_repo) as repo:
+        assert repo.definitions.views["market"].online_name == "market_v3"
+        assert read_feast(repo, ["market:rate"], [{}], now=T).statuses() == {"rate": [NOT_FOUND]}
+        assert repo.write_online(T) == {"market": 1}
+        assert read_feast(repo, ["market:rate"], [{}], now=T).to_dict() == {"rate": [0.5]}
 
 
 # Historical
