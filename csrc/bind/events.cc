@@ -268,6 +268,32 @@ void bind_events(py::module_& m) {
             return sorted_keys(std::move(keys));
           },
           "The distinct keys uint64[m, 2], ascending.")
+      .def(
+          "source_rows",
+          [](const Table& self) {
+            std::vector<int64_t> rows;
+            self.table->source_rows(&rows);
+            Times out(static_cast<py::ssize_t>(rows.size()));
+            std::copy(rows.begin(), rows.end(), out.mutable_data());
+            return out;
+          },
+          "One source row int64[k] of each key that the source has events of, erased keys left out.")
+      .def(
+          "newest_events",
+          [](const Table& self, const Keys& keys, int64_t now) {
+            std::vector<py::object> held;
+            const auto n = static_cast<size_t>(keys.shape(0));
+            const uint64_t* words = checked<uint64_t>(keys, "keys", n, 2, &held);
+            Times out(static_cast<py::ssize_t>(n));
+            int64_t* to = out.mutable_data();
+            const py::gil_scoped_release released;
+            self.table->newest_events(words, n, now, to);
+            return out;
+          },
+          py::arg("keys").noconvert(), py::arg("now"),
+          "Time int64[k] of the newest event by `now` of each key uint64[k, 2], or INT64_MIN.")
+      .def_property_readonly(
+          "n_keys", [](const Table& self) { return self.table->n_keys(); }, "Distinct keys, erased ones too.")
       .def_property_readonly(
           "n_events", [](const Table& self) { return self.table->n_events(); }, "Events held.");
 }

@@ -23,15 +23,20 @@ void require(const Status& status) {
   if (!status.is_ok()) throw py::value_error(status.message);
 }
 
-// One column given from Python: float64 or int64 values [n], bool validity [n] or None.
+// One column given from Python: float64, float32 or int64 values [n], bool validity [n] or None.
 struct Column {
   py::array values;
   py::object valid;
   const void* data = nullptr;
   const bool* mask = nullptr;
+  bool narrow = false;
 
   void read(size_t from, size_t n, Block* out) const {
-    std::copy_n(static_cast<const int64_t*>(data) + from, n, out->i64);  // bits, of either type
+    if (narrow) {
+      std::copy_n(static_cast<const float*>(data) + from, n, out->f64);
+    } else {
+      std::copy_n(static_cast<const int64_t*>(data) + from, n, out->i64);  // bits, of either type
+    }
     out->valid = 0;
     for (size_t r = 0; r < n; ++r) out->valid |= uint64_t{mask == nullptr || mask[from + r]} << r;
   }
@@ -50,10 +55,13 @@ std::vector<Column> columns_of(const py::list& given, const std::vector<Field>& 
     using I = py::array_t<int64_t, py::array::c_style>;
     using B = py::array_t<bool, py::array::c_style>;
     const std::string where = "column '" + fields[i].name + "'";
-    if (!(real ? F::check_(pair.first) : I::check_(pair.first))) {
+    const bool narrow =
+        fields[i].dtype == FeatureDtype::kF32 && py::array_t<float, py::array::c_style>::check_(pair.first);
+    if (!(narrow || (real ? F::check_(pair.first) : I::check_(pair.first)))) {
       throw py::value_error(where + " is not a contiguous " + (real ? "float64" : "int64") + " array");
     }
     Column column{py::reinterpret_borrow<py::array>(pair.first), pair.second};
+    column.narrow = narrow;
     if (column.values.ndim() != 1) throw py::value_error(where + " is not one-dimensional");
     const auto size = static_cast<size_t>(column.values.shape(0));
     if (i == 0) *n = size;

@@ -1,7 +1,7 @@
 #include "features/event_index.h"
 
 #include <algorithm>
-#include <atomic>
+#include <bit>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -32,15 +32,86 @@ void in_parts(unsigned parts, F&& f) {
   for (std::thread& thread : threads) thread.join();
 }
 
-struct Placed {
-  int64_t time;
-  int64_t known;
-  uint32_t row;
-  friend bool operator<(const Placed& a, const Placed& b) {
-    if (a.time != b.time) return a.time < b.time;
-    if (a.known != b.known) return a.known < b.known;
-    return a.row < b.row;
+// Sorts the events of one key at a time; scratch memory of one thread.
+class EventSorter {
+ public:
+  // Puts [first, stop) of the columns into the order (time, known, position); `known` may be null.
+  void sort(int64_t* time, int64_t* known, uint32_t* row, size_t n) {
+    int64_t low = time[0], high = time[0];
+    for (size_t i = 1; i < n; ++i) {
+      low = std::min(low, time[i]);
+      high = std::max(high, time[i]);
+    }
+    const uint64_t span = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+    const int index_bits = std::bit_width(n - 1);
+    words_.resize(2 * n);
+    uint64_t* words = words_.data();
+    if (std::bit_width(span) + index_bits > 64) {
+      order_by_compare(time, n, words);
+    } else {
+      // Time above, position below: one word, and no two are equal.
+      for (size_t i = 0; i < n; ++i) {
+        words[i] = (static_cast<uint64_t>(time[i]) - static_cast<uint64_t>(low)) << index_bits | i;
+      }
+      words = n <= kInsertion ? insertion(words, n) : radix(words, n, index_bits, std::bit_width(span));
+      const uint64_t mask = (uint64_t{1} << index_bits) - 1;
+      for (size_t i = 0; i < n; ++i) words[i] &= mask;
+    }
+    if (known != nullptr) order_ties(time, known, words, n);
+    permute(words, time, n);
+    if (known != nullptr) permute(words, known, n);
+    permute(words, row, n);
   }
+
+ private:
+  static constexpr size_t kInsertion = 40;
+
+  static uint64_t* insertion(uint64_t* words, size_t n) {
+    for (size_t i = 1; i < n; ++i) {
+      const uint64_t word = words[i];
+      size_t at = i;
+      for (; at > 0 && words[at - 1] > word; --at) words[at] = words[at - 1];
+      words[at] = word;
+    }
+    return words;
+  }
+  // By the bits above `shift`, eight at a time, stably; returns where the result is.
+  uint64_t* radix(uint64_t* words, size_t n, int shift, int bits) {
+    uint64_t* from = words;
+    uint64_t* to = words + n;
+    for (const int end = shift + bits; shift < end; shift += 8) {
+      uint32_t places[257] = {};
+      for (size_t i = 0; i < n; ++i) ++places[(from[i] >> shift & 255) + 1];
+      for (size_t digit = 1; digit < 257; ++digit) places[digit] += places[digit - 1];
+      for (size_t i = 0; i < n; ++i) to[places[from[i] >> shift & 255]++] = from[i];
+      std::swap(from, to);
+    }
+    return from;
+  }
+  static void order_by_compare(const int64_t* time, size_t n, uint64_t* words) {
+    for (size_t i = 0; i < n; ++i) words[i] = i;
+    std::stable_sort(words, words + n, [time](uint64_t a, uint64_t b) { return time[a] < time[b]; });
+  }
+  static void order_ties(const int64_t* time, const int64_t* known, uint64_t* words, size_t n) {
+    for (size_t first = 0; first < n;) {
+      size_t stop = first + 1;
+      while (stop < n && time[words[stop]] == time[words[first]]) ++stop;
+      if (stop - first > 1) {
+        std::stable_sort(words + first, words + stop,
+                         [known](uint64_t a, uint64_t b) { return known[a] < known[b]; });
+      }
+      first = stop;
+    }
+  }
+  template <class T>
+  void permute(const uint64_t* order, T* values, size_t n) {
+    copy_.resize(n);
+    for (size_t i = 0; i < n; ++i) copy_[i] = static_cast<int64_t>(values[order[i]]);
+    for (size_t i = 0; i < n; ++i) values[i] = static_cast<T>(copy_[i]);
+  }
+
+  std::vector<uint64_t> words_;
+  std::vector<int64_t> copy_;
 };
 
 bool id_less(Key128 a, Key128 b) {
@@ -197,7 +268,7 @@ Status EventIndex::build(const EventRows& rows, unsigned threads, EventIndex* ou
   });
   in_parts(parts, [&](unsigned part) {
     const auto [from, to] = range(part, n_keys);
-    std::vector<Placed> sorted;
+    EventSorter sorter;
     for (size_t key = from; key < to; ++key) {
       const uint32_t first = index.starts_[key], stop = index.starts_[key + 1];
       bool ordered = true;
@@ -206,16 +277,8 @@ Status EventIndex::build(const EventRows& rows, unsigned threads, EventIndex* ou
                                                           (!known || index.known_[i - 1] <= index.known_[i]));
       }
       if (ordered) continue;
-      sorted.clear();
-      for (uint32_t i = first; i < stop; ++i) {
-        sorted.push_back({index.time_[i], known ? index.known_[i] : 0, index.row_[i]});
-      }
-      std::sort(sorted.begin(), sorted.end());
-      for (uint32_t i = first; i < stop; ++i) {
-        index.time_[i] = sorted[i - first].time;
-        if (known) index.known_[i] = sorted[i - first].known;
-        index.row_[i] = sorted[i - first].row;
-      }
+      sorter.sort(&index.time_[first], known ? &index.known_[first] : nullptr, &index.row_[first],
+                  stop - first);
     }
   });
   if (rows.event_ids != nullptr || rows.deleted != nullptr) index.apply_versions(rows);

@@ -271,7 +271,7 @@ const TileSet* EventTable::tiles(const Found& found, const Window& window) const
   return base_tiles_->get(found.key * groups_.size() + g, groups_[g], found.events, found.values);
 }
 
-uint8_t EventTable::newest(const Found& found, int64_t now, const int64_t* known_by, size_t* at,
+uint8_t EventTable::newest(const Found& found, size_t after, int64_t now, const int64_t* known_by, size_t* at,
                            Interval* interval, int64_t* meta) const {
   const EventSlice& e = found.events;
   if (e.n == 0) return kRowNotFound;
@@ -282,7 +282,6 @@ uint8_t EventTable::newest(const Found& found, int64_t now, const int64_t* known
     if (spec_.as_known) cut.by = std::min(cut.by, now);
   }
   const bool known = cut.mode == EventCut::kKnown;
-  const size_t after = upper_time(e.time, 0, e.n, now);
   size_t found_at = after, next = after;
   while (found_at > 0 && !e.counts(found_at - 1, cut)) --found_at;
   while (!known && next < e.n && !e.counts(next, cut)) ++next;
@@ -405,6 +404,27 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
     if (keys[r] != kNoKey && keys[r] < base_.n_keys()) base_.prefetch(keys[r]);
   }
   Found& found = scratch->found;
+  // The first event after each row's time: all searches take their steps together, as each waits for memory.
+  const int64_t* times[kBlockRows];
+  size_t after[kBlockRows], left[kBlockRows], longest = 0;
+  for (size_t r = 0; r < n; ++r) {
+    after[r] = left[r] = 0;
+    if (keys[r] == kNoKey) continue;
+    const History* history = histories_[keys[r]].get();
+    const EventSlice events = history != nullptr ? history->events() : base_.slice(keys[r]);
+    times[r] = events.time;
+    left[r] = events.n;
+    longest = std::max(longest, events.n);
+  }
+  for (; longest > 0; longest /= 2) {
+    for (size_t r = 0; r < n; ++r) {
+      if (left[r] == 0) continue;
+      const size_t half = left[r] / 2, middle = after[r] + half;
+      const bool above = times[r][middle] <= asked.now[from + r];
+      after[r] = above ? middle + 1 : after[r];
+      left[r] = above ? left[r] - half - 1 : half;
+    }
+  }
   for (size_t r = 0; r < n; ++r) {
     const size_t row = from + r;
     int64_t* meta = out.meta + 4 * row;
@@ -415,7 +435,7 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
     if (keys[r] != kNoKey) {
       locate(keys[r], &found);
       size_t at = 0;
-      status = newest(found, asked.now[row], known_by, &at, &interval, meta);
+      status = newest(found, after[r], asked.now[row], known_by, &at, &interval, meta);
       if (status == kRowPresent) {
         present |= uint64_t{1} << r;
         newest_row[r] = found.events.row[at];
@@ -653,6 +673,42 @@ void EventTable::keys(std::vector<Key128>* keys) const {
   turn.unlock();
   *keys = base_.keys().keys();
   keys->insert(keys->end(), more_keys_.keys().begin(), more_keys_.keys().end());
+}
+
+size_t EventTable::n_keys() const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  return histories_.size();
+}
+
+void EventTable::source_rows(std::vector<int64_t>* rows) const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  for (uint32_t key = 0; key < base_.n_keys(); ++key) {
+    const EventSlice events = base_.slice(key);
+    if (events.n > 0 && (histories_[key] == nullptr || histories_[key]->events().n > 0)) {
+      rows->push_back(events.row[0]);
+    }
+  }
+}
+
+void EventTable::newest_events(const uint64_t* keys, size_t n, int64_t now, int64_t* times) const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  const EventCut cut{shape_.versioned ? EventCut::kLive : EventCut::kAll, kTimeMax};
+  Found found;
+  for (size_t i = 0; i < n; ++i) {
+    times[i] = kTimeMin;
+    const uint32_t key = find({keys[2 * i], keys[2 * i + 1]});
+    if (key == kNoKey) continue;
+    locate(key, &found);
+    size_t at = upper_time(found.events.time, 0, found.events.n, now);
+    while (at > 0 && !found.events.counts(at - 1, cut)) --at;
+    if (at > 0) times[i] = found.events.time[at - 1];
+  }
 }
 
 size_t EventTable::n_events() const {

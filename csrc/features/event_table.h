@@ -98,6 +98,11 @@ class EventTable {
   void changed_keys(int64_t start, int64_t end, std::vector<Key128>* keys) const;
   void keys(std::vector<Key128>* keys) const;
   size_t n_events() const;
+  size_t n_keys() const;
+  // One row of the source for each key that it has events of, but erased ones.
+  void source_rows(std::vector<int64_t>* rows) const;
+  // The time of the newest event by `now` of keys [n, 2], as far as it counts without a cut, or kTimeMin.
+  void newest_events(const uint64_t* keys, size_t n, int64_t now, int64_t* times) const;
 
  private:
   static constexpr size_t kChunkRows = 1024;
@@ -121,8 +126,8 @@ class EventTable {
   const TileSet* tiles(const Found& found, const Window& window) const;
   void rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,
                   Scratch* scratch) const;
-  uint8_t newest(const Found& found, int64_t now, const int64_t* known_by, size_t* at, Interval* interval,
-                 int64_t* meta) const;
+  uint8_t newest(const Found& found, size_t after, int64_t now, const int64_t* known_by, size_t* at,
+                 Interval* interval, int64_t* meta) const;
   void aggregate_row(const Found& found, int64_t now, const int64_t* known_by, const RowsFound& out,
                      size_t row, Interval* interval, Scratch* scratch) const;
   bool may_differ(const Found& found, int64_t start, int64_t end) const;

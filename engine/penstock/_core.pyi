@@ -265,6 +265,21 @@ class EventTable(metaclass=_NativeType):
         Rows of keys uint64[n, 2] at the times now int64[n]: a list of (values, valid), status uint8[n],
         meta int64[n, 4].
         """
+    def newest_events(
+        self, keys: numpy.typing.NDArray[numpy.uint64], now: typing.SupportsInt | typing.SupportsIndex
+    ) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        Time int64[k] of the newest event by `now` of each key uint64[k, 2], or INT64_MIN.
+        """
+    def source_rows(self) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        One source row int64[k] of each key that the source has events of, erased keys left out.
+        """
+    @property
+    def n_keys(self) -> int:
+        """
+        Distinct keys, erased ones too.
+        """
     @property
     def n_events(self) -> int:
         """

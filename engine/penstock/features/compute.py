@@ -52,6 +52,16 @@ class ViewRows:
     meta: NDArray[np.int64]
     row_schema: _core.RowSchema = field(repr=False)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[ViewRows]) -> ViewRows:
+        """The rows of all parts, at least one, in order."""
+        columns = [
+            (np.concatenate([values for values, _ in column]), np.concatenate([valid for _, valid in column]))
+            for column in zip(*(part.columns for part in parts))
+        ]
+        status = np.concatenate([part.status for part in parts])
+        return cls(columns, status, np.concatenate([part.meta for part in parts]), parts[0].row_schema)
+
     def words(self) -> NDArray[np.uint64]:
         """Stored form, uint64[n, row_words]. A row whose events are all later is NOT_FOUND there."""
         status = np.where(self.status == FUTURE, np.uint8(NOT_FOUND), self.status)
@@ -108,6 +118,8 @@ class ViewComputer:
         values = [(f"value{i}", value) for i, value in enumerate(aggregated.values())]
         plain_code, plain_inputs, plain_dtypes = self._compile(plain, table)
         value_code, value_inputs, value_dtypes = self._compile(values, table)
+        # Join keys of the rows that brought new keys: of the source, then of appends.
+        self._joins = [[table.columns[name] for name in view.join_keys]]
         self._raw = {name: table.columns[name].dtype for name in [*plain_inputs, *value_inputs]}
         raw_at = {name: i for i, name in enumerate(self._raw)}
         value_at = {fingerprint: i for i, fingerprint in enumerate(aggregated)}
@@ -285,10 +297,35 @@ class ViewComputer:
             self._texts = texts
             try:
                 new_texts = [None if name is None else grown[name] for name in self._value_texts]
-                return self._events.append(self._arrays(table), raw, new_texts)
+                known = self._events.n_keys
+                touched = self._events.append(self._arrays(table), raw, new_texts)
+                if self._events.n_keys > known:
+                    joins = [table.columns[name] for name in self.view.join_keys]
+                    self._joins = [*self._joins, joins]
+                return touched
             except Exception:
                 self.dictionaries, self._texts = before
                 raise
+
+    def entities(self) -> tuple[NDArray[np.uint64], list[SourceColumn]]:
+        """The distinct keys uint64[m, 2] that have events, and the m values of each join key."""
+        rows = self._events.source_rows()
+        parts = [[column.take(rows) for column in self._joins[0]]]
+        for joins in self._joins[1:]:
+            valid = np.logical_and.reduce([np.ones(len(joins[0].values), np.bool_),
+                                           *(c.valid for c in joins if c.valid is not None)])  # fmt: skip
+            parts.append([column.take(valid) for column in joins])
+        columns = [_joined([part[i] for part in parts]) for i in range(len(self.join_dtypes))]
+        n = len(columns[0].values) if columns else min(1, len(rows))
+        keys, _ = entity_keys(columns, n, self._key_seed)
+        if len(parts) > 1:
+            _, first = np.unique(keys, axis=0, return_index=True)
+            keys, columns = keys[first], [column.take(first) for column in columns]
+        return keys, columns
+
+    def newest_events(self, keys: NDArray[np.uint64], now_us: int) -> NDArray[np.int64]:
+        """Time int64[k] of the newest event of each key by `now_us`; INT64_MIN where there is none."""
+        return self._events.newest_events(np.ascontiguousarray(keys, np.uint64), now_us)
 
     def erase(self, keys: NDArray[np.uint64]) -> int:
         """Forget all events of the keys uint64[k, 2]. Returns how many of them were known."""
@@ -345,6 +382,21 @@ class ViewComputer:
 
 def _value_of(column: StoredColumn) -> Expr | None:
     return column.value.value if isinstance(column.value, WindowAggregate) else column.value
+
+
+def _joined(parts: Sequence[SourceColumn]) -> SourceColumn:
+    """The values of all parts, none null, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dictionary is None:
+        return SourceColumn(parts[0].dtype, np.concatenate([part.values for part in parts]), None)
+    texts: list[str] = []
+    values = []
+    for part in parts:
+        codes, new = _recode(part, texts)
+        texts += new
+        values.append(codes)
+    return SourceColumn("string", np.concatenate(values), None, texts)
 
 
 def _recode(column: SourceColumn, texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:

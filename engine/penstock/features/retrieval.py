@@ -27,6 +27,7 @@ from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
     from numpy.typing import NDArray
 
     Column = tuple[NDArray[Any], NDArray[np.bool_]]
@@ -75,6 +76,14 @@ class RetrievalJob:
     def to_df(self) -> pd.DataFrame:
         """The same as a pandas frame with index 0..N-1; integers with nulls become Int64."""
         return offline.to_frame(self.to_arrow())
+
+    def to_polars(self) -> pl.DataFrame:
+        """The same as a polars frame; polars must be installed."""
+        import polars as pl
+
+        frame = pl.from_arrow(self.to_arrow())
+        assert isinstance(frame, pl.DataFrame)
+        return frame
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,17 +25,23 @@ _CHUNK = 65_536  # rows of one join
 _MOST_EXAMPLES = 5
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """Vectors of one request: columns of scalars or lists, float32[n, F], NaN where missing."""
+class Served(Protocol):
+    """Vectors of one request, as `monitoring.vector_log.VectorSample` has them."""
 
-    service: str
-    fingerprint: str
-    now_us: int
-    made_us: int
-    entities: Mapping[str, Any]
-    inputs: Mapping[str, Any]
-    vectors: NDArray[np.float32]
+    @property
+    def service(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def now_us(self) -> int: ...
+    @property
+    def made_us(self) -> int: ...
+    @property
+    def entities(self) -> Mapping[str, Any]: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def vectors(self) -> NDArray[np.float32]: ...
 
 
 @dataclass

@@ -50,7 +50,6 @@ from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
-from penstock.features.snapshot import snapshot_rows
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.times import Time, to_us
@@ -326,8 +325,8 @@ class FeatureStore:
 
     def get_historical_features(
         self,
-        entity_df: Any,
-        features: str | FeatureService | Sequence[str],
+        entity_df: Any = None,
+        features: str | FeatureService | Sequence[str] = (),
         full_feature_names: bool = False,
         *,
         start_date: Time | None = None,
@@ -335,6 +334,8 @@ class FeatureStore:
         filter_by_created_timestamp: bool = False,
         known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
+        with_age: bool = False,
+        progress: Progress | None = None,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
 
@@ -349,28 +350,29 @@ class FeatureStore:
             filter_by_created_timestamp: leave out events that became known after the row's time.
             known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
+            with_age: append `<feature>__age`, microseconds from the event behind the cell to the row's time.
+            progress: called with a view, and the rows joined and to join, while the job runs.
 
         Returns:
-            A job; `to_df()` and `to_arrow()` give the N rows in order with the features appended.
+            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, features behind.
 
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
+        computers = {view.name: self.computer(view.name) for view in plan.views}
         if entity_df is None:
             end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
             start_us = None if start_date is None else to_us(start_date, "start_date")
-            if start_us is not None and start_us > end_us:
-                raise InvalidArgumentError(f"start_date is {start_date!r}, after end_date {end_date!r}")
-            entity_df = snapshot_rows(plan, self._repo.path, start_us, end_us)
+            table = offline.snapshot_entities(plan, computers, start_us, end_us)
         elif start_date is not None or end_date is not None:
             raise InvalidArgumentError(
-                "start_date and end_date are given with entity_df; expected one or the other"
+                "start_date and end_date are of a snapshot; expected them without entity_df"
             )
-        if isinstance(entity_df, str):
-            entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
-        table = offline.entity_table(entity_df)
-        computers = {view.name: self.computer(view.name) for view in plan.views}
+        elif isinstance(entity_df, str):
+            table = offline.entity_table(sql.query_table(entity_df, self._repo.path, "entity_df"))
+        else:
+            table = offline.entity_table(entity_df)
         return RetrievalJob(
             lambda: offline.historical_join(
                 table,
@@ -380,6 +382,8 @@ class FeatureStore:
                 filter_by_created_timestamp=filter_by_created_timestamp,
                 known_by=known_by,
                 with_status=with_status,
+                with_age=with_age,
+                progress=progress,
             )
         )
 

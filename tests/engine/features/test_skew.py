@@ -11,6 +11,7 @@ from store_repo import HOUR, MINUTE, make_repo, some_rows, write_events
 from penstock.errors import NotFoundError
 from penstock.features import skew
 from penstock.features.store import FeatureStore
+from penstock.monitoring.vector_log import VectorSample
 
 REFS = ["users:n", "pairs:top", "cart:value", "users:age"]
 EVER = 2**62
@@ -24,13 +25,12 @@ def store(tmp_path):
 
 def serve(store, now, users, shops, values, made_us=EVER):
     """What an engine would have logged for one request."""
-    n = len(users)
-    rows = {"user_id": users, "shop": shops, "value": values, "clicks": [1] * n}
-    del rows["clicks"]
+    rows = {"user_id": users, "shop": shops, "value": values}
     vectors = store.get_online_features("model", rows, now=now).to_numpy()
     plan = store.service_plan("model")
     entities = {"user_id": users, "shop": shops}
-    return skew.Served("model", plan.fingerprint, now, made_us, entities, {"value": values}, vectors)
+    head = ("buy", "1", "model", plan.fingerprint, now, made_us)
+    return VectorSample(*head, entities, {"value": values}, vectors)
 
 
 def requests(store, count=60, seed=5):
