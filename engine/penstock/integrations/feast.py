@@ -26,10 +26,9 @@ from penstock.errors import FeatureNameCollisionError, InvalidArgumentError, Not
 from penstock.features import offline, retrieval
 from penstock.features.compute import EXPIRED, NOT_FOUND, NULL, PRESENT
 from penstock.features.definitions import ViewProjection, check_unversioned
-from penstock.features.index import entity_keys
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.retrieval import OnlineResult, RetrievalJob
-from penstock.features.sources import SourceColumn, read_source
+from penstock.features.sources import SourceColumn
 from penstock.features.store import FeatureStore
 from penstock.features.times import Time, to_us
 from penstock.integrations import feast_on_demand
@@ -380,18 +379,12 @@ class FeastRepository:
         return {name: self._write_view(name, end_us) for name in names}
 
     def _write_view(self, name: str, end_us: int) -> int:
-        view, feast = self.store.views[name], self.definitions.views[name]
-        computer = self.store.computer(name)
-        table = read_source(view.source, self.definitions.repo.path, None, view.join_keys)
-        joins = [table.columns[key] for key in view.join_keys]
-        words, nulls = entity_keys(joins, table.n_rows, self.store.key_seed)
-        rows_of = np.flatnonzero(~nulls)
-        _, first = np.unique(words[rows_of], axis=0, return_index=True)
-        at = rows_of[first]
-        found = computer.rows_at(words[at], np.full(len(at), end_us, np.int64))
+        feast, computer = self.definitions.views[name], self.store.computer(name)
+        words, joins = computer.entities()
+        found = computer.rows_at(words, np.full(len(words), end_us, np.int64))
         kept = np.flatnonzero(found.status == PRESENT)
         types = self._key_types(feast)
-        cells = [_values(column.take(at[kept]), len(kept)) for column in joins]
+        cells = [_values(column.take(kept), len(kept)) for column in joins]
         keys = _entity_keys(list(types), types, cells, len(kept))
         values: dict[str, list[bytes]] = {}
         for (feature, dtype), (column, valid) in zip(computer.schema, found.columns):
