@@ -188,41 +188,53 @@ class FeastRepository:
 
     def get_historical_features(
         self,
-        entity_df: Any,
-        features: str | Sequence[str],
+        entity_df: Any = None,
+        features: str | Sequence[str] = (),
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
         with_status: bool = False,
+        with_age: bool = False,
     ) -> RetrievalJob:
         """Features as they were at each row's time; see `FeatureStore.get_historical_features`.
 
         Args:
-            features: "view:feature" names, those of on-demand views too, or the name of a service.
+            entity_df: a table, a SELECT, or None for a snapshot; on-demand features need a table.
+            features: "view:feature" names, those of on-demand views too, or the name of a service. On-demand
+                features have neither status nor age.
 
         Raises:
             NotFoundError, InvalidArgumentError: an unknown or refused name, or a missing column.
             FeatureNameCollisionError: two columns with one name.
         """
         asked = self._asked(features)
+
+        def join(entities: Any, items: Sequence[Any], full: bool, **more: Any) -> RetrievalJob:
+            cut = filter_by_created_timestamp
+            return self.store.get_historical_features(
+                entities, items, full, filter_by_created_timestamp=cut, **more
+            )
+
+        columns = {"with_status": with_status, "with_age": with_age}
+        if not asked.on_demand:
+            dates = {"start_date": start_date, "end_date": end_date}
+            return join(entity_df, asked.items(), full_feature_names, **columns, **dates)
+        if entity_df is None or isinstance(entity_df, str):
+            raise InvalidArgumentError(f"entity_df is {entity_df!r}; on-demand features need a table")
         table = offline.entity_table(entity_df)
 
-        def join(items: Sequence[Any], full: bool, status: bool) -> pa.Table:
-            return self.store.get_historical_features(
-                table,
-                items,
-                full,
-                filter_by_created_timestamp=filter_by_created_timestamp,
-                with_status=status,
-            ).to_arrow()
-
         def compute() -> pa.Table:
-            result = join(asked.items(), full_feature_names, with_status) if asked.refs else None
+            result = None
+            if asked.refs:
+                result = join(table, asked.items(), full_feature_names, **columns).to_arrow()
             outputs: dict[str, dict[str, pa.Array]] = {}
             for view, feature in asked.on_demand:
                 if view.name not in outputs:
                     refs = [ref for ref in view.refs if self._base(ref, view.aliases) not in self.refused]
-                    joined = join([_item(ref, view.aliases) for ref in refs], True, False) if refs else table
+                    items = [_item(ref, view.aliases) for ref in refs]
+                    joined = join(table, items, True).to_arrow() if refs else table
                     result = joined.select(table.column_names) if result is None else result
                     inputs = feast_on_demand.input_table(view, refs, joined, table)
                     outputs[view.name] = feast_on_demand.run(view, inputs)

@@ -196,6 +196,19 @@ def test_the_historical_join_keeps_every_row(feast_repo: Path, full: bool) -> No
         assert frame.index.tolist() == list(range(entities.num_rows))
 
 
+def test_snapshots_sql_and_ages(feast_repo: Path) -> None:
+    with FeastRepository.open(feast_repo) as repo:
+        got = repo.get_historical_features(None, ["driver_stats:city"], end_date=T, with_age=True).to_arrow()
+        assert got["driver_id"].to_pylist() == [-6, 1, 2, 4]  # 3 is expired, 5 in the future
+        assert got["city__age"].to_pylist() == [3 * 3600 * 10**6, 3600 * 10**6, None, 24 * 3600 * 10**6]
+        query = "SELECT 1 AS driver_id, TIMESTAMPTZ '2024-03-01 12:00:00+00' AS event_timestamp"
+        found = repo.get_historical_features(query, ["driver_stats:city"]).to_arrow()
+        assert found["city"].to_pylist() == ["Zürich"]
+        for entity_df in (None, query):
+            with pytest.raises(InvalidArgumentError, match="on-demand features need a table"):
+                repo.get_historical_features(entity_df, ["twice:doubled"])
+
+
 def test_a_created_cutoff_hides_what_was_not_known(feast_repo: Path) -> None:
     with FeastRepository.open(feast_repo) as repo:
         asked = pa.table({"driver_id": [2, 4], "event_timestamp": [T - US, T - US]})
