@@ -43,6 +43,7 @@ STORED_TYPES = (T_BOOL, T_INT32, T_INT64, T_FLOAT, T_DOUBLE, T_STRING, T_TIMESTA
 _SOURCE_KINDS = {0: "no", 1: "file", 2: "BigQuery", 3: "Kafka", 4: "Kinesis", 5: "Redshift", 6: "custom",
                  7: "request", 8: "Snowflake", 9: "push", 10: "Trino", 11: "Spark", 12: "Athena",
                  13: "Iceberg"}  # fmt: skip
+_MAX_TTL_US = 2**62
 _REMOTE = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -284,6 +285,8 @@ class _Reader:
         key_columns = {f.text(1): f.number(2) for f in spec.messages(12)}
         duration = spec.message(6)
         ttl_us = duration.number(1) * 1_000_000 + duration.number(2) // 1000
+        if not 0 <= ttl_us <= _MAX_TTL_US:
+            raise ValueError(f"view '{name}' has a ttl of {ttl_us} us")
         entities = []
         key_types: dict[str, int] = {}
         for entity in spec.texts(3):

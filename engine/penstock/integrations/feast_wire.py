@@ -90,7 +90,10 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
 
 
 class Message:
-    """A message by field numbers; absent fields read as protobuf's defaults."""
+    """A message by field numbers; absent fields read as protobuf's defaults.
+
+    Its methods raise ValueError where a field is of another kind than asked for.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._fields: dict[int, list[Any]] = {}
@@ -100,26 +103,31 @@ class Message:
     def has(self, number: int) -> bool:
         return number in self._fields
 
-    def _last(self, number: int, default: Any) -> Any:
-        return self._fields.get(number, [default])[-1]
+    def _all(self, number: int, kind: type) -> list[Any]:
+        found = self._fields.get(number, [])
+        if not all(isinstance(value, kind) for value in found):
+            raise ValueError(f"field {number} is of another kind than {kind.__name__}")
+        return found
 
     def text(self, number: int) -> str:
-        return bytes(self._last(number, b"")).decode()
+        return self.data(number).decode()
 
     def data(self, number: int) -> bytes:
-        return bytes(self._last(number, b""))
+        found: list[bytes] = self._all(number, bytes)
+        return found[-1] if found else b""
 
     def number(self, number: int) -> int:
-        return signed(int(self._last(number, 0)))
+        found = self._all(number, int)
+        return signed(found[-1]) if found else 0
 
     def message(self, number: int) -> Message:
         return Message(self.data(number))
 
     def messages(self, number: int) -> list[Message]:
-        return [Message(data) for data in self._fields.get(number, [])]
+        return [Message(data) for data in self._all(number, bytes)]
 
     def texts(self, number: int) -> list[str]:
-        return [bytes(data).decode() for data in self._fields.get(number, [])]
+        return [data.decode() for data in self._all(number, bytes)]
 
     def mapping(self, number: int) -> dict[str, str]:
         """A map of strings."""

@@ -27,6 +27,7 @@ from penstock.errors import (
 from penstock.features.store import FeatureStore
 from penstock.integrations.feast import FeastOnlineResult, FeastRepository
 from penstock.integrations.feast_online import RedisLayout, RowWrite, SqliteLayout, ViewRead
+from penstock.integrations.feast_registry import read_definitions
 from penstock.integrations.feast_wire import (
     Message,
     encode_varint,
@@ -474,3 +475,36 @@ def test_layouts_keep_the_newest_row(tmp_path: Path, kind: str, request: pytest.
             [(stored,)] = db.execute('SELECT event_ts FROM "p_v"').fetchall()
             assert datetime.fromtimestamp(stored) == datetime(1970, 1, 1, 0, 0, 30)  # UTC as if it were local
     layout.close()
+
+
+# Bad bytes
+
+
+def test_a_corrupt_registry_is_refused_or_read_but_never_crashes(tmp_path: Path) -> None:
+    """Bytes changed, cut, doubled, inserted at random: definitions, or an error that names the registry."""
+    rng = np.random.default_rng(17)
+    whole = [(GOLDEN / name).read_bytes() for name in ("feast_registry.db", "feast_other_sources.db")]
+    repo_path = write_feast_repo(tmp_path / "repo")
+    read = refused = 0
+    for i in range(600):
+        data = bytearray(whole[i % 2])
+        for _ in range(int(rng.integers(1, 4))):
+            at = int(rng.integers(0, len(data)))
+            kind = max(0, rng.integers(-6, 4))
+            if kind == 0:
+                data[at] = int(rng.integers(256))
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 30))]
+            elif kind == 2:
+                data[at:at] = data[at : at + int(rng.integers(1, 30))]
+            else:
+                data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+            if not data:
+                break
+        (repo_path / "data" / "registry.db").write_bytes(data)
+        try:
+            read_definitions(repo_path, tmp_path / "data")
+            read += 1
+        except DefinitionError:
+            refused += 1
+    assert read > 20 and refused > 100
