@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from feast_twin_definitions import TWIN_DEFINITIONS
 
 import penstock.examples.shop
 from penstock.examples.shop import data
@@ -17,21 +18,6 @@ FEATURES = [
     "user_features:account_age_days",
     "item_features:price_percentile",
 ]
-DEFINITIONS = """
-from datetime import timedelta
-from feast import Entity, FeatureView, Field, FileSource, ValueType
-from feast.types import Float64, Int64
-
-user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
-item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.INT64)
-user_features = FeatureView(name="user_features", entities=[user], ttl=timedelta(days=2),
-    schema=[Field(name="user_id", dtype=Int64), Field(name="daily_transactions", dtype=Int64),
-            Field(name="account_age_days", dtype=Float64)],
-    source=FileSource(path="data/users.parquet", timestamp_field="event_timestamp"))
-item_features = FeatureView(name="item_features", entities=[item], ttl=timedelta(0),
-    schema=[Field(name="item_id", dtype=Int64), Field(name="price_percentile", dtype=Float64)],
-    source=FileSource(path="data/items.parquet", timestamp_field="event_timestamp"))
-"""
 
 
 def write_shop(path: Path) -> Path:
@@ -49,7 +35,7 @@ def write_twin(path: Path, shop: Path) -> Path:
         "project: shop\nregistry: data/registry.db\nprovider: local\n"
         "online_store: {type: sqlite, path: data/online.db}\nentity_key_serialization_version: 3\n"
     )
-    (path / "definitions.py").write_text(DEFINITIONS)
+    (path / "definitions.py").write_text(TWIN_DEFINITIONS)
     with FeatureStore(shop) as store:
         for events, key, refs, name in (
             ("transactions", "user_id", FEATURES[:2], "users"),

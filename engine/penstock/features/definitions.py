@@ -270,6 +270,8 @@ class FeatureService:
     """The ordered inputs of a model: "view:feature" and, from the request, "request_source:input" names.
 
     Attributes:
+        full_feature_names: name the inputs "view__feature", whoever asks: for lists whose short names
+            collide.
         features: names; a view or a projection in the list stands for its features.
         aliases: the projections among them that have a name or join keys of their own, by name.
     """
@@ -278,6 +280,7 @@ class FeatureService:
     features: Sequence[Any]
     request: RequestSource | None = None
     on_missing: str = "nan"
+    full_feature_names: bool = False
     aliases: Mapping[str, ViewProjection] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -297,6 +300,10 @@ class FeatureService:
                 known = ", ".join(self.request.schema)
                 raise DefinitionError(f"{where}: '{reference}' is no request input; expected one of {known}")
         _check_distinct(f"{where}: feature", refs)
+        if not isinstance(self.full_feature_names, bool):
+            raise DefinitionError(
+                f"{where}: full_feature_names is {self.full_feature_names!r}; expected True or False"
+            )
         if self.on_missing not in ("nan", "error"):
             raise DefinitionError(f"{where}: on_missing is {self.on_missing!r}; expected 'nan' or 'error'")
         object.__setattr__(self, "features", tuple(refs))
@@ -320,7 +327,8 @@ class FeatureService:
         """SHA-256 (hex) of the service's own declaration; views have their own."""
         request = None if self.request is None else [self.request.name, list(self.request.schema.items())]
         aliases = [[self.aliases[name].describe() for name in sorted(self.aliases)]] * bool(self.aliases)
-        return digest([self.name, list(self.features), request, self.on_missing, *aliases])
+        full = ["full"] * self.full_feature_names
+        return digest([self.name, list(self.features), request, self.on_missing, *aliases, *full])
 
 
 def check_unversioned(reference: Any) -> None:

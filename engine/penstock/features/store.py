@@ -72,6 +72,7 @@ class AdHocList:
     request: RequestSource | None
     name: str = "features"
     on_missing: str = "nan"
+    full_feature_names: bool = False
 
 
 class FeatureStore:
@@ -275,7 +276,7 @@ class FeatureStore:
             computers,
             service.request,
             aliases=aliases,
-            full_feature_names=full_feature_names,
+            full_feature_names=full_feature_names or service.full_feature_names,
             on_missing=service.on_missing,
         )
 

@@ -16,49 +16,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from penstock.clock import SystemClock
-from penstock.errors import FeatureNameCollisionError, InvalidArgumentError, NotFoundError, UnavailableError
-from penstock.features import offline, retrieval
-from penstock.features.compute import EXPIRED, NOT_FOUND, NULL, PRESENT
+from penstock.errors import FeatureNameCollisionError, InvalidArgumentError, NotFoundError
+from penstock.features import offline
+from penstock.features.compute import PRESENT
 from penstock.features.definitions import ViewProjection, check_unversioned
-from penstock.features.index import entity_keys
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.retrieval import OnlineResult, RetrievalJob
-from penstock.features.sources import SourceColumn, read_source
+from penstock.features.sources import SourceColumn
 from penstock.features.store import FeatureStore
 from penstock.features.times import Time, to_us
 from penstock.integrations import feast_on_demand
-from penstock.integrations.feast_online import FeastOnlineStore, RowWrite, ViewRead, open_online_store
+from penstock.integrations.feast_online import FeastOnlineStore, RowWrite, open_online_store
+from penstock.integrations.feast_reading import (
+    FeastOnlineResult,
+    ReadPlan,
+    compile_reads,
+    encoded_keys,
+    key_encoder,
+    python_values,
+    read_rows,
+)
 from penstock.integrations.feast_registry import (
-    DUMMY_KEY,
     FeastDefinitions,
     FeastView,
     OnDemandView,
     read_definitions,
 )
 from penstock.integrations.feast_wire import (
-    T_INT32,
     T_INT64,
     T_STRING,
-    arrow_type,
-    decode_value,
     encode_value,
-    entity_key,
-    type_name,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from numpy.typing import NDArray
-
-_NEVER = np.iinfo(np.int64).min
+_MAX_PLANS = 256
 _WRITE_ROWS = 5_000  # of one pipeline
-_KEY_TYPES = {T_STRING: "string", T_INT32: "int64", T_INT64: "int64"}
 
 
 @dataclass(frozen=True)
@@ -79,53 +76,6 @@ def _item(ref: str, aliases: Mapping[str, ViewProjection]) -> Any:
     return aliases[owner][[short]] if owner in aliases else ref
 
 
-@dataclass(frozen=True, eq=False)
-class FeastOnlineResult:
-    """Rows read from Feast's own online store.
-
-    Attributes:
-        table: the join keys given, then the features.
-        names: of the features.
-        status: uint8[n, features]: PRESENT 0, NULL 1, NOT_FOUND 2 (never written, or not before `now`) or
-            EXPIRED 3. All but PRESENT cells are null.
-        views: the views asked, by their names in the list.
-        event_time: int64[n, views], microseconds UTC; INT64_MIN where nothing was written.
-    """
-
-    table: pa.Table
-    names: list[str]
-    status: NDArray[np.uint8]
-    views: list[str]
-    event_time: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.status)
-
-    def to_arrow(self, *, with_status: bool = False) -> pa.Table:
-        """Join keys, then features; with status, `<feature>__status` behind each."""
-        if not with_status:
-            return self.table
-        table = self.table
-        for i, name in enumerate(self.names):
-            codes = pa.array(self.status[:, i], pa.int8())
-            column = pa.DictionaryArray.from_arrays(codes, pa.array(offline.STATUS_NAMES))
-            table = table.add_column(table.column_names.index(name) + 1, name + "__status", column)
-        return table
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Lists of Python values by column; None where empty."""
-        found: dict[str, list[Any]] = self.table.to_pydict()
-        return found
-
-    def to_df(self) -> pd.DataFrame:
-        """A pandas frame; integers and booleans with nulls become Int64 and boolean."""
-        return offline.to_frame(self.table)
-
-    def statuses(self) -> dict[str, list[int]]:
-        """The status of each cell, by feature."""
-        return {name: self.status[:, i].tolist() for i, name in enumerate(self.names)}
-
-
 class FeastRepository:
     """A Feast repository.
 
@@ -139,6 +89,7 @@ class FeastRepository:
         self._clock = SystemClock() if clock is None else clock
         self.store = FeatureStore(definitions.repo, clock=clock)
         self._online: FeastOnlineStore | None = None
+        self._read_plans: dict[Any, ReadPlan] = {}
 
     @classmethod
     def open(
@@ -189,41 +140,53 @@ class FeastRepository:
 
     def get_historical_features(
         self,
-        entity_df: Any,
-        features: str | Sequence[str],
+        entity_df: Any = None,
+        features: str | Sequence[str] = (),
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
         with_status: bool = False,
+        with_age: bool = False,
     ) -> RetrievalJob:
         """Features as they were at each row's time; see `FeatureStore.get_historical_features`.
 
         Args:
-            features: "view:feature" names, those of on-demand views too, or the name of a service.
+            entity_df: a table, a SELECT, or None for a snapshot; on-demand features need a table.
+            features: "view:feature" names, those of on-demand views too, or the name of a service. On-demand
+                features have neither status nor age.
 
         Raises:
             NotFoundError, InvalidArgumentError: an unknown or refused name, or a missing column.
             FeatureNameCollisionError: two columns with one name.
         """
         asked = self._asked(features)
+
+        def join(entities: Any, items: Sequence[Any], full: bool, **more: Any) -> RetrievalJob:
+            cut = filter_by_created_timestamp
+            return self.store.get_historical_features(
+                entities, items, full, filter_by_created_timestamp=cut, **more
+            )
+
+        columns = {"with_status": with_status, "with_age": with_age}
+        if not asked.on_demand:
+            dates = {"start_date": start_date, "end_date": end_date}
+            return join(entity_df, asked.items(), full_feature_names, **columns, **dates)
+        if entity_df is None or isinstance(entity_df, str):
+            raise InvalidArgumentError(f"entity_df is {entity_df!r}; on-demand features need a table")
         table = offline.entity_table(entity_df)
 
-        def join(items: Sequence[Any], full: bool, status: bool) -> pa.Table:
-            return self.store.get_historical_features(
-                table,
-                items,
-                full,
-                filter_by_created_timestamp=filter_by_created_timestamp,
-                with_status=status,
-            ).to_arrow()
-
         def compute() -> pa.Table:
-            result = join(asked.items(), full_feature_names, with_status) if asked.refs else None
+            result = None
+            if asked.refs:
+                result = join(table, asked.items(), full_feature_names, **columns).to_arrow()
             outputs: dict[str, dict[str, pa.Array]] = {}
             for view, feature in asked.on_demand:
                 if view.name not in outputs:
                     refs = [ref for ref in view.refs if self._base(ref, view.aliases) not in self.refused]
-                    joined = join([_item(ref, view.aliases) for ref in refs], True, False) if refs else table
+                    items = [_item(ref, view.aliases) for ref in refs]
+                    joined = join(table, items, True).to_arrow() if refs else table
                     result = joined.select(table.column_names) if result is None else result
                     inputs = feast_on_demand.input_table(view, refs, joined, table)
                     outputs[view.name] = feast_on_demand.run(view, inputs)
@@ -278,84 +241,38 @@ class FeastRepository:
         """
         if origin not in ("store", "feast"):
             raise InvalidArgumentError(f"origin is {origin!r}; expected 'store' or 'feast'")
-        asked = self._asked(features, stored=origin == "feast")
+        if origin == "feast":
+            now_us = self._clock.now_us() if now is None else to_us(now, "now")
+            plan = self._read_plan(features, full_feature_names)
+            return read_rows(plan, self._online_store(), entity_rows, now_us)
+        asked = self._stored_only(features)
+        return self.store.get_online_features(
+            asked.items(), entity_rows, now=now, full_feature_names=full_feature_names
+        )
+
+    def _read_plan(self, features: Any, full_feature_names: bool) -> ReadPlan:
+        listed = isinstance(features, list | tuple) and all(isinstance(ref, str) for ref in features)
+        key = (tuple(features) if listed else str(features), full_feature_names)
+        known = listed or isinstance(features, str)
+        if known and key in self._read_plans:
+            return self._read_plans[key]
+        asked = self._stored_only(features, stored=True)
+        views = self.definitions.views
+        plan = compile_reads(asked.refs, asked.aliases, views, self._key_types, full_feature_names)
+        if known:
+            if len(self._read_plans) >= _MAX_PLANS:
+                self._read_plans.clear()
+            self._read_plans[key] = plan
+        return plan
+
+    def _stored_only(self, features: Any, *, stored: bool = False) -> _Asked:
+        asked = self._asked(features, stored=stored)
         for view, feature in asked.on_demand:
             raise InvalidArgumentError(
                 f"'{view.name}:{feature}' is an on-demand feature, an opaque Python function: it runs in "
                 "historical joins only; compute it from its inputs, or write it as a Penstock expression"
             )
-        if origin == "store":
-            return self.store.get_online_features(
-                asked.items(), entity_rows, now=now, full_feature_names=full_feature_names
-            )
-        now_us = self._clock.now_us() if now is None else to_us(now, "now")
-        return self._read_feast(asked, entity_rows, now_us, full_feature_names)
-
-    def _read_feast(
-        self, asked: _Asked, entity_rows: Any, now_us: int, full_feature_names: bool
-    ) -> FeastOnlineResult:
-        table, floats = retrieval.entity_row_table(entity_rows)
-        n = table.num_rows
-        owners: dict[str, list[str]] = {}
-        for ref in asked.refs:
-            owner, short = ref.split(":")
-            owners.setdefault(owner, []).append(short)
-        columns: dict[str, list[Any]] = {}
-        reads: list[ViewRead] = []
-        for owner, shorts in owners.items():
-            view = self._feast_view(owner, asked.aliases)
-            mapping = asked.aliases[owner].join_key_map if owner in asked.aliases else {}
-            types = self._key_types(view)
-            for key, kind in types.items():
-                column = mapping.get(key, key)
-                dtype = _KEY_TYPES.get(kind)
-                if dtype is None:
-                    raise InvalidArgumentError(
-                        f"view '{view.name}': join key '{key}' is {type_name(kind)}; "
-                        "expected Int32, Int64 or String"
-                    )
-                given = retrieval.key_column(table, column, dtype, floats=floats)
-                columns[column] = _values(given, n)
-            names = list(types)
-            cells = [columns[mapping.get(key, key)] for key in names]
-            reads.append(ViewRead(view.online_name, shorts, _entity_keys(names, types, cells, n)))
-        for name in table.column_names:
-            if name not in columns:
-                known = ", ".join(sorted(columns)) or "none"
-                raise InvalidArgumentError(f"entity_rows: column '{name}' is no join key; expected {known}")
-        answers = dict(zip(owners, self._online_store().read(reads)))
-        result = table.select(list(columns))
-        statuses, output = [], []
-        for ref in asked.refs:
-            owner, short = ref.split(":")
-            name = f"{owner}__{short}" if full_feature_names else short
-            if name in output or name in columns:
-                raise FeatureNameCollisionError(
-                    f"feature '{ref}' would be named '{name}', which is a column already; "
-                    "use full_feature_names=True"
-                )
-            output.append(name)
-            view = self._feast_view(owner, asked.aliases)
-            values: list[Any] = [None] * n
-            status = np.full(n, NOT_FOUND, np.uint8)
-            for i, row in enumerate(answers[owner]):
-                if row is None or row.event_us > now_us or short not in row.values:
-                    continue
-                if view.ttl_us is not None and row.event_us < now_us - view.ttl_us:
-                    status[i] = EXPIRED
-                    continue
-                values[i] = _decoded(ref, row.values[short])
-                status[i] = NULL if values[i] is None else PRESENT
-            statuses.append(status)
-            result = result.append_column(name, _column(ref, values, view.types[short]))
-        times = [[_NEVER if row is None else row.event_us for row in answers[owner]] for owner in owners]
-        return FeastOnlineResult(
-            result,
-            output,
-            np.stack(statuses, axis=1),
-            list(owners),
-            np.array(times, np.int64).reshape(len(owners), n).T,
-        )
+        return asked
 
     def write_online(self, end: Time, *, views: Sequence[str] | None = None) -> dict[str, int]:
         """Write the row that every key has at `end` into Feast's own online store, for Feast's readers.
@@ -380,25 +297,19 @@ class FeastRepository:
         return {name: self._write_view(name, end_us) for name in names}
 
     def _write_view(self, name: str, end_us: int) -> int:
-        view, feast = self.store.views[name], self.definitions.views[name]
-        computer = self.store.computer(name)
-        table = read_source(view.source, self.definitions.repo.path, None, view.join_keys)
-        joins = [table.columns[key] for key in view.join_keys]
-        words, nulls = entity_keys(joins, table.n_rows, self.store.key_seed)
-        rows_of = np.flatnonzero(~nulls)
-        _, first = np.unique(words[rows_of], axis=0, return_index=True)
-        at = rows_of[first]
-        found = computer.rows_at(words[at], np.full(len(at), end_us, np.int64))
+        feast, computer = self.definitions.views[name], self.store.computer(name)
+        words, joins = computer.entities()
+        found = computer.rows_at(words, np.full(len(words), end_us, np.int64))
         kept = np.flatnonzero(found.status == PRESENT)
         types = self._key_types(feast)
-        cells = [_values(column.take(at[kept]), len(kept)) for column in joins]
-        keys = _entity_keys(list(types), types, cells, len(kept))
+        cells = [python_values(column.take(kept)) for column in joins]
+        keys = encoded_keys(key_encoder(types), cells, len(kept))
         values: dict[str, list[bytes]] = {}
         for (feature, dtype), (column, valid) in zip(computer.schema, found.columns):
             if dtype == "timestamp":
                 column = column // 1_000_000  # Feast's timestamps are seconds
             texts = computer.dictionaries.get(feature)
-            cell = _values(SourceColumn(dtype, column[kept], valid[kept], texts), len(kept))
+            cell = python_values(SourceColumn(dtype, column[kept], valid[kept], texts))
             values[feature] = [encode_value(feast.types[feature], value) for value in cell]
         written = 0
         for start in range(0, len(kept), _WRITE_ROWS):
@@ -493,48 +404,26 @@ class FeastRepository:
         return types
 
 
-def _values(column: SourceColumn, n: int) -> list[Any]:
-    """Python values of a column; None where null."""
-    values: list[Any] = column.values.tolist()
-    if column.dictionary is not None:
-        texts = column.dictionary
-        values = [texts[code] if texts else None for code in values]
-    elif column.dtype == "bool":
-        values = [bool(value) for value in values]
-    if column.valid is not None:
-        values = [value if ok else None for value, ok in zip(values, column.valid.tolist())]
-    assert len(values) == n
-    return values
+def import_definitions(path: str | Path, *, definitions: str = "auto") -> dict[str, Any]:
+    """The definitions of a Feast repository, for the Python file of a Penstock repository.
+
+    With `globals().update(import_definitions(Path(__file__).parent / "feast_repo"))` the Feast repository's
+    views and services are the Penstock repository's own: to serve models from, to apply, and to list features
+    of beside others. Paths of sources become absolute; what is refused is left out.
+
+    Args:
+        path: folder of the Feast repository.
+        definitions: as for `FeastRepository.open`.
+
+    Returns:
+        Views and services by a name for each.
+
+    Raises:
+        ConfigError, DefinitionError: as `FeastRepository.open`.
+    """
+    repo = read_definitions(Path(path), Path(path), definitions, absolute=True).repo
+    views = {f"feast_view_{name}": view for name, view in repo.views.items()}
+    return {**views, **{f"feast_service_{name}": service for name, service in repo.services.items()}}
 
 
-def _entity_keys(
-    names: Sequence[str], types: Mapping[str, int], cells: Sequence[Sequence[Any]], n: int
-) -> list[bytes | None]:
-    """The serialized entity key of each row, None where one of its keys is null."""
-    if not names:
-        return [entity_key([DUMMY_KEY], [T_STRING], [""])] * n
-    kinds = [types[name] for name in names]
-    rows = zip(*cells) if n else ()
-    return [None if None in row else entity_key(names, kinds, row) for row in rows]
-
-
-def _decoded(ref: str, data: bytes) -> Any:
-    try:
-        return decode_value(data)
-    except ValueError as error:
-        raise UnavailableError(f"Feast's online store has no value at '{ref}', but {error}") from error
-
-
-def _column(ref: str, values: list[Any], kind: int) -> pa.Array:
-    wanted = arrow_type(kind)
-    if wanted is None:
-        raise InvalidArgumentError(f"'{ref}' is of type {type_name(kind)}, which cannot be read")
-    try:
-        return pa.array(values, wanted)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise UnavailableError(
-            f"Feast's online store has other values at '{ref}' than {type_name(kind)}: {error}"
-        ) from error
-
-
-__all__ = ["FeastOnlineResult", "FeastRepository"]
+__all__ = ["FeastOnlineResult", "FeastRepository", "import_definitions"]

@@ -125,21 +125,38 @@ class RedisLayout:
         self._client: Any = redis.Redis(host=host, port=port, **options)
 
     def read(self, reads: Sequence[ViewRead]) -> list[list[StoredRow | None]]:
-        fields: dict[bytes, list[bytes]] = {}
-        for read in reads:
-            names = [redis_time_field(read.view), *(redis_field(read.view, f) for f in read.features)]
-            for key in read.keys:
-                if key is not None:
-                    asked = fields.setdefault(key, [])
-                    asked += [name for name in names if name not in asked]
-        with self._client.pipeline(transaction=False) as pipe:
-            for key, names in fields.items():
-                pipe.hmget(key + self._project, names)
-            answers = self._run(pipe)
-        found = {key: dict(zip(fields[key], answer)) for key, answer in zip(fields, answers)}
-        return [
-            [None if key is None else _redis_row(read, found[key]) for key in read.keys] for read in reads
+        names = [
+            [redis_time_field(read.view), *(redis_field(read.view, feature) for feature in read.features)]
+            for read in reads
         ]
+        users: dict[bytes, list[int]] = {}  # reads of each key
+        for at, read in enumerate(reads):
+            for key in dict.fromkeys(read.keys):
+                if key is not None:
+                    users.setdefault(key, []).append(at)
+        commands = [
+            (b"HMGET", key + self._project, *(name for at in ats for name in names[at]))
+            for key, ats in users.items()
+        ]
+        rows: list[dict[bytes | None, StoredRow | None]] = [{None: None} for _ in reads]
+        for (key, ats), answer in zip(users.items(), self._ask(commands)):
+            start = 0
+            for at in ats:
+                stop = start + len(names[at])
+                rows[at][key] = _redis_row(reads[at], answer[start:stop])
+                start = stop
+        return [[found[key] for key in read.keys] for read, found in zip(reads, rows)]
+
+    def _ask(self, commands: Sequence[tuple[bytes, ...]]) -> list[Any]:
+        if len(commands) == 1:
+            try:
+                return [self._client.execute_command(*commands[0])]
+            except self._error as error:
+                raise UnavailableError(f"Feast's Redis store failed: {error}") from error
+        with self._client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return self._run(pipe)
 
     def write(self, view: str, rows: Sequence[RowWrite]) -> int:
         time_field = redis_time_field(view)
@@ -196,13 +213,13 @@ def _connection(text: str) -> tuple[str, int, dict[str, Any]]:
     return host, int(port), options
 
 
-def _redis_row(read: ViewRead, stored: Mapping[bytes, bytes | None]) -> StoredRow | None:
+def _redis_row(read: ViewRead, stored: Sequence[bytes | None]) -> StoredRow | None:
     """The row of a view; without a time its entity was never written, whatever other views wrote."""
-    at = stored[redis_time_field(read.view)]
+    at, *values = stored
     if at is None:
         return None
-    values = {f: stored[redis_field(read.view, f)] for f in read.features}
-    return StoredRow(_time(read.view, at), {f: v for f, v in values.items() if v is not None})
+    present = {f: value for f, value in zip(read.features, values) if value is not None}
+    return StoredRow(_time(read.view, at), present)
 
 
 def _time(view: str, data: bytes) -> int:

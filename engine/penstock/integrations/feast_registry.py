@@ -43,6 +43,7 @@ STORED_TYPES = (T_BOOL, T_INT32, T_INT64, T_FLOAT, T_DOUBLE, T_STRING, T_TIMESTA
 _SOURCE_KINDS = {0: "no", 1: "file", 2: "BigQuery", 3: "Kafka", 4: "Kinesis", 5: "Redshift", 6: "custom",
                  7: "request", 8: "Snowflake", 9: "push", 10: "Trino", 11: "Spark", 12: "Athena",
                  13: "Iceberg"}  # fmt: skip
+_MAX_TTL_US = 2**62
 _REMOTE = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -166,13 +167,16 @@ def read_config(path: Path) -> FeastConfig:
     )
 
 
-def read_definitions(path: Path, data_dir: Path, definitions: str = "auto") -> FeastDefinitions:
+def read_definitions(
+    path: Path, data_dir: Path, definitions: str = "auto", *, absolute: bool = False
+) -> FeastDefinitions:
     """Read a Feast repository.
 
     Args:
         path: its folder.
         data_dir: where Penstock keeps its own registry and online store.
         definitions: "registry", "files", or "auto": the registry file if there is one, else the files.
+        absolute: make the paths of sources absolute.
 
     Raises:
         ConfigError: neither a registry file that can be read nor an installed Feast.
@@ -192,7 +196,7 @@ def read_definitions(path: Path, data_dir: Path, definitions: str = "auto") -> F
     else:
         data, where = _registry_of_files(path), str(path)
     try:
-        return _Reader(config, path, data_dir, Message(data)).read()
+        return _Reader(config, path, data_dir, Message(data), absolute).read()
     except (ValueError, UnicodeDecodeError) as error:
         if isinstance(error, DefinitionError):
             raise
@@ -232,8 +236,11 @@ def _registry_of_files(path: Path) -> bytes:
 class _Reader:
     """One pass over a registry message."""
 
-    def __init__(self, config: FeastConfig, path: Path, data_dir: Path, registry: Message) -> None:
+    def __init__(
+        self, config: FeastConfig, path: Path, data_dir: Path, registry: Message, absolute: bool
+    ) -> None:
         self._config, self._path, self._data_dir, self._registry = config, path, data_dir, registry
+        self._absolute = absolute
         self._refused: dict[str, str] = {}
         self._entities: dict[str, Message] = {}
         self._views: dict[str, FeatureView] = {}
@@ -249,8 +256,9 @@ class _Reader:
             spec = item.message(1)
             if spec.text(9) in ("", self._config.project):
                 self._entities[spec.text(1)] = spec
-        for spec in mine(6):
-            self._view(spec)
+        for item in self._registry.messages(6):
+            if item.message(1).text(2) in ("", self._config.project):
+                self._view(item.message(1), item.message(2).number(4))
         for spec in mine(14):
             self._refused[spec.text(1)] = "is a stream feature view; Penstock cannot run its transformation"
         for spec in mine(19):
@@ -271,13 +279,14 @@ class _Reader:
             self._config, repo, self._feast, self._on_demand, services, dict(sorted(self._refused.items()))
         )
 
-    def _view(self, spec: Message) -> None:
+    def _view(self, spec: Message, version: int) -> None:
         name = spec.text(1)
         features = {f.text(1): f.number(2) for f in spec.messages(4)}
         key_columns = {f.text(1): f.number(2) for f in spec.messages(12)}
-        version = spec.text(18)
         duration = spec.message(6)
         ttl_us = duration.number(1) * 1_000_000 + duration.number(2) // 1000
+        if not 0 <= ttl_us <= _MAX_TTL_US:
+            raise ValueError(f"view '{name}' has a ttl of {ttl_us} us")
         entities = []
         key_types: dict[str, int] = {}
         for entity in spec.texts(3):
@@ -289,10 +298,8 @@ class _Reader:
             key = known.text(4) or entity
             key_types[key] = key_columns.get(key) or known.number(2)
             entities.append((entity, key))
-        if self._config.versioned and re.fullmatch(r"v[1-9][0-9]*", version):
-            self._refused[name] = f"is pinned to version '{version}' and the online store has versioned names"
-            return
-        self._feast[name] = FeastView(name, name, features, key_types, ttl_us or None)
+        online_name = f"{name}_v{version}" if self._config.versioned and version > 0 else name
+        self._feast[name] = FeastView(name, online_name, features, key_types, ttl_us or None)
         stored = {f: col(f) for f, kind in features.items() if kind in STORED_TYPES}
         for feature, kind in features.items():
             if kind not in STORED_TYPES:
@@ -328,6 +335,8 @@ class _Reader:
             raise DefinitionError(f"has the source '{place}'; expected a path on this machine")
         if options.message(1).has(2):
             raise DefinitionError(f"has the source '{place}' in Delta format; expected Parquet")
+        if self._absolute:
+            place = str((self._path / place).resolve())
         if not source.text(3):
             raise DefinitionError(f"has the source '{place}' without a timestamp_field; run `feast apply`")
         return ParquetSource(
@@ -388,7 +397,10 @@ class _Reader:
         )
 
     def _penstock_services(self, services: Iterable[FeastService]) -> dict[str, FeatureService]:
-        """The services that a model can be served from: those of stored features only."""
+        """The services that a model can be served from: those of stored features only.
+
+        Where short names collide the service has full names, which in Feast each caller must ask for.
+        """
         found = {}
         for service in services:
             items: list[Any] = []
@@ -399,7 +411,10 @@ class _Reader:
                     items.append(service.aliases[owner][[short]] if owner in service.aliases else ref)
             if service.name not in self._refused and len(items) == len(service.refs) > 0:
                 try:
-                    found[service.name] = FeatureService(service.name, items)
+                    shorts = [ref.split(":")[1] for ref in service.refs]
+                    found[service.name] = FeatureService(
+                        service.name, items, full_feature_names=len(set(shorts)) < len(shorts)
+                    )
                 except DefinitionError as error:
                     self._refused[service.name] = f"cannot be a service: {error}"
         return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +31,11 @@ TYPE_NAMES = {T_BYTES: "Bytes", T_STRING: "String", T_INT32: "Int32", T_INT64: "
 _SCALARS = {T_BYTES: pa.binary(), T_STRING: pa.string(), T_INT32: pa.int32(), T_INT64: pa.int64(),
             T_DOUBLE: pa.float64(), T_FLOAT: pa.float32(), T_BOOL: pa.bool_(),
             T_TIMESTAMP: pa.timestamp("us", "UTC")}  # fmt: skip
+
+
+_TAGS = {T_DOUBLE: T_DOUBLE << 3 | FIXED64, T_INT64: T_INT64 << 3, T_STRING: T_STRING << 3 | BYTES}
+_DOUBLE = struct.Struct("<d")
+_INT_KEY = struct.Struct("<IIq")
 
 
 def type_name(number: int) -> str:
@@ -90,7 +96,10 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
 
 
 class Message:
-    """A message by field numbers; absent fields read as protobuf's defaults."""
+    """A message by field numbers; absent fields read as protobuf's defaults.
+
+    Its methods raise ValueError where a field is of another kind than asked for.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._fields: dict[int, list[Any]] = {}
@@ -100,26 +109,31 @@ class Message:
     def has(self, number: int) -> bool:
         return number in self._fields
 
-    def _last(self, number: int, default: Any) -> Any:
-        return self._fields.get(number, [default])[-1]
+    def _all(self, number: int, kind: type) -> list[Any]:
+        found = self._fields.get(number, [])
+        if not all(isinstance(value, kind) for value in found):
+            raise ValueError(f"field {number} is of another kind than {kind.__name__}")
+        return found
 
     def text(self, number: int) -> str:
-        return bytes(self._last(number, b"")).decode()
+        return self.data(number).decode()
 
     def data(self, number: int) -> bytes:
-        return bytes(self._last(number, b""))
+        found: list[bytes] = self._all(number, bytes)
+        return found[-1] if found else b""
 
     def number(self, number: int) -> int:
-        return signed(int(self._last(number, 0)))
+        found = self._all(number, int)
+        return signed(found[-1]) if found else 0
 
     def message(self, number: int) -> Message:
         return Message(self.data(number))
 
     def messages(self, number: int) -> list[Message]:
-        return [Message(data) for data in self._fields.get(number, [])]
+        return [Message(data) for data in self._all(number, bytes)]
 
     def texts(self, number: int) -> list[str]:
-        return [bytes(data).decode() for data in self._fields.get(number, [])]
+        return [data.decode() for data in self._all(number, bytes)]
 
     def mapping(self, number: int) -> dict[str, str]:
         """A map of strings."""
@@ -149,8 +163,12 @@ def _field(number: int, kind: int, payload: bytes) -> bytes:
 
 def timestamp_us(data: bytes) -> int:
     """Microseconds of a google.protobuf.Timestamp, rounded down."""
-    message = Message(data)
-    return message.number(1) * 1_000_000 + message.number(2) // 1000
+    found = {1: 0, 2: 0}
+    for number, kind, value in fields(data):
+        if kind != VARINT:
+            raise ValueError(f"field {number} of a time is of wire type {kind}")
+        found[number] = signed(value)
+    return found[1] * 1_000_000 + found[2] // 1000
 
 
 def encode_timestamp(us: int) -> bytes:
@@ -163,16 +181,33 @@ def encode_timestamp(us: int) -> bytes:
 # feast.types.Value
 
 
-def decode_value(data: bytes) -> Any:
+def decode_value(data: bytes, expected: int) -> Any:
     """The Python value of a serialized Value; None if it holds none.
 
+    Args:
+        expected: the value type that it must have: of a scalar or a list of them.
+
     Raises:
-        ValueError: the bytes are no Value, or one of a kind that is neither a scalar nor a list of them.
+        ValueError: the bytes are no Value, or one of another type.
     """
+    if not data:
+        return None
+    # What nearly all are: one field, whose tag is a byte.
+    if data[0] == _TAGS.get(expected):
+        if expected == T_DOUBLE and len(data) == 9:
+            return _DOUBLE.unpack_from(data, 1)[0]
+        if expected in (T_INT64, T_STRING):
+            number, at = _varint(data, 1)
+            if expected == T_INT64 and at == len(data):
+                return signed(number)
+            if expected == T_STRING and at + number == len(data):
+                return data[at:].decode()
     found: Any = None
     for number, kind, value in fields(data):
         if number == T_NULL:
             found = None
+        elif number != expected:
+            raise ValueError(f"a value of type {type_name(number)}")
         elif number in _SCALARS:
             found = _scalar(number, kind, value)
         elif number - _LIST in _SCALARS and kind == BYTES:
@@ -255,26 +290,42 @@ def encode_value(number: int, value: Any) -> bytes:
 # Keys
 
 
+class KeyEncoder:
+    """Serialized entity keys, version 3: names and values in the order of the names."""
+
+    def __init__(self, names: Sequence[str], types: Sequence[int]) -> None:
+        """Prepare.
+
+        Args:
+            names: join keys.
+            types: the value type of each: String, Bytes, Int32, Int64 or UnixTimestamp.
+        """
+        order = sorted(range(len(names)), key=lambda i: names[i])
+        encoded = [names[i].encode() for i in order]
+        heads = [struct.pack("<II", T_STRING, len(name)) + name for name in encoded]
+        self._prefix = struct.pack("<I", len(names)) + b"".join(heads)
+        self._values = [(i, names[i], types[i]) for i in order]
+
+    def encode(self, values: Sequence[Any]) -> bytes:
+        """The key of int, str or bytes values, in the order of the names given.
+
+        Raises:
+            InvalidArgumentError: a value that does not fit its type.
+        """
+        out = self._prefix
+        for i, name, kind in self._values:
+            value = values[i]
+            if kind == T_INT64 and type(value) is int and -(2**63) <= value < 2**63:
+                out += _INT_KEY.pack(T_INT64, 8, value)
+                continue
+            data = _key_value(name, kind, value)
+            out += struct.pack("<II", kind, len(data)) + data
+        return out
+
+
 def entity_key(names: Sequence[str], types: Sequence[int], values: Sequence[Any]) -> bytes:
-    """The serialized entity key, version 3: names and values in the order of the names.
-
-    Args:
-        names: join keys; none for a view without entities' own key.
-        types: the value type of each: String, Bytes, Int32, Int64 or UnixTimestamp.
-        values: int, str or bytes.
-
-    Raises:
-        InvalidArgumentError: a value that does not fit its type.
-    """
-    order = sorted(range(len(names)), key=lambda i: names[i])
-    out = [struct.pack("<I", len(names))]
-    for i in order:
-        name = names[i].encode()
-        out.append(struct.pack("<II", T_STRING, len(name)) + name)
-    for i in order:
-        data = _key_value(names[i], types[i], values[i])
-        out.append(struct.pack("<II", types[i], len(data)) + data)
-    return b"".join(out)
+    """One serialized entity key; see `KeyEncoder`."""
+    return KeyEncoder(names, types).encode(values)
 
 
 def _key_value(name: str, number: int, value: Any) -> bytes:
@@ -309,6 +360,7 @@ def murmur3_32(data: bytes) -> int:
     return h ^ h >> 16
 
 
+@lru_cache(maxsize=65_536)
 def redis_field(view: str, feature: str) -> bytes:
     """The hash field of a feature in Feast's Redis layout."""
     return struct.pack("<I", murmur3_32(f"{view}:{feature}".encode()))

@@ -277,12 +277,12 @@ def test_a09_a_snapshot_needs_no_entity_rows(world: World, full: bool) -> None:
     assert snapshot(["g:x"], end_date=T) == {"event_timestamp": [T], x: [0.5]}
     assert snapshot(["v:v"], end_date=T - 99 * DAY)["u"] == []
     for wrong, dates, message in (
-        (["v:v", "p:p"], {"end_date": T}, "view 'v' has the join keys u, of u, s; expected an entity_df"),
+        (["v:v", "p:p"], {"end_date": T}, "'v' has the join keys u, of u, s; expected an entity_df"),
         (["v:v"], {"start_date": T, "end_date": T - US}, "start_date is .* after end_date"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             snapshot(wrong, **dates)
-    with pytest.raises(InvalidArgumentError, match="expected them without entity_df"):
+    with pytest.raises(InvalidArgumentError, match="of a snapshot; expected them without entity_df"):
         store.get_historical_features(ask([1]), ["v:v"], end_date=T)
 
 

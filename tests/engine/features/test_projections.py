@@ -151,6 +151,20 @@ def test_lineage_names_the_views_behind_projections(repo: Path) -> None:
             "view": "location_stats", "join_keys": {"location_id": "origin_id"}}  # fmt: skip
 
 
+def test_a_service_may_have_full_names(repo: Path) -> None:
+    more = 'both = FeatureService("both", ["origin_stats:seen", "destination_stats:seen"]'
+    (repo / "features.py").write_text(f"{DEFINITIONS}{more})")
+    with FeatureStore(repo) as store, pytest.raises(FeatureNameCollisionError):
+        store.apply()
+    (repo / "features.py").write_text(f"{DEFINITIONS}{more}, full_feature_names=True)")
+    with FeatureStore(repo) as store:
+        store.apply()
+        got = store.get_historical_features(entities([T]), "both").to_arrow()
+        assert got.column_names[4:] == ["origin_stats__seen", "destination_stats__seen"]
+    with pytest.raises(DefinitionError, match="full_feature_names is 1; expected True or False"):
+        d.FeatureService("s", ["a:b"], full_feature_names=1)  # type: ignore[arg-type]
+
+
 def test_the_fingerprint_counts_what_a_projection_reads(repo: Path) -> None:
     with FeatureStore(repo) as store:
         view = store.views["location_stats"]

@@ -48,6 +48,7 @@ def main() -> None:
     import redis
     from feast_peer import answer
     from feast_repo import HOUR, T, write_feast_repo
+    from feast_twin_definitions import TWIN_DEFINITIONS
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,6 +81,11 @@ def main() -> None:
             (other / "other_sources.py").write_text(OTHER_SOURCES)
             made = bytes.fromhex(answer({"op": "files", "repo": str(other)}))
             (HERE / "golden" / "feast_other_sources.db").write_bytes(made)
+            twin = Path(scratch) / "twin"
+            twin.mkdir()
+            (twin / "twin.py").write_text(TWIN_DEFINITIONS)
+            made = bytes.fromhex(answer({"op": "files", "repo": str(twin)}))
+            (HERE / "golden" / "feast_twin.db").write_bytes(made)
     finally:
         server.terminate()
         server.wait()

@@ -24,9 +24,17 @@ from penstock.errors import (
     NotFoundError,
     UnavailableError,
 )
+from penstock.features.store import FeatureStore
 from penstock.integrations.feast import FeastOnlineResult, FeastRepository
 from penstock.integrations.feast_online import RedisLayout, RowWrite, SqliteLayout, ViewRead
-from penstock.integrations.feast_wire import entity_key, redis_field, redis_time_field
+from penstock.integrations.feast_registry import read_definitions
+from penstock.integrations.feast_wire import (
+    Message,
+    encode_varint,
+    entity_key,
+    redis_field,
+    redis_time_field,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [{"driver_id": d, "customer_id": c} for d, c in
@@ -128,6 +136,43 @@ def test_environment_variables_in_the_configuration(
         assert repo.store.project == "rides" and repo.store.views
 
 
+def test_a_penstock_repository_takes_over_the_definitions(feast_repo: Path, tmp_path: Path) -> None:
+    home = tmp_path / "penstock"
+    home.mkdir()
+    (home / "feature_store.yaml").write_text("project: own\n")
+    (home / "features.py").write_text(
+        "from pathlib import Path\n"
+        "from penstock import FeatureService\n"
+        "from penstock.integrations.feast import import_definitions\n"
+        "globals().update(import_definitions(Path(__file__).parent.parent / 'repo'))\n"
+        "mine = FeatureService('mine', ['driver_stats:trips', 'market:rate'])\n"
+    )
+    with FeatureStore(home) as store:
+        assert set(store.apply().services) == {"drivers", "mine", "swap"}
+        assert store.service_plan("swap").output_names == ("first__trips", "second__trips")
+        got = store.get_online_features("mine", {"driver_id": [1, 3]}, now=T)
+        assert got.to_dict() == {"driver_id": [1, 3], "trips": [2**53 + 1, None], "rate": [0.5, 0.5]}
+
+
+def test_versioned_names_of_the_online_store(redis_repo: Path) -> None:
+    registry = redis_repo / "data" / "registry.db"
+    text = (redis_repo / "feature_store.yaml").read_text()
+    on = "registry: {path: data/registry.db, enable_online_feature_view_versioning: true}"
+    (redis_repo / "feature_store.yaml").write_text(text.replace("registry: data/registry.db", on))
+    with FeastRepository.open(redis_repo) as repo:
+        assert {view.online_name for view in repo.definitions.views.values()} == set(repo.definitions.views)
+    view = next(m for m in Message(registry.read_bytes()).messages(6) if m.message(1).text(1) == "market")
+    data = view.data(1)
+    field = b"\x0a" + encode_varint(len(data)) + data
+    item = field + b"\x12\x02\x20\x03"  # meta: current_version_number 3
+    registry.write_bytes(b"\x32" + encode_varint(len(item)) + item)
+    with FeastRepository.open(redis_repo) as repo:
+        assert repo.definitions.views["market"].online_name == "market_v3"
+        assert read_feast(repo, ["market:rate"], [{}], now=T).statuses() == {"rate": [NOT_FOUND]}
+        assert repo.write_online(T) == {"market": 1}
+        assert read_feast(repo, ["market:rate"], [{}], now=T).to_dict() == {"rate": [0.5]}
+
+
 # Historical
 
 
@@ -150,6 +195,19 @@ def test_the_historical_join_keeps_every_row(feast_repo: Path, full: bool) -> No
         assert got[column["rate"]].to_pylist() == [0.5] * 8 + [None, 0.25, 0.5, 0.5]
         frame = repo.get_historical_features(entities.to_pandas(), FEATURES, full).to_df()
         assert frame.index.tolist() == list(range(entities.num_rows))
+
+
+def test_snapshots_sql_and_ages(feast_repo: Path) -> None:
+    with FeastRepository.open(feast_repo) as repo:
+        got = repo.get_historical_features(None, ["driver_stats:city"], end_date=T, with_age=True).to_arrow()
+        assert got["driver_id"].to_pylist() == [-6, 1, 2, 4]  # 3 is expired, 5 in the future
+        assert got["city__age"].to_pylist() == [3 * 3600 * 10**6, 3600 * 10**6, None, 24 * 3600 * 10**6]
+        query = "SELECT 1 AS driver_id, TIMESTAMPTZ '2024-03-01 12:00:00+00' AS event_timestamp"
+        found = repo.get_historical_features(query, ["driver_stats:city"]).to_arrow()
+        assert found["city"].to_pylist() == ["Zürich"]
+        for entity_df in (None, query):
+            with pytest.raises(InvalidArgumentError, match="on-demand features need a table"):
+                repo.get_historical_features(entity_df, ["twice:doubled"])
 
 
 def test_a_created_cutoff_hides_what_was_not_known(feast_repo: Path) -> None:
@@ -326,7 +384,7 @@ def test_rows_are_written_where_feast_looks_for_them(request: pytest.FixtureRequ
         got = read_feast(repo, FEATURES, ROWS, now=T)
         ours = repo.get_online_features(FEATURES, ROWS, now=T)
         for name in got.names:
-            expected, found = ours.to_dict()[name], got.to_dict()[name]
+            expected, found = (result.to_arrow()[name].to_pylist() for result in (ours, got))
             assert repr(found) == repr(expected), name
             assert got.statuses()[name] == ours.statuses()[name]
         assert got.to_dict()["trips"][0] == 2**53 + 1  # ours corrects what Feast's materialise has rounded
@@ -341,11 +399,11 @@ def test_a_store_that_fails_is_unavailable(redis_repo: Path, redis_port: int) ->
     key = entity_key(["driver_id"], [4], [1]) + b"rides"
     with FeastRepository.open(redis_repo) as repo:
         for field, value, message in (
-            (redis_field("driver_stats", "trips"), b"\xff", "no value at 'driver_stats:trips'"),
+            (redis_field("driver_stats", "trips"), b"\xff", "no Int64 at 'driver_stats:trips'"),
             (
                 redis_field("driver_stats", "trips"),
                 b"\x12\x01a",
-                "other values at 'driver_stats:trips' than Int64",
+                "no Int64 at 'driver_stats:trips', but a value of type String",
             ),
             (redis_time_field("driver_stats"), b"\xff", "no time at '_ts:driver_stats'"),
         ):
@@ -417,3 +475,36 @@ def test_layouts_keep_the_newest_row(tmp_path: Path, kind: str, request: pytest.
             [(stored,)] = db.execute('SELECT event_ts FROM "p_v"').fetchall()
             assert datetime.fromtimestamp(stored) == datetime(1970, 1, 1, 0, 0, 30)  # UTC as if it were local
     layout.close()
+
+
+# Bad bytes
+
+
+def test_a_corrupt_registry_is_refused_or_read_but_never_crashes(tmp_path: Path) -> None:
+    """Bytes changed, cut, doubled, inserted at random: definitions, or an error that names the registry."""
+    rng = np.random.default_rng(17)
+    whole = [(GOLDEN / name).read_bytes() for name in ("feast_registry.db", "feast_other_sources.db")]
+    repo_path = write_feast_repo(tmp_path / "repo")
+    read = refused = 0
+    for i in range(600):
+        data = bytearray(whole[i % 2])
+        for _ in range(int(rng.integers(1, 4))):
+            at = int(rng.integers(0, len(data)))
+            kind = max(0, rng.integers(-6, 4))
+            if kind == 0:
+                data[at] = int(rng.integers(256))
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 30))]
+            elif kind == 2:
+                data[at:at] = data[at : at + int(rng.integers(1, 30))]
+            else:
+                data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+            if not data:
+                break
+        (repo_path / "data" / "registry.db").write_bytes(data)
+        try:
+            read_definitions(repo_path, tmp_path / "data")
+            read += 1
+        except DefinitionError:
+            refused += 1
+    assert read > 20 and refused > 100

@@ -70,7 +70,7 @@ def test_murmur_hash_is_that_of_the_reference_code() -> None:
 @given(st.sampled_from(sorted(VALUES)), st.data())
 def test_values_come_back(kind: int, data: Any) -> None:
     value = data.draw(VALUES[kind])
-    found = w.decode_value(w.encode_value(kind, value))
+    found = w.decode_value(w.encode_value(kind, value), kind)
     if kind == w.T_TIMESTAMP:
         value = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=value)
     assert found == value and type(found) is type(value)
@@ -86,37 +86,51 @@ def test_times_before_1970_come_back(us: int) -> None:
     assert w.timestamp_us(w.encode_timestamp(-us)) == -us
 
 
+LISTS = {name: getattr(w, name) + 10 for name in ("T_STRING", "T_INT64", "T_FLOAT", "T_BOOL")}
+
+
 @pytest.mark.parametrize(
-    "data, expected",
+    "kind, data, expected",
     [
         # From feast 0.67, Value(...).SerializeToString().
-        ("", None), ("980100", None), ("1800", 0), ("20feffffffffffffffff01", -2), ("12020d0a", "\r\n"),
-        ("29000000000000f03f", 1.0), ("35000080bf", -1.0), ("3801", True), ("3800", False),
-        ("40ffffffffffffffffff01", datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)),
-        ("4080808080808080808001", None),  # NaT
-        ("82010a0a080000803f00000040", [1.0, 2.0]), ("820100", []),
-        ("62060a01610a0162", ["a", "b"]), ("72050a03018002", [1, 256]), ("8a01040a020100", [True, False]),
+        (w.T_INT64, "", None), (w.T_INT64, "980100", None), (w.T_INT32, "1800", 0),
+        (w.T_INT64, "20feffffffffffffffff01", -2), (w.T_STRING, "12020d0a", "\r\n"),
+        (w.T_DOUBLE, "29000000000000f03f", 1.0), (w.T_FLOAT, "35000080bf", -1.0), (w.T_BOOL, "3801", True),
+        (w.T_BOOL, "3800", False),
+        (w.T_TIMESTAMP, "40ffffffffffffffffff01", datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        (w.T_TIMESTAMP, "4080808080808080808001", None),  # NaT
+        (LISTS["T_FLOAT"], "82010a0a080000803f00000040", [1.0, 2.0]), (LISTS["T_FLOAT"], "820100", []),
+        (LISTS["T_STRING"], "62060a01610a0162", ["a", "b"]), (LISTS["T_INT64"], "72050a03018002", [1, 256]),
+        (LISTS["T_BOOL"], "8a01040a020100", [True, False]),
     ],
 )  # fmt: skip
-def test_values_of_feast_are_read(data: str, expected: Any) -> None:
-    assert w.decode_value(bytes.fromhex(data)) == expected
+def test_values_of_feast_are_read(kind: int, data: str, expected: Any) -> None:
+    assert w.decode_value(bytes.fromhex(data), kind) == expected
+    if data not in ("", "980100"):
+        with pytest.raises(ValueError, match="a value of type"):
+            w.decode_value(bytes.fromhex(data), w.T_BYTES)
 
 
 def test_nan_is_a_value() -> None:
-    found = w.decode_value(w.encode_value(w.T_DOUBLE, math.nan))
+    found = w.decode_value(w.encode_value(w.T_DOUBLE, math.nan), w.T_DOUBLE)
     assert isinstance(found, float) and math.isnan(found)
 
 
-@pytest.mark.parametrize("data", ["ff", "08", "0aff", "0b00", "1a00", "a2010161", "0000", "2a", "12810a"])
+@pytest.mark.parametrize(
+    "data", ["ff", "08", "0aff", "0b00", "1a00", "a2010161", "0000", "2a", "12810a", "1203ff"]
+)
 def test_other_bytes_are_refused(data: str) -> None:
     with pytest.raises(ValueError):
-        w.decode_value(bytes.fromhex(data))
+        w.decode_value(bytes.fromhex(data), w.T_STRING)
 
 
-@given(st.binary(max_size=64))
-def test_any_bytes_give_a_value_or_an_error(data: bytes) -> None:
+@given(st.sampled_from([*VALUES, *LISTS.values()]), st.binary(max_size=64), st.booleans())
+def test_any_bytes_give_a_value_or_an_error(kind: int, data: bytes, tagged: bool) -> None:
+    if tagged and kind < 16:
+        wire = {w.T_DOUBLE: 1, w.T_FLOAT: 5, w.T_STRING: 2, w.T_BYTES: 2}.get(kind, 0)
+        data = bytes([kind << 3 | wire]) + data
     with contextlib.suppress(ValueError):
-        w.decode_value(data)
+        w.decode_value(data, kind)
 
 
 def test_a_list_is_not_written() -> None:
