@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from penstock.features.aggregates import count, max, mean, min, sum
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
     from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
-    from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource
+    from penstock.features.source_definitions import ArrowSource, CSVSource, ParquetSource, PushSource
     from penstock.features.store import FeatureStore
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
@@ -31,6 +31,7 @@ __all__ = [
     "FeatureStore",
     "FeatureView",
     "ParquetSource",
+    "PushSource",
     "RequestSource",
     "col",
     "count",
@@ -49,7 +50,7 @@ __all__ = [
 _HOMES = {
     "penstock.features.aggregates": ("count", "max", "mean", "min", "sum"),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
-    "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource"),
+    "penstock.features.source_definitions": ("ArrowSource", "CSVSource", "ParquetSource", "PushSource"),
     "penstock.features.expressions": (
         "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
     ),

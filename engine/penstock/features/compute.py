@@ -2,11 +2,12 @@
 
 The historical join, materialisation and the cache loader all call it, so they cannot differ. Expressions are
 evaluated once over the whole source; a row is then a gather plus its windows. A `ViewComputer` holds one
-reading of its source: it is immutable, any thread may use it, and it reads no clock.
+reading of its source, to which `append` adds what is pushed later. Any thread may use it; it reads no clock.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ from penstock.features.definitions import FeatureView, StoredColumn
 from penstock.features.expressions import Expr, columns_read, is_floating
 from penstock.features.index import EventIndex, entity_keys
 from penstock.features.program import Distribution, compile_program
-from penstock.features.sources import SourceTable
+from penstock.features.source_definitions import PushSource
+from penstock.features.source_tables import concat_tables, take_rows
+from penstock.features.sources import UNKNOWN_TIME, SourceTable
 from penstock.features.windows import EXPIRED, FUTURE, NOT_FOUND, NULL, PRESENT
 
 if TYPE_CHECKING:
@@ -110,6 +113,12 @@ class ViewComputer:
         joins = [table.columns[name] for name in view.join_keys]
         self.join_dtypes: tuple[str, ...] = tuple(column.dtype for column in joins)
         keys, nulls = entity_keys(joins, table.n_rows, key_seed)
+        self._key_seed = key_seed
+        self._appended = threading.Lock()
+        self._table = table if isinstance(view.source, PushSource) else None  # what `append` adds to
+        if table.event_id is not None:
+            newest = _newest_versions(keys, table)
+            table, keys, nulls = take_rows(table, newest), keys[newest], nulls[newest]
         self._index = EventIndex(keys, nulls, table.event_time, table.known_at)
         self.keys = self._index.keys
         values = [(c.name, _value_of(c)) for c in view.stored]
@@ -184,6 +193,35 @@ class ViewComputer:
             values = values.astype(np.float64)
         return _Values(values, _NONE if valid.all() else valid, prefix)
 
+    def append(self, table: SourceTable) -> NDArray[np.uint64]:
+        """Add later arrivals to the history. Readers see all of them or none.
+
+        Args:
+            table: the events, with the columns that the view reads.
+
+        Returns:
+            The keys that they touch, uint64[k, 2], distinct.
+
+        Raises:
+            InvalidArgumentError: a column is missing or has another dtype. Nothing is added then.
+        """
+        with self._appended:
+            if self._table is None:
+                raise InvalidArgumentError(f"view '{self.view.name}': its source takes no pushed events")
+            joins = [table.columns[name] for name in self.view.join_keys]
+            keys, nulls = entity_keys(joins, table.n_rows, self._key_seed)
+            whole = concat_tables(self._table, table)
+            fresh = ViewComputer(self.view, whole, self._key_seed, self.distributions)
+            fresh._appended = self._appended
+            self.__dict__ = fresh.__dict__  # one step: a reader has taken the one before (`_frozen`)
+            return np.unique(keys[~nulls], axis=0)
+
+    def _frozen(self) -> ViewComputer:
+        """This computer as it is now, whatever is appended later."""
+        frozen = object.__new__(ViewComputer)
+        frozen.__dict__ = self.__dict__
+        return frozen
+
     def rows_at(
         self,
         keys: NDArray[np.uint64],
@@ -213,6 +251,15 @@ class ViewComputer:
                 f"rows_at: keys {keys.shape}, now_us {now.shape}, nulls {missing.shape}, "
                 f"known_by {cut.shape}; expected (n, 2), (n), (n), (n)"
             )
+        return self._frozen()._rows_at(keys, now, missing, cut)
+
+    def _rows_at(
+        self, keys: NDArray[np.uint64], now: NDArray[np.int64], missing: NDArray[np.bool_],
+        cut: NDArray[np.int64],
+    ) -> ViewRows:  # fmt: skip
+        if len(cut) and self._table is not None and self._table.event_id is not None:
+            return self._rows_known_by(keys, now, missing, cut)
+        n = len(keys)
         index = self._index
         slot = index.find(keys, missing)
         latest = np.empty(n, np.int64)
@@ -233,6 +280,34 @@ class ViewComputer:
             if name not in found:
                 found[name] = _gather(self._stored[name], dtype, latest, present)
         return ViewRows([found[name] for name, _ in self.schema], status, meta, self.row_schema)
+
+    def _rows_known_by(
+        self, keys: NDArray[np.uint64], now: NDArray[np.int64], missing: NDArray[np.bool_],
+        cut: NDArray[np.int64],
+    ) -> ViewRows:  # fmt: skip
+        """Versions of events count only while they are the newest known: a computer for each cut-off."""
+        assert self._table is not None
+        known_at = self._table.known_at
+        parts: list[tuple[NDArray[np.int64], ViewRows]] = []
+        for moment in np.unique(cut):
+            mine = np.flatnonzero(cut == moment)
+            known = take_rows(self._table, (known_at <= moment) & (known_at != UNKNOWN_TIME))
+            computer = ViewComputer(self.view, known, self._key_seed, self.distributions)
+            rows = computer._rows_at(keys[mine], now[mine], missing[mine], _NO_CUT)
+            later = self._index.find(keys[mine], missing[mine]) >= 0
+            rows.status[(rows.status == NOT_FOUND) & later] = FUTURE
+            parts.append((mine, rows))
+        order = np.argsort(np.concatenate([mine for mine, _ in parts]))
+        columns = [
+            (
+                np.concatenate([rows.columns[i][0] for _, rows in parts])[order],
+                np.concatenate([rows.columns[i][1] for _, rows in parts])[order],
+            )
+            for i in range(len(self.schema))
+        ]
+        status = np.concatenate([rows.status for _, rows in parts])[order]
+        meta = np.concatenate([rows.meta for _, rows in parts])[order]
+        return ViewRows(columns, status, meta, self.row_schema)
 
     def _aggregate(
         self, name: str, kind: int, cut: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64],
@@ -277,6 +352,20 @@ class ViewComputer:
         counts = np.zeros(len(times) + 1, np.int64)
         np.cumsum(touched, out=counts[1:])
         return self.keys[counts[starts[1:]] > counts[starts[:-1]]]
+
+
+def _newest_versions(keys: NDArray[np.uint64], table: SourceTable) -> NDArray[np.int64]:
+    """Rows that are the newest version of an event, in their order, without those that delete it."""
+    assert table.event_id is not None
+    event_id = table.event_id
+    valid = np.ones(table.n_rows, np.bool_) if event_id.valid is None else event_id.valid
+    order = np.lexsort((table.known_at, event_id.values, ~valid, keys[:, 0], keys[:, 1]))
+    last = np.ones(len(order), np.bool_)
+    this, after = order[:-1], order[1:]
+    same = (keys[this] == keys[after]).all(axis=1) & (event_id.values[this] == event_id.values[after])
+    last[:-1] = ~(same & valid[this] & valid[after])
+    newest = np.sort(order[last])
+    return newest if table.deleted is None else newest[~table.deleted[newest]]
 
 
 def _value_of(column: StoredColumn) -> Expr | None:

@@ -23,10 +23,12 @@ import yaml
 
 from penstock.errors import ConfigError, DefinitionError
 from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
+from penstock.features.push_settings import PushSettings, settings_of
+from penstock.features.source_definitions import PushSource, Source
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push")
 _loading = threading.RLock()
 
 
@@ -38,6 +40,7 @@ class Repo:
         path: its folder.
         project: its name.
         data_dir: folder of the registry and the online store.
+        push_settings: bounds of the push path (`push` in `feature_store.yaml`).
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
         entities, views, services, requests: the definitions by name.
     """
@@ -50,6 +53,7 @@ class Repo:
     views: Mapping[str, FeatureView] = field(default_factory=dict)
     services: Mapping[str, FeatureService] = field(default_factory=dict)
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
+    push_settings: PushSettings = field(default_factory=PushSettings)
 
 
 def load_repo(path: Path) -> Repo:
@@ -78,12 +82,18 @@ def load_repo(path: Path) -> Repo:
                     f"view '{view.name}': entity '{entity.name}' has the join keys {entity.join_keys}, "
                     f"elsewhere {entities[entity.name].join_keys}"
                 )
+    pushed: dict[str, Source] = {}
+    for view in found[FeatureView].values():
+        if isinstance(view.source, PushSource):
+            first = pushed.setdefault(view.source.name, view.source)
+            if first != view.source:
+                raise DefinitionError(f"push source '{view.source.name}' is defined twice, with differences")
     for name in found[RequestSource]:
         if name in found[FeatureView]:
             raise DefinitionError(f"request source '{name}' has the name of a view")
     return Repo(
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
-        found[FeatureService], found[RequestSource],
+        found[FeatureService], found[RequestSource], config.get("push", PushSettings()),
     )  # fmt: skip
 
 
@@ -145,6 +155,8 @@ def _setting(key: Any, value: Any) -> Any:
         if isinstance(value, date) and not isinstance(value, datetime):
             value = datetime(value.year, value.month, value.day)
         return to_us(value, "fit_until")
+    if key == "push":
+        return PushSettings(**settings_of("push", value, PushSettings()))
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; expected a text")
     return value

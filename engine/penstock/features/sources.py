@@ -64,6 +64,9 @@ class SourceTable:
         known_at: int64[n]; `event_time` if the source has no `created`, `UNKNOWN_TIME` where that is null.
         unsupported: Arrow type of each column that is no feature type; to use one is an error.
         dropped: rows left out because their event time is null.
+        event_id: int64 or string; rows of one key with equal ids are versions of one event. None: every row
+            is an event of its own.
+        deleted: bool[n]; versions that remove their event. None: no row does.
     """
 
     columns: dict[str, SourceColumn]
@@ -72,6 +75,8 @@ class SourceTable:
     known_at: NDArray[np.int64]
     unsupported: dict[str, str] = field(default_factory=dict)
     dropped: int = 0
+    event_id: SourceColumn | None = None
+    deleted: NDArray[np.bool_] | None = None
 
     @property
     def schema(self) -> dict[str, str]:

@@ -27,12 +27,14 @@ from penstock.features import materialize as writing
 from penstock.features import offline, retrieval
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.definitions import FeatureService, FeatureView, RequestSource
+from penstock.features.event_log import EventLog
 from penstock.features.fit import rank_arguments
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.pushes import Committed, Pushes
 from penstock.features.registry import Registry, RegistryState
 from penstock.features.repo import load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
@@ -95,7 +97,12 @@ class FeatureStore:
         self._online = OnlineStore(
             self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
         )
-        self._live = LiveViews(self._repo, self._registry)
+        self._log = EventLog(self._online, self.data_dir / "events")
+        self._live = LiveViews(self._repo, self._registry, self._log)
+        self._pushes = Pushes(
+            self._live, self._log, self._online, self._online, self._registry, self._clock,
+            self._repo.push_settings,
+        )  # fmt: skip
         self.epoch = 0
         self._writing = threading.Lock()  # one materialisation
         self._plans: dict[Any, ServicePlan] = {}
@@ -107,7 +114,8 @@ class FeatureStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the online store. A second close does nothing."""
+        """Wait for what was pushed, and let go of the online store. A second close does nothing."""
+        self._pushes.close()
         self._online.close()
 
     # Definitions
@@ -298,7 +306,13 @@ class FeatureStore:
     def _load(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words)
+        waiting, sequence = None, 0
+        if live.source is not None:
+            sequence = self._pushes.catch_up(live)
+            waiting = self._pushes.pending(live.computer.view.name, keys)  # before the store is read
+        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words, sequence)
+        if waiting is not None:
+            found &= ~waiting
         missing = ~(found & (meta[:, 0] <= now_us) & (now_us < meta[:, 1]))
         if missing.any():
             computed = live.computer.rows_at(keys[missing], now_us[missing])
@@ -364,6 +378,35 @@ class FeatureStore:
         entities = table.select([name for name, _ in plan.entities])
         return OnlineResult(plan, now_us, entities, outputs, status, event_time, texts)
 
+    # Pushes
+
+    def push(self, source: str, rows: Any) -> int:
+        """Take in events: reads see them at once, and they are durable when this returns.
+
+        Late, repeated and corrected events are welcome: of a key's events the one with the latest time
+        counts, of equal times the one known last, of those the one that arrived last; see `PushSource` for
+        event ids.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            rows: dict of columns (or scalars: one row), list of dicts, pandas, polars or Arrow table with the
+                columns of the source's schema. Times are datetimes, ISO 8601 texts or int microseconds UTC.
+
+        Returns:
+            How many events were taken in.
+
+        Raises:
+            NotFoundError: there is no such source.
+            InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
+            ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
+            StoreError: the disk is full or failed; the events are gone from the reads again.
+        """
+        return self._pushes.push(source, rows)
+
+    def on_push(self, told: Committed) -> None:
+        """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`."""
+        self._pushes.committed = told
+
     # Materialisation
 
     def materialize(
@@ -412,8 +455,10 @@ class FeatureStore:
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
-            live = {name: self._live.view(name) for name in names}
-            keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
+            keys = {}
+            for name, live in {name: self._live.view(name) for name in names}.items():
+                with self._pushes.writing(live):
+                    keys[name] = write(self._online, live, self._pushes, end_us, progress)
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:

@@ -45,6 +45,7 @@ from penstock.serving.protocol import (
     plain_call,
     predict_call,
     predict_vectors_call,
+    push_call,
     split_table,
     to_columns,
     to_micros,
@@ -270,6 +271,10 @@ class AsyncClient:
     async def label(self, request_ids: ArrayLike, labels: Any, times: Any = None) -> dict[str, Any]:
         """As `Client.label`."""
         return await self._run(label_call(request_ids, labels, times))
+
+    async def push(self, source: str, rows: Any) -> int:
+        """As `Client.push`."""
+        return await self._run(push_call(source, rows))
 
     async def models(self) -> dict[str, Any]:
         """As `Client.models`."""

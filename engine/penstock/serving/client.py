@@ -41,6 +41,7 @@ from penstock.serving.protocol import (
     plain_call,
     predict_call,
     predict_vectors_call,
+    push_call,
     split_table,
     to_columns,
     to_micros,
@@ -199,6 +200,14 @@ class Client:
     def label(self, request_ids: ArrayLike, labels: Any, times: Any = None) -> dict[str, Any]:
         """Tell what became of served rows; returns `{"matched": n, ...}` once it is durable."""
         call = label_call(request_ids, labels, times)
+        return self._run(call, self._deadline(call, None))
+
+    def push(self, source: str, rows: Any) -> int:
+        """Push events (columns, a frame, or a list of mappings); returns their number once they are durable.
+
+        It is not made again after a lost connection: whether it was taken in is not known then.
+        """
+        call = push_call(source, rows)
         return self._run(call, self._deadline(call, None))
 
     def models(self) -> dict[str, Any]:
