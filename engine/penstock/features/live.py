@@ -121,9 +121,7 @@ class LiveViews:
 
     def push_sources(self) -> dict[str, PushSource]:
         """The push sources of all views, by name."""
-        return {
-            v.source.name: v.source for v in self._repo.views.values() if isinstance(v.source, PushSource)
-        }
+        return self._repo.push_sources
 
     def reread_source(self, source: str) -> list[LiveView]:
         """Replace the readings of the views on a source."""

@@ -29,7 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from penstock.clock import SystemClock
-from penstock.errors import FailedPreconditionError, PenstockError, ResourceExhaustedError, StoreError
+from penstock.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    PenstockError,
+    ResourceExhaustedError,
+    StoreError,
+)
 from penstock.features import event_log, push_rows
 from penstock.features.compute import ViewRows
 from penstock.features.event_log import EventLog, NewBatch
@@ -155,6 +161,8 @@ class Pushes:
         self, source: str, rows: Any, offsets: Mapping[tuple[str, int], int] | None = None
     ) -> _Entry | None:
         """Make events visible and queue them; `wait` for them to be durable."""
+        if not isinstance(source, str):
+            raise InvalidArgumentError(f"source is {source!r}; expected the name of a push source")
         self._live.fed_by(source)  # a name that is unknown is told first; the views are read outside the lock
         definition = self._live.push_sources()[source]
         keys = {key for live in self._live.fed_by(source) for key in live.computer.view.join_keys}

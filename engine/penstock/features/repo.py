@@ -55,6 +55,12 @@ class Repo:
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
     push_settings: PushSettings = field(default_factory=PushSettings)
 
+    @property
+    def push_sources(self) -> dict[str, PushSource]:
+        """The push sources of the views, by name."""
+        sources = (view.source for view in self.views.values())
+        return {source.name: source for source in sources if isinstance(source, PushSource)}
+
 
 def load_repo(path: Path) -> Repo:
     """Read a repository.
