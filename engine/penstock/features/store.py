@@ -38,6 +38,7 @@ from penstock.features.pushes import Committed, Pushes
 from penstock.features.registry import Registry, RegistryState
 from penstock.features.repo import load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.streams import Ingest, StreamSource
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -402,6 +403,32 @@ class FeatureStore:
             StoreError: the disk is full or failed; the events are gone from the reads again.
         """
         return self._pushes.push(source, rows)
+
+    def ingest(
+        self,
+        source: str,
+        stream: StreamSource,
+        *,
+        consumer: str | None = None,
+        most: int = 1000,
+        idle_s: float = 0.05,
+    ) -> Ingest:
+        """Push what comes in a stream, each event once, from where the last ingest of it ended.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            stream: see `StreamSource`.
+            consumer: under which its positions are kept; the source's name by default.
+            most: events of one push.
+            idle_s: seconds between two looks at a stream that had nothing.
+
+        Returns:
+            The loop: `start()` runs it on a thread until `stop()`; `step()` runs it once.
+        """
+        self._live.fed_by(source)
+        return Ingest(
+            self._pushes, self._log, source, stream, consumer=consumer or source, most=most, idle_s=idle_s
+        )
 
     def on_push(self, told: Committed) -> None:
         """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`."""
