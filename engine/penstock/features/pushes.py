@@ -43,11 +43,11 @@ from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews, plain_columns
 from penstock.features.online import OnlineStore, header_in, put_header_in, put_rows
 from penstock.features.online_adapter import OnlineAdapter, ViewHeader
-from penstock.features.push_settings import PushSettings
 from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
 from penstock.features.registry import Registry
 from penstock.features.source_definitions import PushSource
 from penstock.features.sources import SourceColumn, SourceTable
+from penstock.features.store_settings import PushSettings
 
 if TYPE_CHECKING:
     import lmdb

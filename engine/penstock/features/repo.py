@@ -23,12 +23,17 @@ import yaml
 
 from penstock.errors import ConfigError, DefinitionError
 from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-from penstock.features.push_settings import PushSettings, settings_of
 from penstock.features.source_definitions import PushSource, Source
+from penstock.features.store_settings import (
+    OnlineStoreSettings,
+    PushSettings,
+    online_store_settings,
+    push_settings,
+)
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store")
 _loading = threading.RLock()
 
 
@@ -40,7 +45,7 @@ class Repo:
         path: its folder.
         project: its name.
         data_dir: folder of the registry and the online store.
-        push_settings: bounds of the push path (`push` in `feature_store.yaml`).
+        push_settings, online_store: the sections `push` and `online_store` of `feature_store.yaml`.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
         entities, views, services, requests: the definitions by name.
     """
@@ -54,6 +59,7 @@ class Repo:
     services: Mapping[str, FeatureService] = field(default_factory=dict)
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
     push_settings: PushSettings = field(default_factory=PushSettings)
+    online_store: OnlineStoreSettings = field(default_factory=OnlineStoreSettings)
 
     @property
     def push_sources(self) -> dict[str, PushSource]:
@@ -100,6 +106,7 @@ def load_repo(path: Path) -> Repo:
     return Repo(
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
         found[FeatureService], found[RequestSource], config.get("push", PushSettings()),
+        config.get("online_store", OnlineStoreSettings()),
     )  # fmt: skip
 
 
@@ -162,7 +169,9 @@ def _setting(key: Any, value: Any) -> Any:
             value = datetime(value.year, value.month, value.day)
         return to_us(value, "fit_until")
     if key == "push":
-        return PushSettings(**settings_of("push", value, PushSettings()))
+        return push_settings(value)
+    if key == "online_store":
+        return online_store_settings(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; expected a text")
     return value

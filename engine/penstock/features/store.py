@@ -33,6 +33,7 @@ from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
+from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.pushes import Committed, Pushes
 from penstock.features.registry import Registry, RegistryState
@@ -95,13 +96,17 @@ class FeatureStore:
         self.data_dir = self._repo.data_dir if data_dir is None else Path(data_dir).resolve()
         self._registry = Registry(self.data_dir / "registry")
         self.key_seed: bytes = self._registry.seed
-        self._online = OnlineStore(
-            self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
-        )
-        self._log = EventLog(self._online, self.data_dir / "events")
+        identity = _core.siphash128(b"penstock online store", self.key_seed)
+        self._local = OnlineStore(self.data_dir / "online", identity)
+        self._online: OnlineAdapter = self._local
+        if self._repo.online_store.type == "redis":
+            from penstock.features.redis_store import RedisStore
+
+            self._online = RedisStore(self._repo.online_store, identity)
+        self._log = EventLog(self._local, self.data_dir / "events")
         self._live = LiveViews(self._repo, self._registry, self._log)
         self._pushes = Pushes(
-            self._live, self._log, self._online, self._online, self._registry, self._clock,
+            self._live, self._log, self._local, self._online, self._registry, self._clock,
             self._repo.push_settings,
         )  # fmt: skip
         self.epoch = 0
@@ -118,6 +123,7 @@ class FeatureStore:
         """Wait for what was pushed, and let go of the online store. A second close does nothing."""
         self._pushes.close()
         self._online.close()
+        self._local.close()
 
     # Definitions
 
@@ -496,7 +502,7 @@ class FeatureStore:
 
     def stamp(self) -> int:
         """A number that grows with each write transaction of the online store, and with `epoch`."""
-        return self.first_stamp() | self._online.stamp()
+        return self.first_stamp() | self._local.stamp()
 
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""

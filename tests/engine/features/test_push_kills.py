@@ -72,7 +72,7 @@ def run_and_kill(repo: Path, start: int, what: str, lines: int) -> dict[int, int
 
 
 def check(repo: Path, acknowledged: dict[int, int]) -> int:
-    """Every acknowledged event is there, the log has no hole, and online is offline. Returns the next event."""
+    """Every acknowledged event is there, the log is whole, online is offline. Returns the next event."""
     with FeatureStore(repo) as store:
         found: dict[int, list[float]] = {}
         logged, head = store._log.read("events")
