@@ -49,7 +49,7 @@ for i, key in ipairs(KEYS) do
   local new = ARGV[i + 1]
   local old = redis.call('GETRANGE', key, 0, n - 1)
   local newer = true
-  if #old == n then
+  if #old == n and redis.call('STRLEN', key) == #new then
     for j = 1, n do
       local a, b = string.byte(old, j), string.byte(new, j)
       if a ~= b then
@@ -243,7 +243,7 @@ class RedisStore:
             values = self._values(names)
             if values[0] is not None:
                 _header(values[0])
-            return [values[0], *(_row(name, value, size) for name, value in zip(names[1:], values[1:]))]
+            return [values[0], *(self._row(name, value, size) for name, value in zip(names[1:], values[1:]))]
 
         stale_s = self._settings.stale_ms / 1000
         now = time.monotonic()
@@ -262,6 +262,14 @@ class RedisStore:
                 while len(self._stale) > self._settings.stale_rows:
                     self._stale.popitem(last=False)
         return values
+
+    def _row(self, name: bytes, value: Any, size: int) -> bytes | None:
+        """The bytes of a row. One that is corrupt is removed, so that it can be written again."""
+        try:
+            return _row(name, value, size)
+        except StoreError:
+            self._pipelined([("UNLINK", name)])
+            raise
 
     def _remembered(self, names: list[bytes], since: float) -> list[bytes | None] | None:
         with self._stale_lock:

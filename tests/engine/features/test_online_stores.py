@@ -234,6 +234,12 @@ def test_a_garbled_value_is_an_error_and_no_value(
     store._client.set(name, value)
     with pytest.raises(StoreError, match=message):
         store.get_many(1, "t", keys_of(1), WORDS)
+    assert not store.get_many(1, "t", keys_of(1), WORDS)[2].any()  # it does not stay
+    store._client.set(name, value)
+    if len(value) < 68:
+        put(store)  # nor is it in the way
+        assert store.get_many(1, "t", keys_of(1), WORDS)[2].all()
+    store._client.delete(name)
     put(store)
     right = store._client.get(name)
     assert isinstance(right, bytes)
