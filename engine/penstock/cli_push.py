@@ -1,7 +1,7 @@
-"""The command `penstock push`: events of a file into a push source.
+"""The commands `penstock push` (events of a file into a push source) and `penstock erase`.
 
-While a server holds the data folder the events go through its socket, so that it serves them at once; else
-the command writes them itself.
+While a server holds the data folder they go through its socket, so that it serves what has changed; else the
+command writes by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "j
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command()(push)
+    app.command()(erase)
 
 
 def push(
@@ -64,6 +65,58 @@ def push(
                 typer.echo(f"penstock: the first {accepted} events were taken in, the others not", err=True)
             raise error
     typer.echo(json.dumps({"accepted": accepted}) if as_json else f"{accepted} events of {source}")
+
+
+def erase(
+    view: Annotated[str, typer.Argument(metavar="VIEW", help="A view with the entity's join keys.")],
+    key: Annotated[list[str], typer.Option("--key", help="COLUMN=VALUE, once for each join key.")],
+    repo: RepoOption = None,
+    data_dir: DataOption = None,
+    config: ConfigOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Erase one entity from the log of pushed events, the online store and the caches; print the receipt."""
+    from penstock.features.store import FeatureStore
+
+    with _reporting():
+        folder, data = _folders(repo, data_dir, config)
+        server = holder(data)
+        with FeatureStore(folder, data_dir=data) as store:
+            if view not in store.views:
+                known = ", ".join(sorted(store.views)) or "none"
+                raise NotFoundError(f"view '{view}' is unknown; the views are {known}")
+            names = store.views[view].join_keys
+            keys = _keys(key, dict(zip(names, store.computer(view).join_dtypes)))
+            if server is None:
+                with alone(data):
+                    receipt = store.erase(view, keys)
+        if server is not None:
+            with holder_client(server) as client:
+                receipt = client.erase(view, keys)
+    if as_json:
+        typer.echo(json.dumps(receipt))
+        return
+    for where, count in receipt["removed"].items():
+        typer.echo(f"{count:>10}  {where.replace('_', ' ')}")
+    for what in receipt["kept"]:
+        typer.echo(f"      kept  {what}")
+    typer.echo(f"erased at {receipt['at']}; receipt {receipt['digest']}")
+
+
+def _keys(given: list[str], dtypes: dict[str, str]) -> dict[str, list[Any]]:
+    """The join keys of one entity from COLUMN=VALUE texts."""
+    keys: dict[str, list[Any]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in dtypes or name in keys:
+            raise InvalidArgumentError(
+                f"--key is '{text}'; expected COLUMN=VALUE, once for each of {', '.join(dtypes)}"
+            )
+        try:
+            keys[name] = [int(value) if dtypes[name] == "int64" else value]
+        except ValueError:
+            raise InvalidArgumentError(f"--key is '{text}'; expected an integer") from None
+    return keys
 
 
 def read_events(file: Path, source: PushSource) -> pa.Table:

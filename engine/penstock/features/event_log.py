@@ -14,13 +14,14 @@ erased (source, digest). Any thread and process may read; `Write`s are serialise
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import struct
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from penstock.errors import StoreError
 
 if TYPE_CHECKING:
     import lmdb
+    import numpy as np
+    from numpy.typing import NDArray
 
     from penstock.features.online import OnlineStore
 
@@ -39,6 +42,7 @@ _BATCH, _SCHEMA, _HEAD, _SEGMENT, _OFFSET, _ERASED, _CUT = (0xFFFF_FF00 + i for 
 _HEADER = struct.Struct("<IqII")  # schema number, arrival, rows, CRC-32 of the Arrow message
 _ORPHAN_S = 600.0
 _READ_TRIES = 20
+_MAX_NAME = 128
 SEQUENCE, ARRIVAL = "__sequence", "__arrival"
 
 
@@ -69,6 +73,14 @@ class Segment:
     first: int
     last: int
     rows: int
+
+
+@dataclass(frozen=True)
+class ErasedRows:
+    """How many events were removed: of batches in the log, and of segments."""
+
+    log: int
+    segments: int
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,16 @@ class EventLog:
 
     def _read_segment(self, source: str, segment: Segment, after: int) -> Logged:
         import pyarrow.compute as pc
+
+        table = self._open_segment(source, segment)
+        if after >= segment.first:
+            table = table.filter(pc.greater(table[SEQUENCE], pa.scalar(after, pa.uint64())))
+        arrival = table[ARRIVAL].combine_chunks()
+        if isinstance(arrival, pa.ChunkedArray):
+            arrival = arrival.combine_chunks()
+        return Logged(segment.last, arrival, table.drop_columns([SEQUENCE, ARRIVAL]))
+
+    def _open_segment(self, source: str, segment: Segment) -> pa.Table:
         from pyarrow import parquet
 
         file = self.folder / source / segment.file
@@ -161,12 +183,7 @@ class EventLog:
             raise StoreError(f"segment '{file}' cannot be read: {error}") from error
         if table.num_rows != segment.rows:
             raise StoreError(f"segment '{file}' has {table.num_rows} rows; expected {segment.rows}")
-        if after >= segment.first:
-            table = table.filter(pc.greater(table[SEQUENCE], pa.scalar(after, pa.uint64())))
-        arrival = table[ARRIVAL].combine_chunks()
-        if isinstance(arrival, pa.ChunkedArray):
-            arrival = arrival.combine_chunks()
-        return Logged(segment.last, arrival, table.drop_columns([SEQUENCE, ARRIVAL]))
+        return table
 
     def offsets(self, consumer: str) -> dict[int, int]:
         """The position behind what was taken in of a stream, by partition."""
@@ -234,8 +251,6 @@ class EventLog:
 
     def write_segment(self, source: str, first: int, parts: Sequence[Logged]) -> Segment:
         """Write a file with the events of `parts`, whole and durable, that no transaction names yet."""
-        from pyarrow import parquet
-
         tables = []
         for part in parts:
             sequences = pa.repeat(pa.scalar(part.sequence, pa.uint64()), part.table.num_rows)
@@ -243,7 +258,11 @@ class EventLog:
                 part.table.append_column(SEQUENCE, sequences).append_column(ARRIVAL, part.arrival_us)
             )
         table = pa.concat_tables(tables, promote_options="default")
-        last = parts[-1].sequence
+        return self._write_file(source, first, parts[-1].sequence, table)
+
+    def _write_file(self, source: str, first: int, last: int, table: pa.Table) -> Segment:
+        from pyarrow import parquet
+
         folder = self.folder / source
         name = f"{first:020d}-{last:020d}-{uuid.uuid4().hex[:12]}.parquet"
         temporary = folder / f"{diskio.PREFIX}{uuid.uuid4().hex}"
@@ -259,6 +278,100 @@ class EventLog:
                 temporary.unlink(missing_ok=True)
             raise StoreError(f"segment '{folder / name}' cannot be written: {error}") from error
         return Segment(name, first, last, table.num_rows)
+
+    # Erasure
+
+    def erase(
+        self,
+        source: str,
+        matches: Callable[[pa.Table], NDArray[np.bool_]],
+        names: Sequence[str],
+        digests: Sequence[bytes],
+        at_us: int,
+    ) -> ErasedRows:
+        """Remove events for good, in one transaction, and remember the digests of their keys.
+
+        No push may be under way. The log then has a new head and cut: whoever has read it reads it again.
+
+        Args:
+            matches: which rows of a table of events to remove, bool[n].
+            names, digests, at_us: see `put_erased`.
+
+        Raises:
+            StoreError: the disk is full or failed; the log stays as it was.
+        """
+        with self._store.transaction() as txn:
+            segments = _segments(txn, source)
+            head = head_in(txn, source)
+            batches = list(self._batches(txn, source, 0))
+            schema_of = dict(self._schemas(txn, source))
+        replaced: list[tuple[Segment, Segment | None]] = []
+        segment_rows = 0
+        for segment in segments:
+            table = self._open_segment(source, segment)
+            gone = matches(table)
+            if gone.any():
+                segment_rows += int(gone.sum())
+                left = table.filter(pa.array(~gone))
+                made = None
+                if left.num_rows:
+                    made = self._write_file(source, segment.first, segment.last, left)
+                replaced.append((segment, made))
+        rewritten: list[tuple[int, NewBatch]] = []
+        log_rows = 0
+        for batch in batches:
+            gone = matches(batch.table)
+            if gone.any():
+                log_rows += int(gone.sum())
+                left = batch.table.filter(pa.array(~gone)).combine_chunks()
+                made_batches = left.to_batches()
+                message = (
+                    made_batches[0] if made_batches else _no_rows(schema_of[batch.sequence])
+                ).serialize()
+                arrival = batch.arrival_us[0].as_py()
+                rewritten.append(
+                    (
+                        batch.sequence,
+                        NewBatch(
+                            source, batch.sequence, arrival, left.num_rows, schema_of[batch.sequence],
+                            message.to_pybytes(), {},
+                        ),
+                    )
+                )  # fmt: skip
+
+        def work(txn: lmdb.Transaction) -> None:
+            if head_in(txn, source) != head or _segments(txn, source) != segments:
+                raise StoreError(f"the log of source '{source}' has changed meanwhile; erase again")
+            for old, made in replaced:
+                delete_segment(txn, source, old)
+                if made is not None:
+                    put_segment(txn, source, made)
+            for _, new in rewritten:
+                put_batch(txn, new)
+            for digest in digests:
+                put_erased(txn, source, names, digest, at_us)
+            put_head(txn, source, head + 1)
+            put_cut(txn, source, head + 1)
+
+        try:
+            self._store.change(work)
+        except BaseException:
+            for _, made in replaced:
+                if made is not None:
+                    (self.folder / source / made.file).unlink(missing_ok=True)
+            raise
+        for old, _ in replaced:
+            with contextlib.suppress(OSError):
+                (self.folder / source / old.file).unlink()
+        return ErasedRows(log_rows, segment_rows)
+
+    def _schemas(self, txn: lmdb.Transaction, source: str) -> Iterator[tuple[int, pa.Schema]]:
+        known: dict[int, pa.Schema] = {}
+        for key, value in _range(txn, _BATCH, source):
+            number = _HEADER.unpack_from(value)[0]
+            if number not in known:
+                known[number] = _schema(txn, source, number)
+            yield struct.unpack(">Q", key[-8:])[0], known[number]
 
     def _sweep(self, source: str) -> None:
         """Remove files that no transaction names and that no writer can be about to name."""
@@ -295,7 +408,7 @@ def put_batch(txn: lmdb.Transaction, batch: NewBatch) -> None:
     txn.put(_key(_BATCH, batch.source, batch.sequence), head + batch.message)
     for (consumer, partition), offset in batch.offsets.items():
         txn.put(_key(_OFFSET, consumer, partition), struct.pack(">Q", offset))
-    put_head(txn, batch.source, batch.sequence)
+    put_head(txn, batch.source, max(batch.sequence, head_in(txn, batch.source)))
 
 
 def delete_batches(txn: lmdb.Transaction, source: str, last: int) -> None:
@@ -332,7 +445,13 @@ def segments_in(txn: lmdb.Transaction, source: str) -> list[Segment]:
     return _segments(txn, source)
 
 
+def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
 def _key(kind: int, name: str, number: int | None = None) -> bytes:
+    if len(name) > _MAX_NAME:  # a path; LMDB's keys are short
+        name = hashlib.sha256(name.encode()).hexdigest()
     key = struct.pack(">I", kind) + name.encode() + b"\0"
     return key if number is None else key + struct.pack(">Q", number)
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
@@ -21,11 +21,11 @@ from penstock.features.event_log import EventLog
 from penstock.features.expressions import Expr, columns_read
 from penstock.features.fit import fit_key, fit_view, rank_arguments
 from penstock.features.program import Distribution
-from penstock.features.push_table import push_stamp, read_push_source
+from penstock.features.push_table import push_stamp, read_file_source, read_push_source
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
 from penstock.features.source_definitions import PushSource
-from penstock.features.sources import SourceTable, read_source, source_stamp
+from penstock.features.sources import SourceTable, source_stamp
 
 _READ_TRIES = 5
 
@@ -134,6 +134,20 @@ class LiveViews:
             self._live = {**self._live, **fresh}
             return list(fresh.values())
 
+    def on_source(self, source: str) -> list[LiveView]:
+        """The views on a source, of any kind; those not read yet are read."""
+        names = [name for name, view in self._repo.views.items() if view.source.name == source]
+        return [self.view(name) for name in names]
+
+    def whole_table(self, view: str, columns: Iterable[str]) -> SourceTable:
+        """The history of a view's source as it is now, with these columns."""
+        source = self._repo.views[view].source
+        seed = self._registry.seed
+        if isinstance(source, PushSource):
+            self.settle()
+            return read_push_source(source, self._repo.path, self._log, {}, columns, seed)[0]
+        return read_file_source(source, self._repo.path, self._log, {}, columns, seed)
+
     def refresh(self) -> bool:
         """Replace the readings whose source has changed; on an error none. Returns whether any had."""
         with self._changing:
@@ -200,7 +214,10 @@ class LiveViews:
         try:
             if isinstance(view.source, PushSource):
                 return push_stamp(view.source, self._repo.path)
-            return source_stamp(view.source, self._repo.path)
+            # Stored rows know nothing of what was erased of files since, so they must not count.
+            cut = self._log.cut(view.source.name)
+            stamp = source_stamp(view.source, self._repo.path)
+            return f"{stamp}:{cut}" if cut else stamp
         except OSError as error:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
@@ -225,7 +242,9 @@ class LiveViews:
                     source, self._repo.path, self._log, given, columns, self._registry.seed
                 )
             else:
-                table = read_source(source, self._repo.path, given, columns)
+                table = read_file_source(
+                    source, self._repo.path, self._log, given, columns, self._registry.seed
+                )
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}

@@ -53,7 +53,7 @@ def write_all(
 ) -> NDArray[np.uint64]:
     """Write the row that each key of the source has at `end_us`; returns the keys, uint64[k, 2]."""
     computer, header = live.computer, online.header(live.number)
-    replace = header is None or header.tag != live.tag
+    replace = header is None or header.tag != live.tag or pushes.is_cut(live, header.sequence)
     if header is not None and replace:
         online.put_header(live.number, ViewHeader("", live.row_words, header.cursor_us))
         for found, _ in online.scan(live.number):
@@ -75,7 +75,7 @@ def write_changed(
         InvalidArgumentError: `end_us` is before the cursor.
     """
     header = online.header(live.number)
-    if header is None or header.tag != live.tag:
+    if header is None or header.tag != live.tag or pushes.is_cut(live, header.sequence):
         return write_all(online, live, pushes, end_us, progress)
     if end_us < header.cursor_us:
         raise InvalidArgumentError(

@@ -19,7 +19,7 @@ from penstock import _core
 from penstock.errors import InvalidArgumentError
 from penstock.features.event_log import Erased, EventLog, Logged
 from penstock.features.push_rows import push_schema
-from penstock.features.source_definitions import PushSource
+from penstock.features.source_definitions import PushSource, Source
 from penstock.features.source_tables import concat_tables, take_rows
 from penstock.features.sources import (
     UNKNOWN_TIME,
@@ -79,6 +79,25 @@ def read_push_source(
         batch = take_rows(batch, ~erased_rows(batch, erased, seed))
         batch = replace(batch, columns={name: batch.columns[name] for name in wanted})
     return concat_tables(batch, pushed), head
+
+
+def read_file_source(
+    source: Source,
+    base: Path,
+    log: EventLog,
+    dictionaries: Mapping[str, list[str]],
+    columns: Iterable[str],
+    seed: bytes,
+) -> SourceTable:
+    """The events of files without those that were erased. Arguments and errors as `read_push_source`."""
+    wanted = list(dict.fromkeys(columns))
+    erased = log.erased(source.name)
+    if not erased:
+        return read_source(source, base, dictionaries, wanted)
+    named = [name for names in erased for name in names if name not in wanted]
+    table = read_source(source, base, dictionaries, [*wanted, *named])
+    table = take_rows(table, ~erased_rows(table, erased, seed))
+    return replace(table, columns={n: c for n, c in table.columns.items() if n not in named})
 
 
 def columns_of(source: PushSource, columns: Iterable[str]) -> list[str]:

@@ -417,6 +417,18 @@ class Pushes:
         columns = columns_of(definition, live.computer.view.join_keys)
         return np.unique(self._keys_of(live, logged_table(definition, logged, {}, columns)), axis=0)
 
+    def is_cut(self, live: LiveView, sequence: int) -> bool:
+        """Whether something was erased of a view's source behind a sequence number."""
+        return live.source is not None and self._log.cut(live.source) > sequence
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Nobody pushes meanwhile, and all that was pushed is durable."""
+        with self._live.locked(), self._compacting:
+            self._repair()
+            self.settle()
+            yield
+
     def written_up_to(self, number: int) -> int:
         """Number up to which pushes have written the rows of a view, since `writing` began."""
         return self._writing.get(number, 0)

@@ -27,6 +27,7 @@ from penstock.features import materialize as writing
 from penstock.features import offline, retrieval
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
 from penstock.features.definitions import FeatureService, FeatureView, RequestSource
+from penstock.features.erase import erase_keys
 from penstock.features.event_log import EventLog
 from penstock.features.fit import rank_arguments
 from penstock.features.index import entity_keys
@@ -409,6 +410,32 @@ class FeatureStore:
             StoreError: the disk is full or failed; the events are gone from the reads again.
         """
         return self._pushes.push(source, rows)
+
+    def erase(self, view: str, keys: Any) -> dict[str, Any]:
+        """Erase entities for good: from the log of pushed events, the online store, caches and windows.
+
+        Rows of the source's files with these keys are left out from now on, also after a restart; the files
+        stay as they are. Events that are later than the erasure count again. Every view on the same source
+        loses the rows.
+
+        Args:
+            view: whose join keys name the entities.
+            keys: dict of columns (or scalars: one entity), list of dicts, or a table with the join keys.
+
+        Returns:
+            A receipt: what was removed where ("removed"), what cannot be ("kept"), when, and a digest of it.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: nothing has changed.
+            StoreError: the disk is full or failed; erase again.
+        """
+        if not isinstance(view, str):
+            raise InvalidArgumentError(f"view is {view!r}; expected a name")
+        with self._writing:
+            return erase_keys(
+                self._live, self._log, self._online, self._pushes, view, keys, self.key_seed,
+                self._clock.now_us(),
+            )  # fmt: skip
 
     def ingest(
         self,

@@ -303,6 +303,10 @@ class AsyncClient:
         """As `Client.apply`."""
         return await self.call("apply")
 
+    async def erase(self, view: str, keys: Columns) -> dict[str, Any]:
+        """As `Client.erase`."""
+        return await self.call("erase", view, to_columns("keys", keys))
+
     async def promote(self, model: str, version: str | int | None = None) -> Any:
         """As `Client.promote`."""
         return await self.call("promote", model, None if version is None else str(version))

@@ -241,6 +241,10 @@ class Client:
         """Record the server's feature definitions and read the sources that changed again."""
         return self.call("apply")
 
+    def erase(self, view: str, keys: Columns) -> dict[str, Any]:
+        """Erase the entities of a view by its join keys (columns); returns the receipt."""
+        return self.call("erase", view, to_columns("keys", keys))
+
     def promote(self, model: str, version: str | int | None = None) -> Any:
         """Make `version` (default: the challenger) the champion."""
         return self.call("promote", model, None if version is None else str(version))

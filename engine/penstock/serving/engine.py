@@ -34,6 +34,7 @@ from penstock.errors import (
     UnavailableError,
     from_wire,
 )
+from penstock.features.erase import sealed
 from penstock.features.pushes import Touched
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import load_bundle
@@ -425,6 +426,23 @@ class Engine:
         """
         return self._store().push(source, rows)
 
+    def erase(self, view: str, keys: Any) -> dict[str, Any]:
+        """Erase entities; see `FeatureStore.erase`. The caches of all workers are emptied, so none has them.
+
+        The receipt says what cannot be attributed to an entity: rows of the served log, for instance.
+        """
+        store = self._store()
+        with self._changing:
+            receipt = store.erase(view, keys)
+            rows = sum(int(cache.stats()["size"]) for cache in self.live.caches.values())
+            self._refresh(store, always=True)
+            receipt["removed"]["cache_rows_dropped"] = rows
+            receipt["kept"] += [
+                "rows of the served log and labels: they carry request ids and features, no keys",
+                "frequent inputs kept for the edge cache, in memory until their model's version ends",
+            ]
+            return sealed(receipt)
+
     def _pushed(self, touched: Touched) -> None:
         """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
         store = self._store()
@@ -621,6 +639,7 @@ class Engine:
             "push": (lambda source, columns: {"accepted": self.push(source, columns)}, 2, 2),
             "materialize": (self.materialize, 0, 2),
             "apply": (self.apply, 0, 0),
+            "erase": (self.erase, 2, 2),
             "promote": (self.promote, 1, 2),
             "rollback": (self.rollback, 1, 1),
             "canary": (lambda model, share, version=None: self.canary(model, version, share=share), 2, 3),
