@@ -77,6 +77,11 @@ class LiveViews:
         self._changing = threading.RLock()  # one thread reads sources or replaces readings
         self._live: dict[str, LiveView] = {}  # replaced, never changed in place
 
+    @property
+    def readings(self) -> object:
+        """Another object whenever a reading was made or replaced."""
+        return self._live
+
     def locked(self) -> contextlib.AbstractContextManager[object]:
         """Keep other threads from replacing readings; reads go on."""
         return self._changing

@@ -97,6 +97,7 @@ class Pushes:
 
     Attributes:
         committed: see `Committed`.
+        touched: told a view and the keys whose rows have just changed, before a push returns or is durable.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Pushes:
         self._live, self._log, self._local, self._online = live, log, local, online
         self._registry, self._clock, self._settings = registry, clock, settings
         self.committed: Committed = lambda touched: None
+        self.touched: Callable[[LiveView, NDArray[np.uint64]], None] = lambda live, keys: None
         self.committing = threading.Lock()
         self._order = threading.Lock()
         self._changed = threading.Condition()  # guards the next six
@@ -228,6 +230,7 @@ class Pushes:
                 self._mark(view.name, touched[view.name], 1)
                 live.sequence = sequence
                 live.computer.append(pushed)
+                self.touched(live, touched[view.name])
         except BaseException:
             for name, keys in touched.items():
                 self._mark(name, keys, -1)
@@ -373,7 +376,7 @@ class Pushes:
             return
         live.sequence = head
         if table.n_rows:
-            live.computer.append(table)
+            self.touched(live, live.computer.append(table))
 
     # Materialisation beside pushes
 

@@ -33,7 +33,8 @@ from penstock.features.store_settings import (
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store", "reader_rows")
+READER_ROWS = 100_000
 _loading = threading.RLock()
 
 
@@ -46,6 +47,7 @@ class Repo:
         project: its name.
         data_dir: folder of the registry and the online store.
         push_settings, online_store: the sections `push` and `online_store` of `feature_store.yaml`.
+        reader_rows: rows of a view that `online_reader` keeps in memory.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
         entities, views, services, requests: the definitions by name.
     """
@@ -60,6 +62,7 @@ class Repo:
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
     push_settings: PushSettings = field(default_factory=PushSettings)
     online_store: OnlineStoreSettings = field(default_factory=OnlineStoreSettings)
+    reader_rows: int = READER_ROWS
 
     @property
     def push_sources(self) -> dict[str, PushSource]:
@@ -107,6 +110,7 @@ def load_repo(path: Path) -> Repo:
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
         found[FeatureService], found[RequestSource], config.get("push", PushSettings()),
         config.get("online_store", OnlineStoreSettings()),
+        config.get("reader_rows", READER_ROWS),
     )  # fmt: skip
 
 
@@ -168,6 +172,10 @@ def _setting(key: Any, value: Any) -> Any:
         if isinstance(value, date) and not isinstance(value, datetime):
             value = datetime(value.year, value.month, value.day)
         return to_us(value, "fit_until")
+    if key == "reader_rows":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"reader_rows is {value!r}; expected a whole number of at least 1")
+        return value
     if key == "push":
         return push_settings(value)
     if key == "online_store":

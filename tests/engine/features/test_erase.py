@@ -1,4 +1,4 @@
-"""Erasing: the entity is gone from every place that the receipt names, stays gone, and no other is touched."""
+"""Erasing: the entity is gone from every place that the receipt names, and no other is touched."""
 
 from __future__ import annotations
 
