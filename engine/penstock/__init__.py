@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         CSVSource,
         DuckDBSource,
         ParquetSource,
+        PushSource,
         TableSource,
     )
     from penstock.features.store import FeatureStore
@@ -62,6 +63,7 @@ __all__ = [
     "FeatureStore",
     "FeatureView",
     "ParquetSource",
+    "PushSource",
     "RequestSource",
     "TableSource",
     "coalesce",
@@ -94,7 +96,7 @@ _HOMES = {
     ),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
     "penstock.features.source_definitions": (
-        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
+        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "PushSource", "TableSource",
     ),
     "penstock.features.expressions": (
         "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",

@@ -119,9 +119,7 @@ class ViewComputer:
                 aggregated.setdefault(column.value.value.fingerprint(), column.value.value)
         plain = [(c.name, c.value) for c in view.stored if isinstance(c.value, Expr)]
         values = [(f"value{i}", value) for i, value in enumerate(aggregated.values())]
-        self._opaque: dict[
-            str, numpy_backend.NumpyProgram
-        ] = {}  # raw columns that a udf makes
+        self._opaque: dict[str, numpy_backend.NumpyProgram] = {}  # raw columns that a udf makes
         plain_code, plain_inputs, plain_dtypes = self._compile(plain, table)
         value_code, value_inputs, value_dtypes = self._compile(values, table)
         # Join keys of the rows that brought new keys: of the source, then of appends.
