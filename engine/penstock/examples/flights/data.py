@@ -41,7 +41,9 @@ DAY_US = 24 * HOUR_US
 LEAD_US = 60 * MINUTE_US  # a prediction is made this long before scheduled departure
 LATE_MINUTES = 30
 EPOCH_2013 = datetime(2013, 1, 1, tzinfo=UTC)
-SOURCES = ("landings", "departures_due", "weather", "planes", "routes")
+# Event tables that grow as time goes on, with their time; and facts, known from the start.
+STREAMS = {"landings": "landed_at", "departures_due": "scheduled_departure", "weather": "observed_at"}
+SOURCES = (*STREAMS, "planes", "routes")
 
 _NO_DST = timedelta(hours=-4)
 _MISSING_ZONES = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), _NO_DST)  # absent from airports.csv
@@ -214,6 +216,24 @@ def _requests(flights: pa.Table) -> pa.Table:
     return table.append_column("event_timestamp", _times(now)).sort_by(
         [("event_timestamp", "ascending"), ("row", "ascending")]
     )
+
+
+def split(year: Path, repo: Path, at_us: int) -> dict[str, pa.Table]:
+    """Give `repo` the tables of `year` (both from `build`'s point of view) as they were at a time.
+
+    Returns:
+        The later rows of each of `STREAMS`, in order of time.
+    """
+    (repo / "data").mkdir(parents=True, exist_ok=True)
+    later = {}
+    for name in SOURCES:
+        table = pq.read_table(year / "data" / f"{name}.parquet")
+        if name in STREAMS:
+            known = pc.less(pc.cast(table[STREAMS[name]], pa.int64()), at_us)
+            later[name] = table.filter(pc.invert(known))
+            table = table.filter(known)
+        pq.write_table(table, repo / "data" / f"{name}.parquet")
+    return later
 
 
 def build(repo: Path, note: Callable[[str], None] = lambda name: None) -> Path:

@@ -1,7 +1,8 @@
 """The main job, end to end: build features, train, serve, replay, compare.
 
-A run lives in one folder: `repo` (definitions and event tables, kept between runs), `models`, `data` (the
-server's), `inference-config.yaml`, `server.log`; all but the event tables are made anew by each run.
+A run lives in one folder: `year` (the event tables of the whole year, kept between runs), `repo`
+(definitions, and the tables as they were when the replay begins; the rest is pushed), `models`, `data` (the
+server's), `inference-config.yaml`, `server.log`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
     run = run.resolve()
     repo = prepare(run)
     with _step(console, "event tables of 336 776 flights"):
-        flights = pq.read_table(data.build(repo) / "flights.parquet")
+        flights = pq.read_table(data.build(run / "year") / "flights.parquet")
+        events = data.split(run / "year", repo, scenario.live.start_us)
     with (
         _step(console, "features of the past, model, bundle"),
         closing(FeatureStore(repo, data_dir=run / "data")) as store,
@@ -134,7 +136,7 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
         with _step(console, "server start"):
             server.start()
         try:
-            tally, live, july = asyncio.run(_replay(address, flights, scenario, console))
+            tally, live, july = asyncio.run(_replay(address, flights, events, scenario, console))
         finally:
             code = server.stop()
     with (
@@ -146,7 +148,7 @@ def run_demo(run: Path, scenario: Scenario, console: Console) -> Result:
 
 
 async def _replay(
-    address: str, flights: pa.Table, scenario: Scenario, console: Console
+    address: str, flights: pa.Table, events: dict[str, pa.Table], scenario: Scenario, console: Console
 ) -> tuple[Tally, Snapshot, Snapshot]:
     columns = (
         SpinnerColumn(),
@@ -156,7 +158,7 @@ async def _replay(
         TimeElapsedColumn(),
     )
     snapshots = []
-    async with Replay(address) as replay:
+    async with Replay(address, events) as replay:
         with Progress(*columns, console=console) as progress:
             for title, span in (("late May", scenario.live), ("July", scenario.july)):
                 task = progress.add_task(f"replay of {title}", total=span.of(flights).num_rows)

@@ -1,9 +1,9 @@
 """Replay flights through a server's socket in the order of their time, as if each hour were now.
 
-An hour goes like this: every flight of the hour is asked for, over all connections at once, each with its own
-`now`; when all are answered, the labels that have become known by the hour's end are sent, and the server
-materialises as of that end. Then the next hour. So no request can see what was not yet known, and the server
-works as it would have that day.
+An hour goes like this: its events are pushed, landings, departures that fall due, weather; then every flight
+of the hour is asked for, over all connections at once, each with its own `now`, up to which alone events
+count; when all are answered, the labels that have become known by the hour's end are sent. Then the next
+hour. So no request can see what was not yet known, and the server works as it would have that day.
 
 One event loop; the request id of a flight is its row number.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,17 +23,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from penstock.errors import PenstockError, UnavailableError
-from penstock.examples.flights.data import HOUR_US
+from penstock.examples.flights.data import HOUR_US, STREAMS
 from penstock.examples.flights.train import ENTITIES, MODEL, Span
 from penstock.serving.async_client import AsyncClient
 
 I64 = NDArray[np.int64]
+_PUSH_ROWS = 4096  # of one call
 _TIMEOUT_S = 60.0  # far beyond any deadline: a server that hangs ends the run
 
 
 @dataclass
 class Tally:
-    """What came back. `rows` and `scores` are of the flights answered, in one order; `waits_ms` is of all."""
+    """What came back. `rows` and `scores` are of the flights answered, in one order; `waits_ms` is of all;
+    `pushed` counts events."""
 
     requests: int = 0
     ok: int = 0
@@ -44,10 +46,11 @@ class Tally:
     waits_ms: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    pushed: int = 0
 
     @property
     def rows_per_s(self) -> float:
-        """Answers a second while requests were out, without labels and materialising."""
+        """Answers a second while requests were out, without pushes and labels."""
         return self.ok / self.serving_s if self.serving_s else 0.0
 
     def wait_ms(self, quantile: float) -> float:
@@ -80,13 +83,32 @@ async def _within(work: Awaitable[Any], what: str) -> None:
         raise UnavailableError(f"{what}: the server gave no answer in {_TIMEOUT_S:g} s") from None
 
 
+class _Events:
+    """A stream's events, handed out as time goes on."""
+
+    def __init__(self, table: pa.Table, time: str) -> None:
+        self._table = table
+        self._times: I64 = pc.cast(table[time], pa.int64()).to_numpy()
+        self._next = 0
+
+    def until(self, end_us: int) -> Iterator[pa.Table]:
+        """Those before `end_us` that were not handed out yet, in parts."""
+        end = int(np.searchsorted(self._times, end_us, side="left"))
+        while self._next < end:
+            part = self._table.slice(self._next, min(_PUSH_ROWS, end - self._next))
+            self._next += part.num_rows
+            yield part
+
+
 class Replay:
     """Drives one server over `connections` pipelined connections. Use as an asynchronous context manager.
 
     Nothing is tried twice: an error reply counts as one. A server that is gone ends the run with its error.
     """
 
-    def __init__(self, address: str, connections: int = 16) -> None:
+    def __init__(self, address: str, events: Mapping[str, pa.Table], connections: int = 16) -> None:
+        """`events`: what is still to be pushed, by source, in order of time."""
+        self._events = {name: _Events(table, STREAMS[name]) for name, table in events.items()}
         self.tally = Tally()
         self.client = AsyncClient(address, pool_size=connections, retries=0)
         self._connections = connections
@@ -111,14 +133,14 @@ class Replay:
         entities = asked.select(list(ENTITIES)).to_pylist()
         rows = asked["row"].to_pylist()
         labels = _Labels(asked)
-        await self._materialize(span.start_us)
+        await self._push(span.start_us)
         for hour in range(span.start_us, span.end_us, HOUR_US):
             first, last = np.searchsorted(now, [hour, hour + HOUR_US]).tolist()
             part = slice(first, last)
+            await self._push(hour + HOUR_US)
             await self._ask(entities[part], rows[part], now[part].tolist())
             advance(last - first)
             await self._label(labels, hour + HOUR_US)
-            await self._materialize(hour + HOUR_US)
         await self._label(labels, span.end_us + 48 * HOUR_US)
 
     async def _ask(self, entities: list[dict[str, Any]], rows: list[int], now: list[int]) -> None:
@@ -141,8 +163,11 @@ class Replay:
             tally.scores.append(float(made.scores[0]))
         tally.waits_ms.append((time.perf_counter() - sent) * 1e3)
 
-    async def _materialize(self, end_us: int) -> None:
-        await _within(self.client.materialize(end_us), "materialize")
+    async def _push(self, end_us: int) -> None:
+        for name, events in self._events.items():
+            for part in events.until(end_us):
+                await _within(self.client.push(name, part.to_pydict()), "push")
+                self.tally.pushed += part.num_rows
 
     async def _label(self, labels: _Labels, now_us: int) -> None:
         ids, values, times = labels.until(now_us)

@@ -66,6 +66,7 @@ def figures(result: Result) -> dict[str, Any]:
         "mean_batch": round(mean_batch(result.july), 2),
         "hit_rates": {view: round(rate, 4) for view, rate in hit_rates(result.july).items()},
         "drifted": drifted(result.july),
+        "pushed": tally.pushed,
         "labels": tally.labels,
         "never_labelled": result.never_labelled,
         "rows_compared": result.comparison.rows,
@@ -112,6 +113,7 @@ def _summary(result: Result) -> Table:
         ("AUC, live in late May", f"{shown['live_auc']:.4f}, from the labels that came back"),
         ("AUC, live in July", f"{shown['july_auc']:.4f}"),
         ("predictions", f"{tally.ok:,} of {tally.requests:,} requests; {shown['errors']} errors"),
+        ("events", f"{tally.pushed:,} pushed as they happened"),
         ("labels", f"{tally.labels:,} sent as flights landed, {tally.matched:,} found their prediction"),
         ("latency in the server", f"p50 {shown['p50_ms']:.2f} ms, p99 {shown['p99_ms']:.2f} ms"),
         (
@@ -120,7 +122,7 @@ def _summary(result: Result) -> Table:
         ),
         ("predictions a second", f"{shown['rows_per_s']:,.0f} while serving"),
         ("batch sizes", f"mean {shown['mean_batch']:.1f}, 1 to {max(runs, default=0)}"),
-        ("served beside joined", f"{shown['rows_compared']:,} rows, {shown['rows_differing']} differ"),
+        ("served beside joined", f"{shown['rows_compared']:,} vectors, {shown['rows_differing']} mismatches"),
     ):
         table.add_row(name, value)
     return table

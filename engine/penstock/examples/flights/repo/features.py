@@ -1,5 +1,6 @@
 """Features of a flight, as they are known 60 minutes before its scheduled departure.
 
+What happens is pushed: landings, departures that fall due, the weather; the files hold what was before.
 A delay enters at the landing, when it became known. Means over many flights are as of the last full hour, so
 that their rows stay valid, and cached, until the next one. The calendar is New York's, at departure. Neither
 the month nor the day is a feature: four months of training cannot teach a season.
@@ -12,6 +13,7 @@ from penstock import (
     FeatureService,
     FeatureView,
     ParquetSource,
+    PushSource,
     col,
     count,
     mean,
@@ -25,9 +27,35 @@ origin = Entity("origin", join_keys=["origin"])
 route = Entity("route", join_keys=["origin", "dest"])
 aircraft = Entity("aircraft", join_keys=["tailnum"])
 
-landings = ParquetSource("data/landings.parquet", timestamp="landed_at")
-departures_due = ParquetSource("data/departures_due.parquet", timestamp="scheduled_departure")
-observations = ParquetSource("data/weather.parquet", timestamp="observed_at")
+leg = {"row": "int64", "origin": "string", "dest": "string"}
+landings = PushSource(
+    "landings",
+    {
+        **leg,
+        "carrier": "string",
+        "tailnum": "string",
+        "landed_at": "timestamp",
+        "arr_delay": "float32",
+        "dep_delay": "float32",
+    },
+    timestamp="landed_at",
+    event_id="row",
+    batch=ParquetSource("data/landings.parquet", timestamp="landed_at"),
+)
+departures_due = PushSource(
+    "departures_due",
+    {**leg, "scheduled_departure": "timestamp"},
+    timestamp="scheduled_departure",
+    event_id="row",
+    batch=ParquetSource("data/departures_due.parquet", timestamp="scheduled_departure"),
+)
+measured = ("temp", "dewp", "humid", "wind_speed", "wind_gust", "precip", "pressure", "visib")
+observations = PushSource(
+    "weather",
+    {"origin": "string", "observed_at": "timestamp", **dict.fromkeys(measured, "float32")},
+    timestamp="observed_at",
+    batch=ParquetSource("data/weather.parquet", timestamp="observed_at"),
+)
 planes = ParquetSource("data/planes.parquet", timestamp="known_at")
 routes = ParquetSource("data/routes.parquet", timestamp="known_at")
 
