@@ -45,7 +45,7 @@ def redis_repo(
     import redis
 
     client = redis.Redis(port=redis_port)
-    client.flushall()
+    client.flushdb()
     for key, fields in golden_hashes.items():
         client.hset(key, mapping=fields)
     store = f'{{type: redis, connection_string: "127.0.0.1:{redis_port},db=0"}}'
