@@ -7,7 +7,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 CXX_SOURCES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'tests/csrc/*.h' 'tests/csrc/*.cc' \
 	'include/*.h' 'examples/*.cc' 'tests/cpp/*.cc')
 
-.PHONY: build demo test test-long bench bench-serving lint format gpu clean
+.PHONY: build demo test test-long bench bench-serving bench-features lint format gpu clean
 
 build: $(STAMP)
 
@@ -54,6 +54,11 @@ bench: $(STAMP)
 bench-serving: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check onnxruntime onnxmltools || echo "onnxruntime: cannot be installed"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/serving/bench.py $(if $(QUICK),--quick)
+	$(BIN)/python bench/tables.py
+
+# The feature store beside its peers, each in an environment of its own; QUICK=1 takes about two minutes.
+bench-features: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/features/bench.py $(if $(QUICK),--quick)
 	$(BIN)/python bench/tables.py
 
 lint: $(STAMP)

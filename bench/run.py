@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = {
     "cache": "cache/bench.py",
     "model": "model/bench.py",
-    "features": "features/bench.py",
+    "predict": "features/predict.py",
     "serving in process": "serving/in_process.py",
 }
 

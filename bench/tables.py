@@ -31,7 +31,7 @@ def cell(figure: dict[str, float] | None) -> str:
 
 
 def targets(lines: list[dict[str, Any]]) -> str:
-    """The target table of the serving benchmark."""
+    """The target table of a benchmark that has one."""
     head = ("measure", "Penstock", "beside it", "ratio", "target", "", "")
     rows = [head, ("---",) * len(head), *(row_of(line) for line in lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -68,11 +68,15 @@ class Peer:
 
 
 def install(name: str, packages: tuple[str, ...]) -> Path:
-    """The interpreter of the environment `name`, made if it is not there. Absent if pip cannot fill it."""
+    """The interpreter of the environment `name`, made if it is not there. Absent if pip cannot fill it.
+
+    A package may ask for extras, "name[extra]".
+    """
+    names = [package.split("[")[0] for package in packages]
     folder = ENVIRONMENTS / name
     python = folder / "bin" / "python"
     stamp = folder / "versions.json"
-    if stamp.exists() and set(packages) <= json.loads(stamp.read_text()).keys():
+    if stamp.exists() and set(names) <= json.loads(stamp.read_text()).keys():
         return python
     print(f"{name}: installing {', '.join(packages)}", flush=True)
     if not python.exists():
@@ -91,7 +95,7 @@ def install(name: str, packages: tuple[str, ...]) -> Path:
         "print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:]}))"
     )
     found = subprocess.run(
-        [str(python), "-c", script, *packages], capture_output=True, text=True, check=True
+        [str(python), "-c", script, *names], capture_output=True, text=True, check=True
     ).stdout
     stamp.write_text(found)
     return python

@@ -418,6 +418,10 @@ void finish_misses(ServingCore& core, const PyMisses& misses, const py::list& lo
 
 }  // namespace
 
+std::shared_ptr<const ServicePlan> service_plan_of(const py::dict& given) {
+  return make_plan(given);
+}
+
 void bind_engine(py::module_& m) {
   py::class_<PyHotInputs>(m, "HotInputs", "Requests, encoded, most frequent first.")
       .def("__len__", [](const PyHotInputs& self) { return self.inputs.size(); });

@@ -70,49 +70,62 @@ int64_t hll_estimate(const uint8_t* registers) {
   return static_cast<int64_t>(std::floor(estimate + 0.5));
 }
 
+void ValueCounter::clear() {
+  ++round_;
+  used_.clear();
+}
+
+void ValueCounter::grow() {
+  std::vector<Slot> old = std::move(slots_);
+  slots_.assign(std::max<size_t>(64, 2 * old.size()), {0, 0, 0});
+  std::vector<uint32_t> used = std::move(used_);
+  used_.clear();
+  for (const uint32_t at : used) add(old[at].value, old[at].times);
+}
+
 void ValueCounter::add(int64_t canonical, int64_t times) {
-  if (size_ == items_.size()) items_.resize(std::max<size_t>(64, 2 * size_));
-  items_[size_++] = {canonical, times};
-}
-
-void ValueCounter::merge() {
-  std::sort(items_.begin(), items_.begin() + static_cast<ptrdiff_t>(size_),
-            [](const Count& a, const Count& b) { return a.value < b.value; });
-  size_t kept = 0;
-  for (size_t i = 0; i < size_; ++i) {
-    if (kept > 0 && items_[kept - 1].value == items_[i].value) {
-      items_[kept - 1].times += items_[i].times;
-    } else {
-      items_[kept++] = items_[i];
-    }
+  if (2 * used_.size() >= slots_.size()) grow();
+  const size_t mask = slots_.size() - 1;
+  size_t at = mix64(static_cast<uint64_t>(canonical)) & mask;
+  for (; slots_[at].round == round_; at = (at + 1) & mask) {
+    if (slots_[at].value != canonical) continue;
+    slots_[at].times += times;
+    return;
   }
-  size_ = kept;
+  slots_[at] = {canonical, times, round_};
+  used_.push_back(static_cast<uint32_t>(at));
 }
 
-const std::vector<ValueCounter::Count>& ValueCounter::counts() {
-  merge();
-  items_.resize(size_);
-  return items_;
+void ValueCounter::hash_into(const ValueDomain& domain, uint8_t* registers) const {
+  for (const uint32_t at : used_) hll_add(registers, domain.hash(slots_[at].value));
 }
 
-int64_t ValueCounter::distinct(const ValueDomain& domain, int64_t exact) {
-  merge();
-  if (static_cast<int64_t>(size_) <= exact) return static_cast<int64_t>(size_);
+int64_t ValueCounter::distinct(const ValueDomain& domain, int64_t exact) const {
+  if (static_cast<int64_t>(size()) <= exact) return static_cast<int64_t>(size());
   std::array<uint8_t, kRegisters> registers{};
-  for (size_t i = 0; i < size_; ++i) hll_add(registers.data(), domain.hash(items_[i].value));
+  hash_into(domain, registers.data());
   return hll_estimate(registers.data());
 }
 
 bool ValueCounter::top(const ValueDomain& domain, int64_t rank, Word* out) {
-  merge();
-  if (rank > static_cast<int64_t>(size_)) return false;
-  const auto before = [&](const Count& a, const Count& b) {
+  if (rank > static_cast<int64_t>(size())) return false;
+  const auto before = [&](const ValueCount& a, const ValueCount& b) {
     return a.times != b.times ? a.times > b.times : domain.less(a.value, b.value);
   };
-  const auto at = items_.begin() + static_cast<ptrdiff_t>(rank - 1);
-  std::nth_element(items_.begin(), at, items_.begin() + static_cast<ptrdiff_t>(size_), before);
+  ranked_.clear();
+  for (const uint32_t at : used_) ranked_.push_back({slots_[at].value, slots_[at].times});
+  const auto at = ranked_.begin() + static_cast<ptrdiff_t>(rank - 1);
+  std::nth_element(ranked_.begin(), at, ranked_.end(), before);
   *out = domain.restore(at->value);
   return true;
+}
+
+std::vector<ValueCount> ValueCounter::counts() const {
+  std::vector<ValueCount> out;
+  for (const uint32_t at : used_) out.push_back({slots_[at].value, slots_[at].times});
+  std::sort(out.begin(), out.end(),
+            [](const ValueCount& a, const ValueCount& b) { return a.value < b.value; });
+  return out;
 }
 
 }  // namespace penstock

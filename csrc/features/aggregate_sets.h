@@ -39,28 +39,39 @@ constexpr uint32_t kRegisters = 4096;
 void hll_add(uint8_t* registers, uint64_t hash);
 int64_t hll_estimate(const uint8_t* registers);
 
+// How often each value occurs.
+struct ValueCount {
+  int64_t value;  // canonical
+  int64_t times;
+};
+
+// An open-addressing table of counts, emptied in one step.
 class ValueCounter {
  public:
-  void clear() { size_ = 0; }
+  void clear();
   void add(int64_t canonical, int64_t times = 1);
+  size_t size() const { return used_.size(); }
 
   // The number of distinct values: exact up to `exact`, an estimate above.
-  int64_t distinct(const ValueDomain& domain, int64_t exact);
+  int64_t distinct(const ValueDomain& domain, int64_t exact) const;
+  void hash_into(const ValueDomain& domain, uint8_t* registers) const;
   // The value of `rank` (from 1) by falling count, ties by rising value; false if there are fewer.
   bool top(const ValueDomain& domain, int64_t rank, Word* out);
-
-  struct Count {
-    int64_t value;
-    int64_t times;
-  };
   // Each value once, ascending.
-  const std::vector<Count>& counts();
+  std::vector<ValueCount> counts() const;
 
  private:
-  void merge();
+  struct Slot {
+    int64_t value;
+    int64_t times;
+    uint64_t round;  // the slot is empty unless this is round_
+  };
+  void grow();
 
-  std::vector<Count> items_;
-  size_t size_ = 0;  // of items_ in use
+  std::vector<Slot> slots_;
+  std::vector<uint32_t> used_;
+  std::vector<ValueCount> ranked_;
+  uint64_t round_ = 1;
 };
 
 }  // namespace penstock

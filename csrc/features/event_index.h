@@ -72,7 +72,6 @@ class EventIndex {
   bool versioned() const { return !superseded_.empty(); }
   const std::vector<uint32_t>& rows() const { return row_; }
   EventSlice slice(uint32_t key) const;
-  void prefetch(uint32_t key) const { __builtin_prefetch(&starts_[key]); }
   // Rows of the key that say its events are deleted.
   void deletions(uint32_t key, std::vector<uint32_t>* rows) const;
 

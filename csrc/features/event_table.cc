@@ -9,6 +9,7 @@ namespace penstock {
 namespace {
 
 constexpr size_t kRowsPerThread = 4096;
+constexpr size_t kSortedRows = 1u << 20;  // that are sorted at a time
 
 template <class F>
 void in_parts(unsigned parts, F&& f) {
@@ -25,6 +26,25 @@ void in_parts(unsigned parts, F&& f) {
 
 unsigned parts_of(size_t rows, unsigned threads) {
   return static_cast<unsigned>(std::clamp<size_t>(rows / kRowsPerThread, 1, std::max(1u, threads)));
+}
+
+// Sorts by number, stably.
+template <class Order>
+void sort_rows(std::vector<Order>* rows, std::vector<Order>* spare) {
+  spare->resize(rows->size());
+  uint32_t most = 0;
+  for (const Order& row : *rows) {
+    if (row.number != kNoKey) most = std::max(most, row.number);
+  }
+  constexpr int kBits = 11;
+  constexpr uint32_t kDigit = (1u << kBits) - 1;
+  for (int shift = 0; shift < 32 && (shift == 0 || (most >> shift) != 0); shift += kBits) {
+    uint32_t places[kDigit + 2] = {};
+    for (const Order& row : *rows) ++places[(row.number >> shift & kDigit) + 1];
+    for (uint32_t digit = 1; digit <= kDigit; ++digit) places[digit] += places[digit - 1];
+    for (const Order& row : *rows) (*spare)[places[row.number >> shift & kDigit]++] = row;
+    std::swap(*rows, *spare);
+  }
 }
 
 void write_block(const Block& block, size_t n, Word* values, bool* valid) {
@@ -63,6 +83,8 @@ struct EventTable::Scratch {
   FeatureProgram::Scratch program;
   std::vector<Block> in, out;
   std::vector<Segment> segments;
+  std::vector<RowOrder> order, spare;
+  std::vector<uint8_t> registers;
   ValueCounter counter;
   std::vector<Word> results;  // of the aggregates
   std::vector<uint8_t> results_valid;
@@ -120,17 +142,23 @@ Status EventTable::create(ViewSpec spec, const EventRows& rows, std::vector<RawC
     as_known = as_known || window.as_known;
     table->by_window_[aggregate.window].push_back(static_cast<uint32_t>(a));
     Fold fold = fold_of(aggregate);
-    if (window.tile > 0 && own.store_tiles && fold.kind != FoldKind::kSet) {
+    uint32_t set = 0;
+    if (window.tile > 0 && own.store_tiles) {
       if (window.group < 0) {
         size_t g = 0;
         while (g < table->groups_.size() && table->groups_[g].tile != window.tile) ++g;
-        if (g == table->groups_.size()) table->groups_.push_back({window.tile, {}, 0});
+        if (g == table->groups_.size()) table->groups_.push_back({window.tile, {}, {}, 0, &table->domains_});
         window.group = static_cast<int32_t>(g);
       }
       TileGroup& group = table->groups_[static_cast<size_t>(window.group)];
-      fold = group.folds[group.add(fold)];
+      if (fold.kind == FoldKind::kSet) {
+        set = group.add_set(aggregate.value);
+      } else {
+        fold = group.folds[group.add(fold)];
+      }
     }
     table->folds_.push_back(fold);
+    table->sets_.push_back(set);
   }
   status = EventIndex::build(rows, threads, &table->base_);
   if (!status.is_ok()) return status;
@@ -349,18 +377,7 @@ void EventTable::aggregate_row(const Found& found, int64_t now, const int64_t* k
       Word* value = &scratch->results[a];
       bool valid = true;
       if (fold.kind == FoldKind::kSet) {
-        const ValueDomain& domain = domains_[static_cast<size_t>(aggregate.value)];
-        scratch->counter.clear();
-        for (size_t i = low; i < high; ++i) {
-          if ((values.valid != nullptr && values.valid[i] == 0) || !events.counts(i, cut)) continue;
-          scratch->counter.add(domain.canonical(values.data[i]));
-        }
-        value->i = 0;
-        if (aggregate.kind == AggregateKind::kDistinct) {
-          value->i = scratch->counter.distinct(domain, aggregate.param);
-        } else {
-          valid = scratch->counter.top(domain, aggregate.param, value);
-        }
+        valid = read_set(found, a, cut, stored, scratch, value);
         scratch->results_valid[a] = valid ? 1 : 0;
         continue;
       }
@@ -388,10 +405,44 @@ void EventTable::aggregate_row(const Found& found, int64_t now, const int64_t* k
   }
 }
 
-void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,
-                            Scratch* scratch) const {
-  uint32_t newest_row[kBlockRows], keys[kBlockRows];
-  uint64_t present = 0;
+bool EventTable::read_set(const Found& found, uint32_t a, const EventCut& cut, const TileSet* stored,
+                          Scratch* scratch, Word* value) const {
+  const Aggregate& aggregate = spec_.aggregates[a];
+  const ValueDomain& domain = domains_[static_cast<size_t>(aggregate.value)];
+  const ValueSlice values = value_slice(found.values, aggregate.value);
+  const bool counting = aggregate.kind == AggregateKind::kDistinct;
+  ValueCounter& counter = scratch->counter;
+  counter.clear();
+  bool hashed = false;
+  if (counting) scratch->registers.assign(kRegisters, 0);
+  for (const Segment& segment : scratch->segments) {
+    size_t from = segment.from, to = segment.to;
+    if (segment.tile_from < segment.tile_to) {
+      const ValueTree& tree = stored->values(sets_[a]);
+      // A node without a list has more values than the bound of an exact number, where that is low enough.
+      const bool by_hash = counting && aggregate.param <= static_cast<int64_t>(ValueTree::kMostValues);
+      if (by_hash || tree.listed()) {
+        tree.read(stored->number(segment.tile_from), stored->number(segment.tile_to - 1) + 1, &counter,
+                  by_hash ? scratch->registers.data() : nullptr, &hashed);
+        continue;
+      }
+      from = stored->begin(segment.tile_from);
+      to = segment.tile_to < stored->size() ? stored->begin(segment.tile_to) : found.events.n;
+    }
+    count_values(found.events, values, domain, from, to, cut, &counter);
+  }
+  value->i = 0;
+  if (!counting) return counter.top(domain, aggregate.param, value);
+  if (hashed) {
+    counter.hash_into(domain, scratch->registers.data());
+    value->i = hll_estimate(scratch->registers.data());
+  } else {
+    value->i = counter.distinct(domain, aggregate.param);
+  }
+  return true;
+}
+
+void EventTable::number_rows(const RowsAsked& asked, size_t from, size_t n, uint32_t* numbers) const {
   std::unique_lock turn(turn_);
   const std::shared_lock reading(lock_);
   turn.unlock();
@@ -400,18 +451,24 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
   };
   for (size_t r = 0; r < n; ++r) base_.keys().prefetch(key_of(r));
   for (size_t r = 0; r < n; ++r) {
-    keys[r] = asked.nulls != nullptr && asked.nulls[from + r] ? kNoKey : find(key_of(r));
-    if (keys[r] != kNoKey && keys[r] < base_.n_keys()) base_.prefetch(keys[r]);
+    numbers[r] = asked.nulls != nullptr && asked.nulls[from + r] ? kNoKey : find(key_of(r));
   }
-  Found& found = scratch->found;
+}
+
+void EventTable::locate_block(const RowsAsked& asked, const RowsFound& out, const RowOrder* order, size_t n,
+                              uint32_t* newest_rows, Scratch* scratch) const {
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
   // The first event after each row's time: all searches take their steps together, as each waits for memory.
   const int64_t* times[kBlockRows];
   size_t after[kBlockRows], left[kBlockRows], longest = 0;
   for (size_t r = 0; r < n; ++r) {
     after[r] = left[r] = 0;
-    if (keys[r] == kNoKey) continue;
-    const History* history = histories_[keys[r]].get();
-    const EventSlice events = history != nullptr ? history->events() : base_.slice(keys[r]);
+    const uint32_t key = order[r].number;
+    if (key == kNoKey) continue;
+    const History* history = histories_[key].get();
+    const EventSlice events = history != nullptr ? history->events() : base_.slice(key);
     times[r] = events.time;
     left[r] = events.n;
     longest = std::max(longest, events.n);
@@ -420,25 +477,26 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
     for (size_t r = 0; r < n; ++r) {
       if (left[r] == 0) continue;
       const size_t half = left[r] / 2, middle = after[r] + half;
-      const bool above = times[r][middle] <= asked.now[from + r];
+      const bool above = times[r][middle] <= asked.now[order[r].row];
       after[r] = above ? middle + 1 : after[r];
       left[r] = above ? left[r] - half - 1 : half;
     }
   }
+  Found& found = scratch->found;
   for (size_t r = 0; r < n; ++r) {
-    const size_t row = from + r;
+    const size_t row = order[r].row;
     int64_t* meta = out.meta + 4 * row;
     meta[2] = meta[3] = kTimeMin;
     Interval interval;
     uint8_t status = kRowNotFound;
+    newest_rows[r] = kNoKey;
     const int64_t* known_by = asked.known_by == nullptr ? nullptr : asked.known_by + row;
-    if (keys[r] != kNoKey) {
-      locate(keys[r], &found);
+    if (order[r].number != kNoKey) {
+      locate(order[r].number, &found);
       size_t at = 0;
       status = newest(found, after[r], asked.now[row], known_by, &at, &interval, meta);
       if (status == kRowPresent) {
-        present |= uint64_t{1} << r;
-        newest_row[r] = found.events.row[at];
+        newest_rows[r] = found.events.row[at];
         if (!spec_.windows.empty()) {
           aggregate_row(found, asked.now[row], known_by, out, row, &interval, scratch);
         }
@@ -455,11 +513,19 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
     meta[0] = interval.since;
     meta[1] = interval.until;
   }
-  if (spec_.plain == nullptr) return;
+}
+
+void EventTable::gather_block(const RowsFound& out, const RowOrder* order, size_t n, Scratch* scratch) const {
+  // Rows of events never change, so this need not be one step with locate_block().
+  std::unique_lock turn(turn_);
+  const std::shared_lock reading(lock_);
+  turn.unlock();
+  uint64_t present = 0;
+  for (size_t r = 0; r < n; ++r) present |= uint64_t{order[r].number != kNoKey} << r;
   evaluate(
-      *spec_.plain, spec_.plain_inputs, n, [](size_t r) { return static_cast<uint32_t>(r); },
-      [&](uint32_t c, uint32_t r, Word* word) {
-        if ((present >> r & 1) != 0) return read_raw(c, newest_row[r], word);
+      *spec_.plain, spec_.plain_inputs, n, [order](size_t r) { return order[r].number; },
+      [&](uint32_t c, uint32_t row, Word* word) {
+        if (row != kNoKey) return read_raw(c, row, word);
         word->i = 0;
         return false;
       },
@@ -468,26 +534,51 @@ void EventTable::rows_block(const RowsAsked& asked, const RowsFound& out, size_t
     if (spec_.features[f].aggregate) continue;
     const Block& block = scratch->out[spec_.features[f].at];
     const uint64_t valid = block.valid & present;
+    Word* values = out.values[f];
+    bool* valids = out.valid[f];
     for (size_t r = 0; r < n; ++r) {
       const bool is_valid = (valid >> r & 1) != 0;
-      out.values[f][from + r].i = is_valid ? block.i64[r] : 0;
-      out.valid[f][from + r] = is_valid;
+      values[order[r].row].i = is_valid ? block.i64[r] : 0;
+      valids[order[r].row] = is_valid;
     }
   }
 }
 
 void EventTable::rows_at(const RowsAsked& asked, const RowsFound& found, unsigned threads) const {
-  const size_t blocks = (asked.n + kBlockRows - 1) / kBlockRows;
   const unsigned parts = parts_of(asked.n, threads);
   in_parts(parts, [&](unsigned part) {
     Scratch scratch(spec_.plain.get());
     scratch.results.resize(spec_.aggregates.size());
     scratch.results_valid.resize(spec_.aggregates.size());
-    for (size_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-      const size_t from = block * kBlockRows;
-      rows_block(asked, found, from, std::min(kBlockRows, asked.n - from), &scratch);
+    const size_t stop = asked.n * (part + 1) / parts;
+    for (size_t from = asked.n * part / parts; from < stop; from += kSortedRows) {
+      rows_range(asked, found, from, std::min(kSortedRows, stop - from), &scratch);
     }
   });
+}
+
+void EventTable::rows_range(const RowsAsked& asked, const RowsFound& found, size_t from, size_t n,
+                            Scratch* scratch) const {
+  std::vector<RowOrder>& order = scratch->order;
+  order.resize(n);
+  uint32_t numbers[kBlockRows];
+  const auto blocks = [n](auto&& f) {
+    for (size_t at = 0; at < n; at += kBlockRows) f(at, std::min(kBlockRows, n - at));
+  };
+  blocks([&](size_t at, size_t count) {
+    number_rows(asked, from + at, count, numbers);
+    for (size_t r = 0; r < count; ++r) order[at + r] = {from + at + r, numbers[r]};
+  });
+  // Many rows are read by key and then by event, so that neighbours in memory follow one another.
+  const bool sorted = n > kBlockRows;
+  if (sorted) sort_rows(&order, &scratch->spare);
+  blocks([&](size_t at, size_t count) {
+    locate_block(asked, found, order.data() + at, count, numbers, scratch);
+    for (size_t r = 0; r < count; ++r) order[at + r].number = numbers[r];
+  });
+  if (spec_.plain == nullptr) return;
+  if (sorted) sort_rows(&order, &scratch->spare);
+  blocks([&](size_t at, size_t count) { gather_block(found, order.data() + at, count, scratch); });
 }
 
 std::unique_ptr<History> EventTable::open_history(uint32_t key) const {

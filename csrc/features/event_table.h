@@ -110,6 +110,10 @@ class EventTable {
     std::vector<Word> values;  // by column, row
     std::vector<uint8_t> valid;
   };
+  struct RowOrder {
+    size_t row;       // of what is asked
+    uint32_t number;  // of its key, then the row of its newest event; kNoKey for none
+  };
   struct Found;    // where the events of a row's key lie
   struct Scratch;  // of one thread
 
@@ -124,17 +128,24 @@ class EventTable {
   uint32_t find(Key128 key) const;
   void locate(uint32_t key, Found* found) const;
   const TileSet* tiles(const Found& found, const Window& window) const;
-  void rows_block(const RowsAsked& asked, const RowsFound& out, size_t from, size_t n,
+  void number_rows(const RowsAsked& asked, size_t from, size_t n, uint32_t* numbers) const;
+  void locate_block(const RowsAsked& asked, const RowsFound& out, const RowOrder* order, size_t n,
+                    uint32_t* newest_rows, Scratch* scratch) const;
+  void gather_block(const RowsFound& out, const RowOrder* order, size_t n, Scratch* scratch) const;
+  void rows_range(const RowsAsked& asked, const RowsFound& found, size_t from, size_t n,
                   Scratch* scratch) const;
   uint8_t newest(const Found& found, size_t after, int64_t now, const int64_t* known_by, size_t* at,
                  Interval* interval, int64_t* meta) const;
   void aggregate_row(const Found& found, int64_t now, const int64_t* known_by, const RowsFound& out,
                      size_t row, Interval* interval, Scratch* scratch) const;
+  bool read_set(const Found& found, uint32_t aggregate, const EventCut& cut, const TileSet* stored,
+                Scratch* scratch, Word* value) const;
   bool may_differ(const Found& found, int64_t start, int64_t end) const;
   std::unique_ptr<History> open_history(uint32_t key) const;
 
   ViewSpec spec_;
-  std::vector<Fold> folds_;  // of each aggregate, with its words in the tiles of its group
+  std::vector<Fold> folds_;     // of each aggregate, with its words in the tiles of its group
+  std::vector<uint32_t> sets_;  // of each aggregate of a set of values, which of its group's it reads
   std::vector<TileGroup> groups_;
   std::vector<std::vector<uint32_t>> by_window_;  // aggregates of each window
   HistoryShape shape_;

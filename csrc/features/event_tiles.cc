@@ -56,6 +56,22 @@ uint32_t TileGroup::add(Fold fold) {
   return static_cast<uint32_t>(folds.size() - 1);
 }
 
+uint32_t TileGroup::add_set(int32_t value) {
+  const auto found = std::find(sets.begin(), sets.end(), value);
+  if (found != sets.end()) return static_cast<uint32_t>(found - sets.begin());
+  sets.push_back(value);
+  return static_cast<uint32_t>(sets.size() - 1);
+}
+
+void count_values(const EventSlice& events, const ValueSlice& values, const ValueDomain& domain, size_t from,
+                  size_t to, const EventCut& cut, ValueCounter* counter) {
+  for (size_t i = from; i < to; ++i) {
+    if ((values.valid == nullptr || values.valid[i] != 0) && events.counts(i, cut)) {
+      counter->add(domain.canonical(values.data[i]));
+    }
+  }
+}
+
 bool TileSet::useful(const TileGroup& group, const EventSlice& events) {
   if (events.n < kLeastEvents) return false;
   size_t tiles = 0;
@@ -67,6 +83,7 @@ bool TileSet::useful(const TileGroup& group, const EventSlice& events) {
 
 TileSet::TileSet(const TileGroup& group, const EventSlice& events, const ValueSlice* values)
     : words_(group.n_words), heads_(group.n_words) {
+  for (const int32_t value : group.sets) trees_.emplace_back(&(*group.domains)[static_cast<size_t>(value)]);
   for (size_t at = 0; at < events.n;) {
     number_.push_back(floor_div(events.time[at], group.tile));
     begin_.push_back(at);
@@ -77,6 +94,7 @@ TileSet::TileSet(const TileGroup& group, const EventSlice& events, const ValueSl
   for (size_t i = 0; i < size(); ++i) {
     fold_tile(group, events, values, i, i + 1 < size() ? begin_[i + 1] : events.n);
   }
+  for (ValueTree& tree : trees_) tree.settle();
   set_heads();
 }
 
@@ -85,7 +103,8 @@ TileSet::TileSet(const TileSet& other)
       begin_(other.begin_),
       settled_(other.settled_),
       words_(other.words_),
-      heads_(other.heads_.size()) {
+      heads_(other.heads_.size()),
+      trees_(other.trees_) {
   set_heads();
 }
 
@@ -111,6 +130,19 @@ void TileSet::fold_tile(const TileGroup& group, const EventSlice& events, const 
     fold_events(fold, events, value_slice(values, fold.value), from, to, uncut(events), partial);
     for (uint32_t w = 0; w < fold.words(); ++w) words_[fold.offset + w][i] = partial[w];
   }
+  count_tile(group, events, values, number_[i], from, to);
+}
+
+void TileSet::count_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values,
+                         int64_t number, size_t from, size_t to) {
+  ValueCounter counter;
+  for (size_t s = 0; s < group.sets.size(); ++s) {
+    const int32_t value = group.sets[s];
+    counter.clear();
+    count_values(events, value_slice(values, value), (*group.domains)[static_cast<size_t>(value)], from, to,
+                 uncut(events), &counter);
+    trees_[s].set(number, counter.counts());
+  }
 }
 
 void TileSet::update(const TileGroup& group, const EventSlice& events, const ValueSlice* values, int64_t t) {
@@ -123,6 +155,7 @@ void TileSet::update(const TileGroup& group, const EventSlice& events, const Val
   const auto at = static_cast<ptrdiff_t>(i);
   if (from == to) {
     if (had) {
+      count_tile(group, events, values, number, from, to);
       number_.erase(number_.begin() + at);
       begin_.erase(begin_.begin() + at);
       settled_.erase(settled_.begin() + at);
@@ -143,6 +176,7 @@ void TileSet::update(const TileGroup& group, const EventSlice& events, const Val
       begin_[k] = lower(events, k > 0 ? begin_[k - 1] : 0, tile_start(number_[k], group.tile));
     }
   }
+  for (ValueTree& tree : trees_) tree.settle();
   set_heads();
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "features/aggregate.h"
+#include "features/event_value_tree.h"
 
 namespace penstock {
 
@@ -21,10 +22,14 @@ namespace penstock {
 struct TileGroup {
   int64_t tile = 0;
   std::vector<Fold> folds;
+  std::vector<int32_t> sets;  // value columns whose values are counted
   uint32_t n_words = 0;
+  const std::vector<ValueDomain>* domains = nullptr;  // of the value columns; need not move
 
   // The position of the fold in `folds`, which gets it where it is new.
   uint32_t add(Fold fold);
+  // The position of the value column in `sets`, which gets it where it is new.
+  uint32_t add_set(int32_t value);
 };
 
 // A run of events [from, to): one segment, or the whole tiles [tile_from, tile_to).
@@ -47,11 +52,15 @@ class TileSet {
   size_t begin(size_t i) const { return begin_[i]; }
   size_t find(size_t position) const;  // the tile that holds the event
   int64_t settled(size_t i) const { return settled_[i]; }
+  int64_t number(size_t i) const { return number_[i]; }
+  const ValueTree& values(uint32_t set) const { return trees_[set]; }
   const Word* const* columns(const Fold& fold) const { return heads_.data() + fold.offset; }
 
  private:
   void fold_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t i,
                  size_t to);
+  void count_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values, int64_t number,
+                  size_t from, size_t to);
   void set_heads();
 
   std::vector<int64_t> number_;   // time / tile, ascending
@@ -59,6 +68,7 @@ class TileSet {
   std::vector<int64_t> settled_;  // cuts from here on admit the events that count without one
   std::vector<std::vector<Word>> words_;
   std::vector<const Word*> heads_;
+  std::vector<ValueTree> trees_;  // by set
 };
 
 // The tile sets of one key or of several, built when they are first read. Readers may share it; put() of two
@@ -82,6 +92,10 @@ class TileSlots {
   size_t n_;
   std::unique_ptr<std::atomic<TileSet*>[]> slots_;  // released by put(), acquired by get() and held()
 };
+
+// Adds the values of the events [from, to) that count.
+void count_values(const EventSlice& events, const ValueSlice& values, const ValueDomain& domain, size_t from,
+                  size_t to, const EventCut& cut, ValueCounter* counter);
 
 // Cuts [low, high) into segments, left to right; `tiles` may be null.
 void cut_segments(const EventSlice& events, int64_t tile, size_t low, size_t high, const TileSet* tiles,

@@ -24,15 +24,27 @@ if TYPE_CHECKING:
         var,
     )
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-    from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
+    from penstock.features.expressions import (
+        coalesce,
+        col,
+        lit,
+        maximum,
+        minimum,
+        now,
+        percentile_rank,
+        udf,
+        where,
+    )
     from penstock.features.source_definitions import (
         ArrowSource,
         CSVSource,
         DuckDBSource,
         ParquetSource,
+        PushSource,
         TableSource,
     )
     from penstock.features.store import FeatureStore
+    from penstock.features.vectors import vector
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
     from penstock.serving.engine import Engine
@@ -51,8 +63,10 @@ __all__ = [
     "FeatureStore",
     "FeatureView",
     "ParquetSource",
+    "PushSource",
     "RequestSource",
     "TableSource",
+    "coalesce",
     "col",
     "count",
     "distinct",
@@ -70,7 +84,9 @@ __all__ = [
     "std",
     "sum",
     "top_k",
+    "udf",
     "var",
+    "vector",
     "where",
 ]
 
@@ -80,12 +96,13 @@ _HOMES = {
     ),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
     "penstock.features.source_definitions": (
-        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
+        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "PushSource", "TableSource",
     ),
     "penstock.features.expressions": (
-        "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
+        "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
+    "penstock.features.vectors": ("vector",),
     "penstock.serving.async_client": ("AsyncClient",),
     "penstock.serving.client": ("Client",),
     "penstock.serving.engine": ("Engine",),

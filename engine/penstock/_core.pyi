@@ -403,6 +403,29 @@ class FeatureCache(metaclass=_NativeType):
         Counters and sizes, by name.
         """
 
+class FeatureReader(metaclass=_NativeType):
+    """
+    Reads a feature service into float32 rows through feature caches.
+    """
+    def __init__(self, plan: dict) -> None:
+        """
+        plan: as ServingCore.load takes it. Raises ValueError.
+        """
+    def read(
+        self,
+        params: bytes,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        mono_ns: typing.SupportsInt | typing.SupportsIndex,
+        out: typing.Any,
+        load: typing.Any,
+    ) -> typing.Any:
+        """
+        params: MessagePack [any text, entities, inputs or nil]. Fills out float32[rows, features] (a new
+        array if None) and returns it. load(keys) is asked for rows that no cache has: given keys
+        uint64[k, 2] by view, it returns (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises
+        ValueError naming the column, row or array, and what load raises.
+        """
+
 class HistogramCounts(metaclass=_NativeType):
     """
     Counts per column: fine bins (e[k-1], e[k]] or codes, then missing, unseen, -inf, +inf. One writer at a time.
@@ -480,6 +503,12 @@ class FeatureProgram(metaclass=_NativeType):
         inputs: a list of (values [n] float64 or int64, valid bool [n] or None) in the order of `inputs`.
         rows: the row count of a program without inputs. Returns a like list of outputs; the value of a null
         is 0. ValueError names the column that has a wrong dtype or length.
+        """
+    def run_row(self, row: object) -> tuple:
+        """
+        One row, quickly: a list or tuple of the inputs' values in order, or a dict by input name. A value is
+        a float, an int (times in microseconds, strings as codes), a bool, or None for null; so are the outputs,
+        a tuple. ValueError names the column that has no such value.
         """
     @property
     def inputs(self) -> list[tuple[str, str]]:

@@ -130,7 +130,9 @@ def apply(
                 with holder_client(server) as client:
                     changes = client.apply()
             else:
-                with alone(data), FeatureStore(folder, data_dir=data) as store:
+                # A plan changes nothing, so it may look while a server holds the folder.
+                held = contextlib.nullcontext() if plan else alone(data)
+                with held, FeatureStore(folder, data_dir=data) as store:
                     found = store.plan(bundles) if plan else store.apply(bundles)
                     changes = found.to_dict()
     if as_json:

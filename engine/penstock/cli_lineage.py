@@ -1,6 +1,6 @@
 """The commands `penstock features list`, `describe`, `lineage` and `verify`.
 
-They only read: the definitions, what `apply` recorded, and what each bundle's model.yaml says.
+They change no definition: they read these, what `apply` recorded, and what each bundle's model.yaml says.
 """
 
 from __future__ import annotations

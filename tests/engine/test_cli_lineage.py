@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lightgbm import LGBMClassifier
 from store_repo import DEFINITIONS, HOUR, make_repo, some_rows, write_events
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from penstock import Engine, cli
 from penstock.config import load_config
-from penstock.errors import BundleError
+from penstock.errors import BundleError, FailedPreconditionError, InvalidArgumentError
 from penstock.features.aggregates import count, mean
 from penstock.features.changes import Break, BundleFacts
 from penstock.features.definitions import Entity, FeatureView
@@ -28,6 +29,7 @@ from penstock.features.expressions import col, now, where
 from penstock.features.source_definitions import ParquetSource
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import save_bundle
+from penstock.serving.lock import DataDirLock
 
 CITY = DEFINITIONS + 'cities = FeatureService("cities", features=["users:spend", "users:rank"])\n'
 
@@ -128,6 +130,21 @@ def test_a_changed_feature_breaks_the_bundles_that_read_it(run: Any, home: Path)
     assert plan(run)[1] == {**NOTHING, "breaks": found["breaks"]}
 
 
+def test_a_plan_only_looks_even_while_a_server_holds_the_folder(run: Any, home: Path) -> None:
+    edit('count(window="1h")', 'count(window="2h")')
+    write_events(home / "repo", [*some_rows(), (HOUR, 1, "a", 1.0, "Aarhus")])  # a text without a code
+    before = sorted((p.name, p.read_bytes()) for p in (home / "data" / "registry").iterdir())
+    lock = DataDirLock(home / "data")
+    try:
+        code, found = plan(run)
+        assert (code, found["views"]) == (1, {"users": "changed"})
+        assert sorted((p.name, p.read_bytes()) for p in (home / "data" / "registry").iterdir()) == before
+        assert run("features", "lineage").exit_code == 0
+        assert run("apply").exit_code == 1
+    finally:
+        lock.release()
+
+
 def test_ttl_source_and_keys_are_named(run: Any, home: Path) -> None:
     edit("ttl=timedelta(hours=3)", "ttl=timedelta(hours=4)")
     assert plan(run)[1]["view_parts"] == {"users": {"ttl": "changed"}}
@@ -203,6 +220,35 @@ def test_an_engine_refuses_a_bundle_of_other_definitions(home: Path) -> None:
         Engine(config)
     edit('count(window="2h")', 'count(window="1h")')
     Engine(config).close()
+
+
+def test_a_source_that_drifts_or_vanishes_while_an_engine_serves(home: Path) -> None:
+    text = Path("inference-config.yaml").read_text() + "serving: {allow_replay: true}\n"
+    Path("inference-config.yaml").write_text(text)
+    config = load_config(Path("inference-config.yaml"))
+    events = home / "repo" / "events.parquet"
+    good = pq.read_table(events)
+    with Engine(config) as engine:
+
+        def scores() -> Any:
+            return engine.predict("where", {"user_id": [1, 2, 3]}, now=5 * HOUR).scores.tolist()
+
+        before = scores()
+        retyped = good.set_column(good.column_names.index("x"), "x", good["x"].cast(pa.float32()))
+        faults: list[tuple[Any, Any]] = [
+            (lambda: pq.write_table(retyped, events), "column 'x' is float32; expected float64"),
+            (lambda: pq.write_table(good.drop_columns(["x"]), events), "has no column 'x'"),
+            (lambda: events.write_bytes(b"PAR1"), "cannot be read as Parquet"),
+            (events.unlink, "expected an existing file"),
+        ]
+        for break_it, message in faults:
+            break_it()
+            with pytest.raises((FailedPreconditionError, InvalidArgumentError), match=message):
+                engine.materialize(6 * HOUR)
+            assert scores() == before
+        pq.write_table(good, events)
+        engine.materialize(6 * HOUR)
+        assert scores() == before
 
 
 def test_list(run: Any, home: Path) -> None:

@@ -19,11 +19,14 @@ import numpy as np
 from penstock import _core
 from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features.aggregates import KINDS, WindowAggregate, tile_us
+from penstock.features.backends import numpy_backend
+from penstock.features.backends.stored import is_opaque
 from penstock.features.definitions import FeatureView, StoredColumn
 from penstock.features.expressions import Expr, columns_read, is_floating
 from penstock.features.index import entity_keys
 from penstock.features.program import Distribution, compile_program
 from penstock.features.sources import SourceColumn, SourceTable
+from penstock.features.text_inputs import function_of, input_column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,15 +119,18 @@ class ViewComputer:
                 aggregated.setdefault(column.value.value.fingerprint(), column.value.value)
         plain = [(c.name, c.value) for c in view.stored if isinstance(c.value, Expr)]
         values = [(f"value{i}", value) for i, value in enumerate(aggregated.values())]
+        self._opaque: dict[str, numpy_backend.NumpyProgram] = {}  # raw columns that a udf makes
         plain_code, plain_inputs, plain_dtypes = self._compile(plain, table)
         value_code, value_inputs, value_dtypes = self._compile(values, table)
         # Join keys of the rows that brought new keys: of the source, then of appends.
         self._joins = [[table.columns[name] for name in view.join_keys]]
-        self._raw = {name: table.columns[name].dtype for name in [*plain_inputs, *value_inputs]}
+        # What the programs read of a row: source columns, answers about texts, and what a udf makes.
+        self._raw = plain_inputs | value_inputs
+        self._read = {name: table.schema[name] for name in self._columns_read() if name in table.schema}
         raw_at = {name: i for i, name in enumerate(self._raw)}
         value_at = {fingerprint: i for i, fingerprint in enumerate(aggregated)}
-        self._texts = {name: table.columns[name].dictionary or [] for name in self._raw
-                       if self._raw[name] == "string"}  # fmt: skip
+        self._texts = {name: table.columns[name].dictionary or [] for name, dtype in self._raw.items()
+                       if dtype == "string"}  # fmt: skip
         # No operation makes strings, so a value that is one is a column as it is.
         self._value_texts = [
             value.param if dtype == "string" else None
@@ -182,7 +188,7 @@ class ViewComputer:
             as_known=view.as_known,
             tiles=store_tiles,
             events=self._arrays(table),
-            raw=[(table.columns[name].values, table.columns[name].valid) for name in self._raw],
+            raw=self._raw_columns(table),
             texts=[None if name is None else self._texts[name] for name in self._value_texts],
             threads=_THREADS,
         )
@@ -196,16 +202,46 @@ class ViewComputer:
 
     def _compile(
         self, outputs: list[tuple[str, Expr]], table: SourceTable
-    ) -> tuple[bytes | None, list[str], list[str]]:
-        """A program, the columns that it reads, and the dtypes of its outputs."""
+    ) -> tuple[bytes | None, dict[str, str], list[str]]:
+        """A native program, the dtype of each column that it reads, and the dtypes of its outputs."""
         if not outputs:
-            return None, [], []
+            return None, {}, []
+        schema = dict(table.schema)
+        native = []
         try:
-            code = compile_program(outputs, table.schema, self.distributions)
+            for name, value in outputs:
+                if is_opaque(value):
+                    made = f"{value.fingerprint()}\0udf"
+                    program = numpy_backend.compile([(made, value)], table.schema, self.distributions)
+                    self._opaque[made], schema[made] = program, program.outputs[0][1]
+                    value = Expr("col", made)
+                native.append((name, value))
+            code = compile_program(native, schema, self.distributions)
         except DefinitionError as error:
             raise DefinitionError(f"{self._where}: {error}") from error
-        program = _core.FeatureProgram(code)
-        return code, [name for name, _ in program.inputs], [dtype for _, dtype in program.outputs]
+        found = _core.FeatureProgram(code)
+        return code, dict(found.inputs), [dtype for _, dtype in found.outputs]
+
+    def _columns_read(self) -> set[str]:
+        """The source columns that the programs read, in one way or another."""
+        found = set()
+        for name in [*self._raw, *(name for p in self._opaque.values() for name, _ in p.inputs)]:
+            function = function_of(name)
+            found.add(name if function is None else function.column)
+        return found - set(self._opaque)
+
+    def _raw_columns(self, table: SourceTable) -> list[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
+        """The programs' input columns of a table, in order."""
+        columns: list[tuple[NDArray[Any], NDArray[np.bool_] | None]] = []
+        for name in self._raw:
+            if name in self._opaque:
+                program = self._opaque[name]
+                inputs = [input_column(n, table.columns) for n, _ in program.inputs]
+                columns.append(program.run(inputs, rows=table.n_rows)[0])
+            else:
+                values, valid = input_column(name, table.columns)
+                columns.append((values, valid))
+        return columns
 
     def _check_columns(self, table: SourceTable) -> None:
         read = columns_read(*(v for v in map(_value_of, self.view.stored) if v is not None))
@@ -270,7 +306,7 @@ class ViewComputer:
         Raises:
             InvalidArgumentError: a column is missing or has another dtype. Nothing is added then.
         """
-        for name, dtype in [*zip(self.view.join_keys, self.join_dtypes), *self._raw.items()]:
+        for name, dtype in [*zip(self.view.join_keys, self.join_dtypes), *self._read.items()]:
             found = table.schema.get(name)
             if found != dtype:
                 raise InvalidArgumentError(
@@ -283,12 +319,10 @@ class ViewComputer:
         with self._appending:
             grown: dict[str, list[str]] = {}
             raw = []
-            for name in self._raw:
-                column = table.columns[name]
-                values = column.values
+            for name, (values, valid) in zip(self._raw, self._raw_columns(table)):
                 if name in self._texts:
-                    values, grown[name] = _recode(column, self._texts[name])
-                raw.append((np.ascontiguousarray(values), column.valid))
+                    values, grown[name] = _recode(table.columns[name], self._texts[name])
+                raw.append((np.ascontiguousarray(values), valid))
             texts = {name: [*self._texts[name], *new] if new else self._texts[name]
                      for name, new in grown.items()}  # fmt: skip
             # A reader must know the text of each code that it meets.

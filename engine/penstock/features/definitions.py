@@ -16,7 +16,7 @@ from typing import Any
 
 from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features.aggregates import WindowAggregate
-from penstock.features.expressions import DTYPES, Expr, columns_read, digest, uses_now
+from penstock.features.expressions import DTYPES, Expr, digest, stored_parts, uses_now
 from penstock.features.source_definitions import Source
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
@@ -87,7 +87,8 @@ class FeatureView:
         as_known: only events known by the time asked count, in plain features and in aggregates.
         stored: columns of the stored row: features in the order given, then hidden columns by name.
         request_time: expressions to evaluate for each request; they read source columns by their own names.
-        hidden: hidden stored column of each source column that request-time expressions read.
+        hidden: hidden stored column of each source column that request-time expressions read, and, by
+            fingerprint, of what they ask about a string.
     """
 
     name: str
@@ -140,8 +141,11 @@ class FeatureView:
             if dtype not in DTYPES or name not in features or name in request_time:
                 expected = f"a dtype of {', '.join(DTYPES)} for a stored feature"
                 raise DefinitionError(f"{where}: schema has '{name}': {dtype!r}; expected {expected}")
-        hidden = {column: HIDDEN_PREFIX + column for column in columns_read(*request_time.values())}
-        stored += [StoredColumn(name, Expr("col", column), True) for column, name in hidden.items()]
+        parts = stored_parts(*request_time.values())
+        hidden = {
+            k: HIDDEN_PREFIX + k if part.op == "col" else f"__text_{k[:32]}" for k, part in parts.items()
+        }
+        stored += [StoredColumn(hidden[k], part, True) for k, part in parts.items()]
         for attribute, found in (
             ("entities", tuple(self.entities)),
             ("features", dict(features)),

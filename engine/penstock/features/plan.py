@@ -24,7 +24,7 @@ from penstock.errors import (
 )
 from penstock.features.compute import ViewComputer
 from penstock.features.definitions import FeatureView, RequestSource, ViewProjection, check_unversioned
-from penstock.features.expressions import Expr, col, columns_read, walk
+from penstock.features.expressions import Expr, asks_about_text, col, columns_read, walk
 from penstock.features.program import Distribution, compile_program
 
 if TYPE_CHECKING:
@@ -206,9 +206,14 @@ def _feature(
         return col(f"{owner}:{name}")
     renamed: dict[str, Expr] = {}
     for node in walk(view.request_time[name]):
+        if asks_about_text(node):
+            renamed[node.fingerprint()] = col(f"{owner}:{view.hidden[node.fingerprint()]}")
+            continue
+        if node.op == "col" and node.param not in view.hidden:
+            continue  # only asked about
         args = tuple(renamed[arg.fingerprint()] for arg in node.args)
         param = f"{owner}:{view.hidden[node.param]}" if node.op == "col" else node.param
-        renamed[node.fingerprint()] = Expr(node.op, param, args)
+        renamed[node.fingerprint()] = node.with_args(args, param)
         if node.op == "percentile_rank" and node.args[0].fingerprint() in distributions:
             ranks[args[0].fingerprint()] = distributions[node.args[0].fingerprint()]
     return renamed[view.request_time[name].fingerprint()]

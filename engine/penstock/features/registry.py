@@ -210,6 +210,7 @@ class Registry:
             raise StoreError(f"registry '{self.path}' cannot be locked: {error}") from error
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            diskio.sweep(self.path)  # what killed writers have left
             yield
 
     def _versions(self) -> list[int]:

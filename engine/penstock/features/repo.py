@@ -23,10 +23,18 @@ import yaml
 
 from penstock.errors import ConfigError, DefinitionError
 from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource, ViewProjection
+from penstock.features.source_definitions import DuckDBSource, PushSource, TableSource
+from penstock.features.store_settings import (
+    OnlineStoreSettings,
+    PushSettings,
+    online_store_settings,
+    push_settings,
+)
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store", "reader_rows")
+READER_ROWS = 100_000
 _loading = threading.RLock()
 
 
@@ -38,6 +46,8 @@ class Repo:
         path: its folder.
         project: its name.
         data_dir: folder of the registry and the online store.
+        push_settings, online_store: the sections `push` and `online_store` of `feature_store.yaml`.
+        reader_rows: rows of a view that `online_reader` keeps in memory.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
         entities, views, services, requests, projections: the definitions by name.
     """
@@ -51,6 +61,15 @@ class Repo:
     services: Mapping[str, FeatureService] = field(default_factory=dict)
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
     projections: Mapping[str, ViewProjection] = field(default_factory=dict)
+    push_settings: PushSettings = field(default_factory=PushSettings)
+    online_store: OnlineStoreSettings = field(default_factory=OnlineStoreSettings)
+    reader_rows: int = READER_ROWS
+
+    @property
+    def push_sources(self) -> dict[str, PushSource]:
+        """The push sources of the views, by name."""
+        sources = (view.source for view in self.views.values())
+        return {source.name: source for source in sources if isinstance(source, PushSource)}
 
 
 def load_repo(path: Path) -> Repo:
@@ -81,6 +100,7 @@ def load_repo(path: Path) -> Repo:
                     f"view '{view.name}': entity '{entity.name}' has the join keys {entity.join_keys}, "
                     f"elsewhere {entities[entity.name].join_keys}"
                 )
+    _check_sources(found[FeatureView])
     for kind, what in ((RequestSource, "request source"), (ViewProjection, "projection")):
         for name in found[kind]:
             if name in found[FeatureView]:
@@ -94,7 +114,29 @@ def load_repo(path: Path) -> Repo:
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
         {name: service.bound(found[ViewProjection]) for name, service in found[FeatureService].items()},
         found[RequestSource], found[ViewProjection],
+        config.get("push", PushSettings()), config.get("online_store", OnlineStoreSettings()),
+        config.get("reader_rows", READER_ROWS),
     )  # fmt: skip
+
+
+def _check_sources(views: Mapping[str, FeatureView]) -> None:
+    """Refuse two queries or tables of one name: the registry keeps schemas and dictionaries by name."""
+    first: dict[str, FeatureView] = {}
+    for view in views.values():
+        other = first.setdefault(view.source.key, view)
+        one, two = other.source, view.source
+        what = None
+        if isinstance(one, DuckDBSource) and isinstance(two, DuckDBSource) and one.query != two.query:
+            what = "query"
+        elif isinstance(one, TableSource) and isinstance(two, TableSource) and one.table is not two.table:
+            what = "table"
+        elif isinstance(two, PushSource) and one != two:
+            what = "definition"
+        if what is not None:
+            raise DefinitionError(
+                f"source '{two.name}' of view '{view.name}' has another {what} than the source of that name "
+                f"of view '{other.name}'; expected distinct names"
+            )
 
 
 def _collect(known: dict[str, Any], value: Any, file: str, origin: dict[int, str]) -> None:
@@ -155,6 +197,14 @@ def _setting(key: Any, value: Any) -> Any:
         if isinstance(value, date) and not isinstance(value, datetime):
             value = datetime(value.year, value.month, value.day)
         return to_us(value, "fit_until")
+    if key == "reader_rows":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"reader_rows is {value!r}; expected a whole number of at least 1")
+        return value
+    if key == "push":
+        return push_settings(value)
+    if key == "online_store":
+        return online_store_settings(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; expected a text")
     return value

@@ -225,6 +225,17 @@ def key_column(table: pa.Table, name: str, dtype: str, *, floats: bool) -> Sourc
     return arrow_column(column, what)
 
 
+def check_keys(table: pa.Table, names: Sequence[str], columns: Sequence[SourceColumn]) -> None:
+    """Refuse keys with a null or with another column than the join keys."""
+    for name in table.column_names:
+        if name not in names:
+            raise InvalidArgumentError(f"keys: column '{name}' is no join key; expected {', '.join(names)}")
+    for name, column in zip(names, columns):
+        if column.valid is not None and not column.valid.all():
+            row = int(np.flatnonzero(~column.valid)[0])
+            raise InvalidArgumentError(f"keys: join key '{name}' is null in row {row}; expected a value")
+
+
 def input_column(table: pa.Table, name: str, dtype: str) -> SourceColumn:
     """A request-input column; an int64 is taken for a float."""
     column = _given(table, name, "request input")

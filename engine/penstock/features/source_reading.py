@@ -164,9 +164,7 @@ def raw_table(source: Source, base: Path, wanted: Sequence[str] | None) -> tuple
         table = _held(source)
         return table, table.schema
     if isinstance(source, DuckDBSource):
-        where = where_of(source)
-        schema = sql.query_schema(source.query, base, where)
-        return sql.query_table(source.query, base, where, wanted), schema
+        return sql.read_query(source.query, base, where_of(source), wanted)
     assert isinstance(source, FileSource)
     tables, schemas = [], []
     for path in source_files(source, base):

@@ -57,14 +57,24 @@ class Analysis:
     fixed: bool
 
 
-def query_table(query: str, base: Path, what: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a query.
+def query_table(query: str, base: Path, what: str) -> pa.Table:
+    """All rows of a query. Arguments and errors as `read_query`."""
+    return read_query(query, base, what, None)[0]
+
+
+def read_query(
+    query: str, base: Path, what: str, columns: Sequence[str] | None
+) -> tuple[pa.Table, pa.Schema]:
+    """Run a query.
 
     Args:
         query: one SELECT or WITH ... SELECT.
         base: folder from which relative paths count.
         what: names the query in errors.
-        columns: those to keep; a name that the query does not give is left out.
+        columns: those to keep; a name that the query does not give is left out. All if None.
+
+    Returns:
+        The rows, and the schema of all columns that the query gives.
 
     Raises:
         InvalidArgumentError: it is something else, or DuckDB refuses it, in DuckDB's words.
@@ -75,18 +85,16 @@ def query_table(query: str, base: Path, what: str, columns: Sequence[str] | None
     with _session(what) as connection:
         relation = connection.sql(analyse(query, base, what, connection).text)
         reader = relation.to_arrow_reader(_BATCH_ROWS)
-        if columns is None:
-            return reader.read_all()
-        kept = [i for i, name in enumerate(reader.schema.names) if name in columns]
+        kept = [i for i, name in enumerate(reader.schema.names) if columns is None or name in columns]
         schema = pa.schema([reader.schema.field(i) for i in kept])
         batches = [
             pa.RecordBatch.from_arrays([batch.column(i) for i in kept], schema=schema) for batch in reader
         ]
-        return pa.Table.from_batches(batches, schema)
+        return pa.Table.from_batches(batches, schema), reader.schema
 
 
 def query_schema(query: str, base: Path, what: str) -> pa.Schema:
-    """The columns of a query's rows, of which none is read. Raises as `query_table`."""
+    """The columns of a query's rows, of which none is read. Raises as `read_query`."""
     import pyarrow as pa
 
     with _session(what) as connection:
@@ -99,7 +107,7 @@ def query_schema(query: str, base: Path, what: str) -> pa.Schema:
 def query_files(query: str, base: Path, what: str) -> list[Path] | None:
     """The files that a query reads, sorted; None where they, or its rows, are not a matter of files alone.
 
-    Raises as `query_table`.
+    Raises as `read_query`.
     """
     with _session(what) as connection:
         found = analyse(query, base, what, connection)

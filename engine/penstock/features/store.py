@@ -42,16 +42,22 @@ from penstock.features.definitions import (
     ViewProjection,
     list_features,
 )
+from penstock.features.erase import erase_keys
+from penstock.features.event_log import EventLog
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
+from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.pushes import Committed, Pushes
+from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
+from penstock.features.streams import Ingest, StreamSource
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -114,10 +120,21 @@ class FeatureStore:
         self.data_dir = self._repo.data_dir if data_dir is None else Path(data_dir).resolve()
         self._registry = Registry(self.data_dir / "registry")
         self.key_seed: bytes = self._registry.seed
-        self._online = OnlineStore(
-            self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
-        )
-        self._live = LiveViews(self._repo, self._registry)
+        identity = _core.siphash128(b"penstock online store", self.key_seed)
+        self._local = OnlineStore(self.data_dir / "online", identity)
+        self._online: OnlineAdapter = self._local
+        if self._repo.online_store.type == "redis":
+            from penstock.features.redis_store import RedisStore
+
+            self._online = RedisStore(self._repo.online_store, identity)
+        self._log = EventLog(self._local, self.data_dir / "events")
+        self._live = LiveViews(self._repo, self._registry, self._log)
+        self._pushes = Pushes(
+            self._live, self._log, self._local, self._online, self._registry, self._clock,
+            self._repo.push_settings,
+        )  # fmt: skip
+        self._reader_caches = ReaderCaches(self._repo.reader_rows)
+        self._pushes.touched = self._reader_caches.touched
         self.epoch = 0
         self._writing = threading.Lock()  # one materialisation
         self._plans: dict[Any, ServicePlan] = {}
@@ -129,13 +146,15 @@ class FeatureStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the online store. A second close does nothing."""
+        """Wait for what was pushed, and let go of the online store. A second close does nothing."""
+        self._pushes.close()
         self._online.close()
+        self._local.close()
 
     # Definitions
 
     def plan(self, bundles: Sequence[BundleFacts] = ()) -> DefinitionChanges:
-        """What `apply` would change, and what it would break.
+        """What `apply` would change, and what it would break; nothing is changed.
 
         Args:
             bundles: models whose fingerprints are compared with those that the services would have. Only
@@ -164,7 +183,8 @@ class FeatureStore:
         """Fingerprints of services as `apply` would make them, and why others cannot be made."""
         found: dict[str, str] = {}
         try:
-            computers = {name: reading.computer for name, reading in self._live.rebuild().items()}
+            fresh = self._live.rebuild(only_look=True)
+            computers = {name: reading.computer for name, reading in fresh.items()}
         except PenstockError as error:
             return found, {name: str(error) for name in services}
         faults: dict[str, str] = {}
@@ -354,7 +374,7 @@ class FeatureStore:
             progress: called with a view, and the rows joined and to join, while the job runs.
 
         Returns:
-            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, features behind.
+            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, with the features.
 
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
@@ -408,7 +428,13 @@ class FeatureStore:
     def _load(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words)
+        waiting, sequence = None, 0
+        if live.source is not None:
+            sequence = self._pushes.catch_up(live)
+            waiting = self._pushes.pending(live.computer.view.name, keys)  # before the store is read
+        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words, sequence)
+        if waiting is not None:
+            found &= ~waiting
         missing = ~(found & (meta[:, 0] <= now_us) & (now_us < meta[:, 1]))
         if missing.any():
             computed = live.computer.rows_at(keys[missing], now_us[missing])
@@ -474,6 +500,108 @@ class FeatureStore:
         entities = table.select([name for name, _ in plan.entities])
         return OnlineResult(plan, now_us, entities, outputs, status, event_time, texts)
 
+    def online_reader(
+        self, features: str | FeatureService | Sequence[str], *, full_feature_names: bool = False
+    ) -> OnlineReader:
+        """A reader of a feature list into float32 rows, to be kept and used again: microseconds a read.
+
+        Its `read(entity_rows, out=None, now=None)` gives the bits of
+        `get_online_features(features, entity_rows, now=now).to_numpy()`. It sees what this store's `push`
+        takes in at once, and what other processes push within a millisecond or so.
+
+        Raises:
+            InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
+        """
+
+        def plan() -> ServicePlan:
+            return self.service_plan(features, full_feature_names=full_feature_names)
+
+        return OnlineReader(
+            plan, self._live, self._reader_caches, self._load, self._pushes.catch_up, self._clock,
+            self.key_seed,
+        )  # fmt: skip
+
+    # Pushes
+
+    def push(self, source: str, rows: Any) -> int:
+        """Take in events: reads see them at once, and they are durable when this returns.
+
+        Late, repeated and corrected events are welcome: of a key's events the one with the latest time
+        counts, of equal times the one known last, of those the one that arrived last; see `PushSource` for
+        event ids.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            rows: dict of columns (or scalars: one row), list of dicts, pandas, polars or Arrow table with the
+                columns of the source's schema. Times are datetimes, ISO 8601 texts or int microseconds UTC.
+
+        Returns:
+            How many events were taken in.
+
+        Raises:
+            NotFoundError: there is no such source.
+            InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
+            ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
+            StoreError: the disk is full or failed; the events are gone from the reads again.
+        """
+        return self._pushes.push(source, rows)
+
+    def erase(self, view: str, keys: Any) -> dict[str, Any]:
+        """Erase entities for good: from the log of pushed events, the online store, caches and windows.
+
+        Rows of the source's files with these keys are left out from now on, also after a restart; the files
+        stay as they are. Events that are later than the erasure count again. Every view on the same source
+        loses the rows.
+
+        Args:
+            view: whose join keys name the entities.
+            keys: dict of columns (or scalars: one entity), list of dicts, or a table with the join keys.
+
+        Returns:
+            A receipt: what was removed where ("removed"), what cannot be ("kept"), when, and a digest of it.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: nothing has changed.
+            StoreError: the disk is full or failed; erase again.
+        """
+        if not isinstance(view, str):
+            raise InvalidArgumentError(f"view is {view!r}; expected a name")
+        with self._writing:
+            return erase_keys(
+                self._live, self._log, self._online, self._pushes, view, keys, self.key_seed,
+                self._clock.now_us(),
+            )  # fmt: skip
+
+    def ingest(
+        self,
+        source: str,
+        stream: StreamSource,
+        *,
+        consumer: str | None = None,
+        most: int = 1000,
+        idle_s: float = 0.05,
+    ) -> Ingest:
+        """Push what comes in a stream, each event once, from where the last ingest of it ended.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            stream: see `StreamSource`.
+            consumer: under which its positions are kept; the source's name by default.
+            most: events of one push.
+            idle_s: seconds between two looks at a stream that had nothing.
+
+        Returns:
+            The loop: `start()` runs it on a thread until `stop()`; `step()` runs it once.
+        """
+        self._live.fed_by(source)
+        return Ingest(
+            self._pushes, self._log, source, stream, consumer=consumer or source, most=most, idle_s=idle_s
+        )
+
+    def on_push(self, told: Committed) -> None:
+        """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`."""
+        self._pushes.committed = told
+
     # Materialisation
 
     def materialize(
@@ -522,8 +650,10 @@ class FeatureStore:
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
-            live = {name: self._live.view(name) for name in names}
-            keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
+            keys = {}
+            for name, live in {name: self._live.view(name) for name in names}.items():
+                with self._pushes.writing(live):
+                    keys[name] = write(self._online, live, self._pushes, end_us, progress)
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:
@@ -534,7 +664,7 @@ class FeatureStore:
 
     def stamp(self) -> int:
         """A number that grows with each write transaction of the online store, and with `epoch`."""
-        return self.first_stamp() | self._online.stamp()
+        return self.first_stamp() | self._local.stamp()
 
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import csv, feather
 from store_repo import HOUR, bits, make_repo, some_rows
 
@@ -27,7 +30,7 @@ from penstock.features.source_definitions import (
     TableSource,
 )
 from penstock.features.source_reading import rows_digest, source_stamp
-from penstock.features.sources import SourceTable, read_source
+from penstock.features.sources import UNKNOWN_TIME, SourceTable, read_source
 from penstock.features.store import FeatureStore
 
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -71,8 +74,10 @@ def cells(table: SourceTable, name: str) -> list[Any]:
     column = table.columns[name]
     valid = [True] * table.n_rows if column.valid is None else column.valid.tolist()
     texts = column.dictionary
-    values = column.values.tolist() if texts is None else [texts[v] for v in column.values]
-    return [value if ok else None for value, ok in zip(values, valid)]
+    return [
+        None if not ok else value if texts is None else texts[value]
+        for value, ok in zip(column.values.tolist(), valid)
+    ]
 
 
 SCHEMA = {"user": "int64", "t": "timestamp", "x": "float64", "city": "string", "gone": "bool"}
@@ -103,6 +108,54 @@ def test_a_frame_without_rows_has_all_its_columns(tmp_path: Path, kind: str) -> 
     assert table.n_rows == 0
     assert table.schema == {**SCHEMA, "id": "int64"}
     assert table.deleted is not None and len(table.deleted) == 0
+
+
+def tables() -> st.SearchStrategy[pa.Table]:
+    """Tables of a few rows with every dtype, nulls, NaN, extremes and equal or unsorted times."""
+    times = st.integers(-(10**15), 10**15)
+    columns = {
+        "user": (st.integers(-(2**63), 2**63 - 1) | st.none(), pa.int64()),
+        "t": (times, pa.timestamp("us", "UTC")),
+        "seen": (times | st.none(), pa.timestamp("us", "America/New_York")),
+        "x": (st.floats() | st.none(), pa.float64()),
+        "small": (st.floats(width=32) | st.none(), pa.float32()),
+        "city": (st.text(st.characters(codec="utf-8"), max_size=4) | st.none(), pa.string()),
+        "gone": (st.booleans() | st.none(), pa.bool_()),
+    }
+    rows = st.lists(st.tuples(*(values for values, _ in columns.values())), max_size=8)
+    return rows.map(
+        lambda found: pa.table(
+            {
+                name: pa.array([row[i] for row in found], kind)
+                for i, (name, (_, kind)) in enumerate(columns.items())
+            }
+        )
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(tables())
+def test_any_table_has_the_same_bits_in_every_kind(table: pa.Table) -> None:
+    """Values by Arrow's own conversion, nulls as nulls, a null `created` as unknown, a null flag as false."""
+    with tempfile.TemporaryDirectory() as name:
+        for kind in ("parquet", "arrow", "duckdb", "arrow table", "polars"):
+            source = source_of(kind, Path(name), table, created="seen", event_id="user", deleted="gone")
+            read = read_source(source, Path(name))
+            assert read.n_rows == table.num_rows and read.dropped == 0
+            for column in ("user", "x", "small", "city"):
+                expected = table[column].to_pylist()
+                found = cells(read, column)
+                if column in ("x", "small"):
+                    expected, found = (
+                        [None if v is None else np.float64(v).tobytes() for v in given]
+                        for given in (expected, found)
+                    )
+                assert found == expected, (kind, column)
+            assert read.event_time.tolist() == table["t"].cast(pa.int64()).to_pylist()
+            known = table["seen"].cast(pa.int64()).to_pylist()
+            assert read.known_at.tolist() == [UNKNOWN_TIME if v is None else v for v in known]
+            assert read.deleted is not None
+            assert read.deleted.tolist() == [bool(v) for v in table["gone"].to_pylist()]
 
 
 def faults() -> list[Any]:

@@ -160,3 +160,37 @@ def test_iso_for_people() -> None:
     assert iso(0) == "1970-01-01T00:00:00+00:00"
     assert iso(-1) == "1969-12-31T23:59:59.999999+00:00"
     assert iso(2**62) == f"{2**62} us"
+
+
+SOURCES = """
+from penstock import DuckDBSource, Entity, FeatureView, ParquetSource, TableSource, col
+import pyarrow as pa
+user = Entity("user", join_keys=["user_id"])
+one, two = pa.table({{"t": [1]}}), pa.table({{"t": [1]}})
+v = FeatureView("v", [user], {first}, {{"f": col("x")}})
+w = FeatureView("w", [user], {second}, {{"f": col("x")}})
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        ('TableSource("s", one, "t")', 'TableSource("s", one, "t", "c")', None),
+        ('TableSource("s", one, "t")', 'TableSource("s", two, "t")', "another table"),
+        ('DuckDBSource("SELECT 1", "t", name="s")', 'DuckDBSource("SELECT 1", "t", "c", name="s")', None),
+        (
+            'DuckDBSource("SELECT 1", "t", name="s")',
+            'DuckDBSource("SELECT 2", "t", name="s")',
+            "another query",
+        ),
+        ('DuckDBSource("SELECT 1", "t", name="s")', 'TableSource("s", two, "t")', None),
+        ('ParquetSource("s", "t")', 'ParquetSource("s", "u")', None),
+    ],
+)
+def test_sources_of_one_name(tmp_path: Path, first: str, second: str, fault: str | None) -> None:
+    path = write(tmp_path, a=SOURCES.format(first=first, second=second))
+    if fault is None:
+        assert len(load_repo(path).views) == 2
+    else:
+        with pytest.raises(DefinitionError, match=f"source 's' of view 'w' has {fault} than the source of"):
+            load_repo(path)

@@ -42,8 +42,8 @@ def base(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows(query: str, base: Path, **more: Any) -> list[Any]:
-    found: list[Any] = sql.query_table(query, base, "it", **more).to_pylist()
+def rows(query: str, base: Path) -> list[Any]:
+    found: list[Any] = sql.query_table(query, base, "it").to_pylist()
     return found
 
 
@@ -126,9 +126,9 @@ def test_what_is_no_select_is_refused_and_leaves_no_trace(base: Path, query: Any
 
 
 def test_only_the_wanted_columns_come_back(base: Path) -> None:
-    made = sql.query_table("SELECT * FROM 'a.parquet'", base, "it", ["at", "nope"])
-    assert made.column_names == ["at"]
-    assert sql.query_table("SELECT * FROM 'a.parquet' WHERE false", base, "it", ["at"]).num_rows == 0
+    made, schema = sql.read_query("SELECT * FROM 'a.parquet'", base, "it", ["at", "nope"])
+    assert (made.column_names, schema.names) == (["at"], ["user_id", "at", "name"])
+    assert sql.read_query("SELECT * FROM 'a.parquet' WHERE false", base, "it", ["at"])[0].num_rows == 0
     assert sql.query_schema("SELECT * FROM 'a.parquet'", base, "it").names == ["user_id", "at", "name"]
 
 

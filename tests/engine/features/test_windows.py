@@ -597,3 +597,42 @@ def test_every_option_is_in_the_fingerprint() -> None:
 def test_tiles_are_the_standard_widths() -> None:
     for text, tile in (("255s", 0), ("256s", 1), ("1279s", 1), ("1280s", 5), ("1d", 300), ("30d", 3600)):
         assert tile_us(parse_window(text)) == tile * SECOND == oracle.tile_of(parse_window(text))
+
+
+def many_values(n: int, values: np.ndarray[Any, Any], seconds_: int) -> SourceTable:
+    t = np.arange(n) * seconds_ * SECOND // n
+    columns = {"user": SourceColumn("int64", np.ones(n, np.int64), None),
+               "t": SourceColumn("timestamp", t, None), "i": SourceColumn("int64", values, None)}  # fmt: skip
+    return SourceTable(columns, n, t, t)
+
+
+@pytest.mark.parametrize("width", [60, 4])  # seconds: tiles of few values, and of more than a node lists
+def test_sets_of_many_values_are_the_same_with_tiles_and_appends(width: int) -> None:
+    n = 24_000
+    rng = np.random.default_rng(width)
+    values = np.where(rng.random(n) < 0.3, rng.integers(0, 9, n), np.arange(n) * 7)
+    w = {"window": "300s"}
+    features = {
+        "few": d.distinct(col("i"), exact=10, **w), "some": d.distinct(col("i"), **w),
+        "all": d.distinct(col("i"), exact=65_536, **w), "top": d.top_k(col("i"), **w),
+        "ninth": d.top_k(col("i"), rank=9, **w), "tenth": d.top_k(col("i"), rank=10, **w),
+    }  # fmt: skip
+    view = d.FeatureView("v", [USER], SOURCE, features)
+    whole = many_values(n, values, width)
+    plain, tiled = ViewComputer(view, whole, SEED, store_tiles=False), ViewComputer(view, whole, SEED)
+    rows = np.arange(n)
+    parts = [
+        SourceTable({k: c.take(p) for k, c in whole.columns.items()}, len(p), whole.event_time[p],
+                    whole.event_time[p]) for p in np.array_split(rows, [n // 2, n // 2 + 1, n - 3000])
+    ]  # fmt: skip
+    appended = ViewComputer(view, parts[0], SEED)
+    times = [int(t) for t in rng.integers(0, (width + 310) * SECOND, 12)]
+    ask(appended, [1] * 12, times)
+    for part in parts[1:]:
+        appended.append(part)
+    expected = ask(plain, [1] * 12, times)
+    assert same(expected, ask(tiled, [1] * 12, times)) and same(expected, ask(appended, [1] * 12, times))
+    end = ask(tiled, [1], [(width + 1) * SECOND])
+    few, some, exact = (int(end.columns[at][0][0]) for at in range(3))
+    assert exact == len(np.unique(values)) and few == some
+    assert few == oracle.hll({oracle.hash_of(int(v)) for v in np.unique(values)})
