@@ -514,7 +514,7 @@ def test_a_schema_that_does_not_fit_the_files_or_the_views(tmp_path: Path) -> No
         'other = FeatureView("other", entities=[user], source=again, features={"n": count(window="1h")})\n'
     )
     (repo / "features.py").write_text(text + again)
-    with pytest.raises(DefinitionError, match="push source 'events' is defined twice"):
+    with pytest.raises(DefinitionError, match="another definition than the source of that name"):
         FeatureStore(repo)
 
 
