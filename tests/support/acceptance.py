@@ -1,7 +1,4 @@
-"""What the acceptance cases share: repositories made in place, stores over them, and the oracle.
-
-`ONLINE_STORES` names the online stores that the online cases run on; `World.open` opens a store over one.
-"""
+"""What the acceptance cases share: repositories made in place, stores over them, and the oracle."""
 
 from __future__ import annotations
 
@@ -20,12 +17,13 @@ from penstock.features.definitions import ViewProjection
 from penstock.features.expressions import col
 from penstock.features.repo import Repo
 from penstock.features.store import FeatureStore
+from penstock.features.store_settings import OnlineStoreSettings
 
 T = datetime(2024, 3, 1, 12, tzinfo=UTC)
 HOUR, DAY, US = timedelta(hours=1), timedelta(days=1), timedelta(microseconds=1)
 UTC_US = pa.timestamp("us", "UTC")
 USER = d.Entity("user", ["u"])
-ONLINE_STORES = ["lmdb"]
+LMDB = OnlineStoreSettings()
 STATUS = ("PRESENT", "NULL", "NOT_FOUND", "EXPIRED", "FUTURE")
 
 
@@ -62,7 +60,7 @@ class World:
         made = dict(features) if isinstance(features, Mapping) else {f: col(f) for f in features}
         return d.FeatureView(name, entities=list(entities), source=source, features=made, ttl=ttl)
 
-    def open(self, *definitions: Any, online: str = "lmdb") -> FeatureStore:
+    def open(self, *definitions: Any, online: OnlineStoreSettings = LMDB) -> FeatureStore:
         """A store over definitions."""
         kinds: dict[type, dict[str, Any]] = {
             kind: {} for kind in (d.FeatureView, d.FeatureService, d.RequestSource, ViewProjection)
@@ -72,10 +70,10 @@ class World:
         views, services, requests, projections = kinds.values()
         entities = {e.name: e for view in views.values() for e in view.entities}
         data_dir = self.folder / f"data-{len(self._opened)}"
-        assert online in ONLINE_STORES
         repo = Repo(
-            self.folder, "acceptance", data_dir, None, entities, views, services, requests, projections
-        )
+            self.folder, "acceptance", data_dir, None, entities, views, services, requests, projections,
+            online_store=online,
+        )  # fmt: skip
         self._opened.append(FeatureStore(repo))
         return self._opened[-1]
 

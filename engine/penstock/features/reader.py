@@ -177,12 +177,15 @@ class _Prepared:
                 "entities": list(plan.entities),
                 "views": [
                     {
-                        "name": live.computer.view.name,
+                        "name": name,
+                        "rows_of": live.computer.view.name,
                         "cache": cache,
                         "fields": live.computer.schema,
                         "key_columns": list(positions),
                     }
-                    for live, cache, positions in zip(views, self.caches, plan.view_keys)
+                    for name, live, cache, positions in zip(
+                        plan.view_names, views, self.caches, plan.view_keys
+                    )
                 ],
                 "request_source": plan.request_name or "",
                 "inputs": list(plan.inputs),

@@ -13,6 +13,7 @@ from acceptance import DAY, HOUR, US, UTC_US, T, World, assert_online_is_offline
 import penstock as d
 from penstock.features.expressions import col, now
 from penstock.features.store import FeatureStore
+from penstock.features.store_settings import OnlineStoreSettings
 
 NAMES = {0: "PRESENT", 1: "NULL", 2: "NOT_FOUND", 3: "EXPIRED"}
 
@@ -27,7 +28,9 @@ def read(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a16_a_write_of_an_older_event_changes_nothing(world: World, online: str, full: bool) -> None:
+def test_a16_a_write_of_an_older_event_changes_nothing(
+    world: World, online: OnlineStoreSettings, full: bool
+) -> None:
     name = "v__v" if full else "v"
     rows = {"u": [1, 2], "t": [T - HOUR, T - HOUR], "v": [10, 20]}
     store = world.open(world.view("v", rows, ["v"]), online=online)
@@ -47,7 +50,9 @@ def test_a16_a_write_of_an_older_event_changes_nothing(world: World, online: str
     assert read(store, ["v:v"], {"u": [2]}, T + US, full_feature_names=full)[0][name] == [21]
 
 
-def test_a17_the_latest_row_of_a_batch_counts_wherever_it_is(world: World, online: str) -> None:
+def test_a17_the_latest_row_of_a_batch_counts_wherever_it_is(
+    world: World, online: OnlineStoreSettings
+) -> None:
     rows = [(1, T - HOUR, 1), (1, T - 2 * HOUR, 2), (1, T - 3 * HOUR, 3), (2, T, 4)]
     for i, order in enumerate(permutations(rows)):
         users, times, values = zip(*order)
@@ -58,7 +63,7 @@ def test_a17_the_latest_row_of_a_batch_counts_wherever_it_is(world: World, onlin
         store.close()
 
 
-def test_a18_views_of_one_source_are_apart(world: World, online: str) -> None:
+def test_a18_views_of_one_source_are_apart(world: World, online: OnlineStoreSettings) -> None:
     rows = {"u": [1, 2], "t": [T - 2 * HOUR, T], "v": [1, 2], "w": ["a", None]}
     first = world.view("v", rows, {"x": col("v")}, ttl=HOUR)
     second = d.FeatureView("w", first.entities, first.source, {"x": col("w"), "n": d.count(window="3h")})
@@ -74,7 +79,9 @@ def test_a18_views_of_one_source_are_apart(world: World, online: str) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a19_materialised_features_equal_the_historical_join(world: World, online: str, full: bool) -> None:
+def test_a19_materialised_features_equal_the_historical_join(
+    world: World, online: OnlineStoreSettings, full: bool
+) -> None:
     rng = np.random.default_rng(11)
     n = 400
     at = [T - int(m) * (HOUR / 60) for m in rng.integers(0, 3000, n)]
@@ -111,7 +118,7 @@ def test_a19_materialised_features_equal_the_historical_join(world: World, onlin
     assert statuses == {"PRESENT", "NULL", "NOT_FOUND", "EXPIRED"}
 
 
-def test_a20_keys_of_any_text_and_number_are_apart(world: World, online: str) -> None:
+def test_a20_keys_of_any_text_and_number_are_apart(world: World, online: OnlineStoreSettings) -> None:
     texts = ["", "a", "ä", "a\u0308", "日本", "😀", "a\0", "a\0b", " ", "0", "x" * 3000, "None"]
     numbers = [0, 1, -1, 2**63 - 1, -(2**63) + 1, 2**32, 256]
     word, number = d.Entity("word", ["s"]), d.Entity("number", ["i"])
@@ -134,7 +141,9 @@ def test_a20_keys_of_any_text_and_number_are_apart(world: World, online: str) ->
         store.materialize(T - DAY, T)
 
 
-def test_b12_online_equals_offline_after_a_correction_of_one_time(world: World, online: str) -> None:
+def test_b12_online_equals_offline_after_a_correction_of_one_time(
+    world: World, online: OnlineStoreSettings
+) -> None:
     rows: dict[str, list[Any]] = {"u": [1, 2], "t": [T - HOUR] * 2, "c": [T - HOUR] * 2, "v": [1.0, 2.0]}
     features = {"v": col("v"), "total": d.sum(col("v"), window="1d")}
     store = world.open(world.view("v", rows, features, created="c"), online=online)
@@ -155,7 +164,9 @@ def test_b12_online_equals_offline_after_a_correction_of_one_time(world: World, 
         store.materialize_incremental(T)
 
 
-def test_b13_an_older_row_after_a_newer_one_changes_nothing(world: World, online: str) -> None:
+def test_b13_an_older_row_after_a_newer_one_changes_nothing(
+    world: World, online: OnlineStoreSettings
+) -> None:
     rows: dict[str, list[Any]] = {"u": [1], "t": [T - HOUR], "v": [10]}
     store = world.open(world.view("v", rows, {"v": col("v"), "n": d.count(window="1d")}), online=online)
     store.materialize_incremental(T)
@@ -167,7 +178,7 @@ def test_b13_an_older_row_after_a_newer_one_changes_nothing(world: World, online
         store.materialize_incremental(T)
 
 
-def test_b14_the_ttl_ends_to_the_microsecond(world: World, online: str) -> None:
+def test_b14_the_ttl_ends_to_the_microsecond(world: World, online: OnlineStoreSettings) -> None:
     rows = {"u": [1], "t": [T], "v": [7]}
     store = world.open(world.view("v", rows, ["v"], ttl=DAY), online=online)
     for _ in range(2):
@@ -182,7 +193,9 @@ def test_b14_the_ttl_ends_to_the_microsecond(world: World, online: str) -> None:
         store.materialize(T, T + DAY)
 
 
-def test_b15_never_written_null_nan_and_expired_are_told_apart(world: World, online: str) -> None:
+def test_b15_never_written_null_nan_and_expired_are_told_apart(
+    world: World, online: OnlineStoreSettings
+) -> None:
     rows = {"u": [1, 2, 3], "t": [T, T, T - DAY - US], "v": pa.array([None, float("nan"), 1.0], pa.float64())}
     store = world.open(world.view("v", rows, ["v"], ttl=DAY), online=online)
     for _ in range(2):
@@ -192,7 +205,9 @@ def test_b15_never_written_null_nan_and_expired_are_told_apart(world: World, onl
         store.materialize(T - 2 * DAY, T)
 
 
-def test_b16_a_row_behind_the_cursor_reaches_online_within_one_run(world: World, online: str) -> None:
+def test_b16_a_row_behind_the_cursor_reaches_online_within_one_run(
+    world: World, online: OnlineStoreSettings
+) -> None:
     rows: dict[str, list[Any]] = {"u": [1, 2], "t": [T - 5 * HOUR, T - HOUR], "v": [1, 2]}
     features = {"v": col("v"), "n": d.count(window="1d")}
     store = world.open(world.view("v", rows, features), online=online)
@@ -205,3 +220,74 @@ def test_b16_a_row_behind_the_cursor_reaches_online_within_one_run(world: World,
     assert values["v"] == [11, 2, 3] and values["n"] == [2, 1, 1]
     assert statuses["v"] == ["PRESENT"] * 3
     assert_online_is_offline(store, ["v:v", "v:n"], pa.table({"u": [1, 2, 3]}), T + US)
+
+
+def pushed(world: World, online: OnlineStoreSettings) -> FeatureStore:
+    """A store over a view of pushed events: its value, a window, and a ttl."""
+    schema = {"u": "int64", "t": "timestamp", "c": "timestamp", "v": "float64"}
+    source = d.PushSource("events", schema, "t", "c")
+    features = {"v": col("v"), "n": d.count(window="1d")}
+    user = d.Entity("user", ["u"])
+    return world.open(d.FeatureView("v", [user], source, features, ttl=2 * DAY), online=online)
+
+
+def push(store: FeatureStore, *rows: tuple[int, Any, Any, float | None]) -> None:
+    users, times, created, values = (list(column) for column in zip(*rows))
+    assert store.push("events", {"u": users, "t": times, "c": created, "v": values}) == len(rows)
+
+
+def test_a16_a17_pushed_rows_count_by_their_event_time(world: World, online: OnlineStoreSettings) -> None:
+    store = pushed(world, online)
+    push(store, (1, T - HOUR, T, 10.0), (1, T - 2 * HOUR, T, 9.0), (1, T - 3 * HOUR, T, 8.0))
+    for row, value, count in (
+        ((1, T - 4 * HOUR, T, 7.0), 10.0, 4),  # older
+        ((1, T - HOUR + US, T, 11.0), 11.0, 5),  # newer
+        ((1, T + US, T, 12.0), 11.0, 5),  # not before T
+    ):
+        push(store, row)
+        for _ in range(2):
+            values, _ = read(store, ["v:v", "v:n"], {"u": [1]})
+            assert (values["v"], values["n"]) == ([value], [count])
+            store.materialize_incremental(T)
+
+
+def test_b12_a_pushed_correction_of_one_time(world: World, online: OnlineStoreSettings) -> None:
+    store = pushed(world, online)
+    push(store, (1, T - HOUR, T - HOUR, 1.0))
+    store.materialize_incremental(T)
+    push(store, (1, T - HOUR, T - US, 111.0))
+    push(store, (1, T - HOUR, T - 2 * US, 5.0))  # arrives last, but was known before the correction
+    for _ in range(2):
+        served = assert_online_is_offline(store, ["v:v"], pa.table({"u": [1, 2]}), T)
+        assert served["v__v"].to_pylist() == [111.0, None]
+        store.materialize_incremental(T)
+
+
+def test_b13_b16_a_pushed_row_behind_the_cursor_is_there_at_once(
+    world: World, online: OnlineStoreSettings
+) -> None:
+    store = pushed(world, online)
+    push(store, (1, T - HOUR, T, 10.0))
+    store.materialize_incremental(T)
+    push(store, (1, T - 5 * HOUR, T, 5.0), (2, T - 5 * HOUR, T, 2.0))
+    for _ in range(2):
+        values, statuses = read(store, ["v:v", "v:n"], {"u": [1, 2, 3]})
+        assert values["v"] == [10.0, 2.0, None] and values["n"] == [2, 1, None]
+        assert statuses["v"] == ["PRESENT", "PRESENT", "NOT_FOUND"]
+        store.materialize_incremental(T)
+
+
+def test_b14_b15_pushed_rows_have_all_statuses(world: World, online: OnlineStoreSettings) -> None:
+    store = pushed(world, online)
+    push(
+        store,
+        (1, T, T, None),
+        (2, T, T, float("nan")),
+        (3, T - 2 * DAY, T, 1.0),
+        (4, T - 2 * DAY - US, T, 1.0),
+    )
+    for _ in range(2):
+        values, statuses = read(store, ["v:v"], {"u": [1, 2, 3, 4, 5]})
+        assert statuses["v"] == ["NULL", "PRESENT", "PRESENT", "EXPIRED", "NOT_FOUND"]
+        assert values["v"][0] is None and np.isnan(values["v"][1]) and values["v"][2:] == [1.0, None, None]
+        store.materialize_incremental(T)

@@ -111,6 +111,17 @@ def test_online_they_give_what_the_historical_join_gives(repo: Path) -> None:
             assert store.materialize(T - HOUR, T).rows == {"location_stats": 2, "market": 1}
 
 
+def test_a_reader_gives_the_same(repo: Path) -> None:
+    with FeatureStore(repo) as store:
+        rows = {"origin_id": [1, 2, 9], "destination_id": [2, 1, 1], "location_id": [2, 2, None]}
+        reader = store.online_reader(REFS, full_feature_names=True)
+        for _ in range(2):
+            expected = store.get_online_features(REFS, rows, now=T, full_feature_names=True).to_numpy()
+            np.testing.assert_array_equal(reader.read(rows, now=T), expected)
+            assert np.isnan(expected).any() and not np.isnan(expected).all(axis=0).any()
+            store.materialize(T - HOUR, T)
+
+
 def test_a_view_without_entities_needs_no_key_online(repo: Path) -> None:
     with FeatureStore(repo) as store:
         for _ in range(2):
