@@ -41,6 +41,13 @@ def flights(n: int = 400) -> pa.Table:
     )
 
 
+def weather() -> dict[str, pa.Table]:
+    """An observation in every hour from the day before on."""
+    times = START + np.arange(-24, 30) * HOUR_US + MINUTE_US
+    utc = pa.timestamp("us", tz="UTC")
+    return {"weather": pa.table({"origin": ["EWR"] * len(times), "observed_at": pa.array(times, utc)})}
+
+
 class Oracle:
     """Answers like a server and notes every message with its order."""
 
@@ -73,6 +80,8 @@ class Oracle:
                     result = {}
                 elif method == "label":
                     result = {"matched": len(params[0])}
+                elif method == "push":
+                    result = {"accepted": len(params[1]["origin"])}
                 writer.write(msgpack.packb([1, msgid, error, result]))
         return writer.close()
 
@@ -81,7 +90,7 @@ async def replay(oracle: Oracle, table: pa.Table, folder: Path, **options: Any) 
     path = folder / "s"
     server = await asyncio.start_unix_server(oracle.serve, path)
     try:
-        async with Replay(f"unix://{path}", **options) as run:
+        async with Replay(f"unix://{path}", weather(), **options) as run:
             await run.run(table, SPAN)
             return run
     finally:
@@ -112,23 +121,31 @@ def test_no_label_goes_out_before_it_is_known_and_none_is_left(tmp_path: Path) -
         if method == "predict":
             assert now <= params[3]["now"] < now + HOUR_US  # asked in the hour that the server has reached
             answered.add(params[3]["request_id"])
-        elif method == "materialize":
-            now = params[0]
-        else:
+        elif method == "push":
+            now = pushed_times(params)[-1] // HOUR_US * HOUR_US
+        elif method == "label":
             for row, label, known in zip(*params):
                 assert row in answered and row not in sent
                 assert known == to_us(arrival[row])
-                assert known <= now + HOUR_US or now == SPAN.end_us
+                assert known <= now + HOUR_US or now == SPAN.end_us - HOUR_US
                 sent[row] = label
     assert sent == {row: label for row, label in late.items() if label is not None}
     assert tally.labels == tally.matched == len(sent)
 
 
-def test_the_server_materialises_at_every_hour(tmp_path: Path) -> None:
+def pushed_times(params: list[Any]) -> list[int]:
+    assert params[0] == "weather"
+    return [int(time) for time in params[1]["observed_at"]]
+
+
+def test_events_are_pushed_once_each_before_the_flights_of_their_hour(tmp_path: Path) -> None:
     oracle = Oracle()
-    asyncio.run(replay(oracle, flights(50), tmp_path))
-    ends = [params[0] for method, params, _ in oracle.seen if method == "materialize"]
-    assert ends == [START + hour * HOUR_US for hour in range(25)]
+    tally = asyncio.run(replay(oracle, flights(50), tmp_path)).tally
+    calls = [pushed_times(params) for method, params, _ in oracle.seen if method == "push"]
+    hour = START + MINUTE_US
+    assert calls[0] == [hour + h * HOUR_US for h in range(-24, 0)]  # what was missed before the span
+    assert calls[1:] == [[hour + h * HOUR_US] for h in range(24)]
+    assert tally.pushed == 48
 
 
 def test_an_error_reply_is_counted_by_its_code(tmp_path: Path) -> None:

@@ -174,5 +174,5 @@ def test_the_tables_show_drift_latency_and_the_flights_without_label() -> None:
     console = Console(record=True, width=120, file=io.StringIO())
     show(result(server_exit=1), console)
     text = console.export_text()
-    for part in ("temperature", "alert", "p99 9.00 ms", "75.0%", "9,430 flights", "0 differ", "FAILED"):
+    for part in ("temperature", "alert", "p99 9.00 ms", "75.0%", "9,430 flights", "0 mismatches", "FAILED"):
         assert part in text
