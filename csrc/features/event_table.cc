@@ -9,6 +9,7 @@ namespace penstock {
 namespace {
 
 constexpr size_t kRowsPerThread = 4096;
+constexpr size_t kKeysPerLock = 1024;     // so that an append never waits long
 constexpr size_t kSortedRows = 1u << 20;  // that are sorted at a time
 
 template <class F>
@@ -747,14 +748,19 @@ bool EventTable::may_differ(const Found& found, int64_t start, int64_t end) cons
 }
 
 void EventTable::changed_keys(int64_t start, int64_t end, std::vector<Key128>* keys) const {
-  std::unique_lock turn(turn_);
-  const std::shared_lock reading(lock_);
-  turn.unlock();
   Found found;
-  for (uint32_t key = 0; key < histories_.size(); ++key) {
-    locate(key, &found);
-    if (!may_differ(found, start, end)) continue;
-    keys->push_back(key < base_.n_keys() ? base_.keys().key(key) : more_keys_.key(key - base_.n_keys()));
+  uint32_t key = 0;
+  for (bool more = true; more;) {
+    std::unique_lock turn(turn_);
+    const std::shared_lock reading(lock_);
+    turn.unlock();
+    const auto stop = static_cast<uint32_t>(std::min(histories_.size(), size_t{key} + kKeysPerLock));
+    for (; key < stop; ++key) {
+      locate(key, &found);
+      if (!may_differ(found, start, end)) continue;
+      keys->push_back(key < base_.n_keys() ? base_.keys().key(key) : more_keys_.key(key - base_.n_keys()));
+    }
+    more = key < histories_.size();
   }
 }
 
@@ -786,19 +792,21 @@ void EventTable::source_rows(std::vector<int64_t>* rows) const {
 }
 
 void EventTable::newest_events(const uint64_t* keys, size_t n, int64_t now, int64_t* times) const {
-  std::unique_lock turn(turn_);
-  const std::shared_lock reading(lock_);
-  turn.unlock();
   const EventCut cut{shape_.versioned ? EventCut::kLive : EventCut::kAll, kTimeMax};
   Found found;
-  for (size_t i = 0; i < n; ++i) {
-    times[i] = kTimeMin;
-    const uint32_t key = find({keys[2 * i], keys[2 * i + 1]});
-    if (key == kNoKey) continue;
-    locate(key, &found);
-    size_t at = upper_time(found.events.time, 0, found.events.n, now);
-    while (at > 0 && !found.events.counts(at - 1, cut)) --at;
-    if (at > 0) times[i] = found.events.time[at - 1];
+  for (size_t from = 0; from < n; from += kKeysPerLock) {
+    std::unique_lock turn(turn_);
+    const std::shared_lock reading(lock_);
+    turn.unlock();
+    for (size_t i = from; i < std::min(n, from + kKeysPerLock); ++i) {
+      times[i] = kTimeMin;
+      const uint32_t key = find({keys[2 * i], keys[2 * i + 1]});
+      if (key == kNoKey) continue;
+      locate(key, &found);
+      size_t at = upper_time(found.events.time, 0, found.events.n, now);
+      while (at > 0 && !found.events.counts(at - 1, cut)) --at;
+      if (at > 0) times[i] = found.events.time[at - 1];
+    }
   }
 }
 
