@@ -33,6 +33,7 @@ void History::copy(const EventSlice& events, const ValueSlice* values, const Kno
     }
   }
   points_.assign(points.data, points.data + points.n);
+  settled_ = events.n;
   set_slices();
 }
 
@@ -61,6 +62,7 @@ void History::place(const NewEvent& event, int64_t superseded) {
   // come.
   size_t at = upper_time(time_.data(), 0, time_.size(), event.time);
   while (at > 0 && time_[at - 1] == event.time && known_[at - 1] > event.known) --at;
+  if (at != time_.size()) only_behind_ = false;
   const auto offset = static_cast<ptrdiff_t>(at);
   time_.insert(time_.begin() + offset, event.time);
   known_.insert(known_.begin() + offset, event.known);
@@ -95,6 +97,7 @@ void History::insert(const NewEvent& event) {
     if (!old->counts || (version.counts && version.superseded == old->superseded)) continue;
     const size_t at = find(version.time, version.row);
     if (at == time_.size()) continue;
+    only_behind_ = false;
     if (version.counts) {
       superseded_[at] = version.superseded;
     } else {
@@ -132,12 +135,18 @@ void History::settle() {
     TileSet* tiles = tiles_.held(g);
     if (tiles == nullptr) continue;
     const TileGroup& group = (*shape_.groups)[g];
+    if (only_behind_) {
+      tiles->extend(group, slice, slices_.data(), settled_);
+      continue;
+    }
     for (size_t i = 0; i < touched_.size(); ++i) {
       const bool same = i > 0 && floor_div(touched_[i], group.tile) == floor_div(touched_[i - 1], group.tile);
       if (!same) tiles->update(group, slice, slices_.data(), touched_[i]);
     }
   }
   touched_.clear();
+  settled_ = slice.n;
+  only_behind_ = true;
 }
 
 }  // namespace penstock

@@ -77,6 +77,8 @@ class History {
   std::vector<int64_t> points_;
   std::unordered_map<Key128, std::vector<EventVersion>, IdHash> versions_;
   std::vector<int64_t> touched_;  // times of the events that have changed since settle()
+  size_t settled_ = 0;            // events at settle()
+  bool only_behind_ = true;       // all that came since lies behind those
   std::vector<Word> fresh_;
   std::vector<uint8_t> fresh_valid_;
   mutable TileSlots tiles_;  // filled by readers

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <string>
-#include <system_error>
-#include <thread>
+
+#include "features/event_threads.h"
 
 namespace penstock {
 
@@ -16,20 +16,6 @@ uint64_t hash_of(Key128 key) {
   uint64_t x = (key.lo ^ (key.hi * 0x9E3779B97F4A7C15u)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 29)) * 0x94D049BB133111EBu;
   return x ^ (x >> 32);
-}
-
-// Runs f(0) .. f(parts - 1), each on a thread where one can be had.
-template <class F>
-void in_parts(unsigned parts, F&& f) {
-  std::vector<std::thread> threads;
-  unsigned own = 1;
-  try {
-    for (; own < parts; ++own) threads.emplace_back(f, own);
-  } catch (const std::system_error&) {
-  }
-  f(0u);
-  for (; own < parts; ++own) f(own);
-  for (std::thread& thread : threads) thread.join();
 }
 
 // Sorts the events of one key at a time; scratch memory of one thread.

@@ -114,8 +114,20 @@ void TileSet::set_heads() {
 
 void TileSet::fold_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t i,
                         size_t to) {
-  const size_t from = begin_[i];
-  int64_t settled = kTimeMin;
+  settled_[i] = kTimeMin;
+  for (const Fold& fold : group.folds) {
+    Word partial[kMaxFoldWords];
+    fold_identity(fold, partial);
+    for (uint32_t w = 0; w < fold.words(); ++w) words_[fold.offset + w][i] = partial[w];
+  }
+  fold_more(group, events, values, i, begin_[i], to);
+  count_tile(group, events, values, number_[i], begin_[i], to);
+}
+
+// Folds the events [from, to) into a tile behind those that it holds.
+void TileSet::fold_more(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t i,
+                        size_t from, size_t to) {
+  int64_t settled = settled_[i];
   for (size_t e = from; e < to; ++e) {
     if (events.superseded != nullptr && events.superseded[e] != kTimeMax) {
       settled = std::max(settled, events.superseded[e]);
@@ -126,11 +138,10 @@ void TileSet::fold_tile(const TileGroup& group, const EventSlice& events, const 
   settled_[i] = settled;
   for (const Fold& fold : group.folds) {
     Word partial[kMaxFoldWords];
-    fold_identity(fold, partial);
+    for (uint32_t w = 0; w < fold.words(); ++w) partial[w] = words_[fold.offset + w][i];
     fold_events(fold, events, value_slice(values, fold.value), from, to, uncut(events), partial);
     for (uint32_t w = 0; w < fold.words(); ++w) words_[fold.offset + w][i] = partial[w];
   }
-  count_tile(group, events, values, number_[i], from, to);
 }
 
 void TileSet::count_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values,
@@ -175,6 +186,35 @@ void TileSet::update(const TileGroup& group, const EventSlice& events, const Val
     if (number_[k] > number) {
       begin_[k] = lower(events, k > 0 ? begin_[k - 1] : 0, tile_start(number_[k], group.tile));
     }
+  }
+  for (ValueTree& tree : trees_) tree.settle();
+  set_heads();
+}
+
+void TileSet::extend(const TileGroup& group, const EventSlice& events, const ValueSlice* values,
+                     size_t from) {
+  while (from < events.n) {
+    const int64_t number = floor_div(events.time[from], group.tile);
+    const size_t to = reach(events, from, events.n, tile_end(number, group.tile));
+    if (number_.empty() || number_.back() != number) {
+      number_.push_back(number);
+      begin_.push_back(from);
+      settled_.push_back(kTimeMin);
+      for (std::vector<Word>& column : words_) column.push_back(Word{});
+      fold_tile(group, events, values, size() - 1, to);
+    } else {
+      fold_more(group, events, values, size() - 1, from, to);
+      for (size_t s = 0; s < group.sets.size(); ++s) {
+        const auto column = static_cast<size_t>(group.sets[s]);
+        const ValueSlice& slice = values[column];
+        for (size_t i = from; i < to; ++i) {
+          if ((slice.valid == nullptr || slice.valid[i] != 0) && events.counts(i, uncut(events))) {
+            trees_[s].add(number, (*group.domains)[column].canonical(slice.data[i]));
+          }
+        }
+      }
+    }
+    from = to;
   }
   for (ValueTree& tree : trees_) tree.settle();
   set_heads();

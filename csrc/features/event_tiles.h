@@ -47,6 +47,8 @@ class TileSet {
 
   // Recomputes the tile of time t, whose events have changed; positions behind it have moved.
   void update(const TileGroup& group, const EventSlice& events, const ValueSlice* values, int64_t t);
+  // The same where the only change is that the events from `from` on have come behind all others.
+  void extend(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t from);
 
   size_t size() const { return number_.size(); }
   size_t begin(size_t i) const { return begin_[i]; }
@@ -59,6 +61,8 @@ class TileSet {
  private:
   void fold_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t i,
                  size_t to);
+  void fold_more(const TileGroup& group, const EventSlice& events, const ValueSlice* values, size_t i,
+                 size_t from, size_t to);
   void count_tile(const TileGroup& group, const EventSlice& events, const ValueSlice* values, int64_t number,
                   size_t from, size_t to);
   void set_heads();

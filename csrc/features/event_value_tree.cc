@@ -25,6 +25,34 @@ void ValueTree::set(int64_t tile, const std::vector<ValueCount>& counts) {
   for (const ValueCount& count : counts) hll_add(node.registers.data(), domain_->hash(count.value));
 }
 
+bool ValueTree::add_to(Node* node, int64_t value) const {
+  if (!node->listed) {
+    hll_add(node->registers.data(), domain_->hash(value));
+    return true;
+  }
+  const auto at = std::lower_bound(node->counts.begin(), node->counts.end(), value,
+                                   [](const ValueCount& count, int64_t v) { return count.value < v; });
+  if (at != node->counts.end() && at->value == value) {
+    ++at->times;
+    return true;
+  }
+  node->counts.insert(at, {value, 1});
+  if (node->counts.size() <= kMostValues) return true;
+  node->registers.resize(kRegisters);
+  for (const ValueCount& count : node->counts) hll_add(node->registers.data(), domain_->hash(count.value));
+  node->counts = {};
+  node->listed = false;
+  return false;
+}
+
+void ValueTree::add(int64_t tile, int64_t value) {
+  for (int level = 0; level < kLevels; ++level) {
+    const auto [at, made] = levels_[level].try_emplace(tile >> level);
+    if (made) at->second.listed = true;
+    if (!add_to(&at->second, value) && level == 0) ++n_unlisted_;
+  }
+}
+
 void ValueTree::settle() {
   std::sort(changed_.begin(), changed_.end());
   for (int level = 1; level < kLevels; ++level) {

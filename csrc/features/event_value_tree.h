@@ -27,6 +27,8 @@ class ValueTree {
   // above right.
   void set(int64_t tile, const std::vector<ValueCount>& counts);
   void settle();
+  // Counts one more value in a tile, and in the nodes above; settle() must have run.
+  void add(int64_t tile, int64_t value);
 
   // Adds the values of the tiles [from, to) to `counts`. With `registers`, those of nodes without a list are
   // merged into them instead, and `hashed` is set; without, all tiles must have lists: see listed().
@@ -43,6 +45,7 @@ class ValueTree {
   using Level = std::unordered_map<int64_t, Node>;
 
   void merge(int level, int64_t k);
+  bool add_to(Node* node, int64_t value) const;  // false if it had a list and has none now
   void read_node(int level, int64_t k, ValueCounter* counts, uint8_t* registers, bool* hashed) const;
 
   const ValueDomain* domain_;

@@ -379,6 +379,8 @@ class FeatureStore:
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
+        if not features:
+            raise InvalidArgumentError("features is empty; expected a service or a list of 'view:feature'")
         plan = self.service_plan(features, full_feature_names=full_feature_names)
         computers = {view.name: self.computer(view.name) for view in plan.views}
         if entity_df is None:

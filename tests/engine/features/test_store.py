@@ -392,3 +392,33 @@ def test_a_historical_job_runs_once_and_late(small: FeatureStore, monkeypatch: p
     assert job.to_df()["users__n"].tolist() == [1, pd.NA]
     assert job.to_arrow() is job.to_arrow()
     assert computed == [2]
+
+
+def test_a_snapshot_has_every_key_at_the_end_date(tmp_path: Path) -> None:
+    end = datetime(1970, 1, 1, 5, tzinfo=UTC)
+    clock = ManualClock(us=5 * HOUR)
+    with FeatureStore(make_repo(tmp_path / "r", some_rows()), clock=clock) as store:
+        refs = ["users:" + next(iter(store.views["users"].features))]
+        calls: list[Any] = []
+        job = store.get_historical_features(
+            features=refs, end_date=end, with_age=True, progress=lambda *call: calls.append(call)
+        )
+        table = job.to_arrow()
+        assert table.num_rows == len(set(table["user_id"].to_pylist())) > 10
+        assert set(table["event_timestamp"].to_pylist()) == {end} and table.column_names[-1].endswith("__age")
+        assert calls == [("users", table.num_rows, table.num_rows)]
+        entities = table.select(["user_id", "event_timestamp"])
+        assert store.get_historical_features(entities, refs, with_age=True).to_arrow().equals(table)
+        assert store.get_historical_features(features=refs, with_age=True).to_arrow().equals(table)
+        frame = job.to_polars()
+        assert frame["user_id"].to_list() == table["user_id"].to_pylist()
+        late = store.get_historical_features(
+            features=refs, start_date=end - timedelta(minutes=9), end_date=end
+        )
+        assert 0 < late.to_arrow().num_rows < table.num_rows
+        with pytest.raises(InvalidArgumentError, match="start_date and end_date are of a snapshot"):
+            store.get_historical_features(entities, refs, end_date=end)
+        with pytest.raises(InvalidArgumentError, match="after end_date"):
+            store.get_historical_features(features=refs, start_date=5 * HOUR + 1, end_date=end)
+        with pytest.raises(InvalidArgumentError, match="features is empty"):
+            store.get_historical_features(entities)

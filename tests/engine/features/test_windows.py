@@ -321,6 +321,8 @@ def run_tiles(seed_range: range) -> None:
     for seed in seed_range:
         case = draw(seed)
         case.events += [case.event() for _ in range(150)]
+        if seed % 2:  # appends that lie behind all that is there
+            case.events.sort(key=lambda e: (e["t"], UNKNOWN if e["k"] is None else e["k"]))
         question = asked(case, 12)
         bulk = ask(case.computer(), *question)
         assert same(bulk, ask(case.computer(store_tiles=False), *question)), seed
@@ -636,3 +638,47 @@ def test_sets_of_many_values_are_the_same_with_tiles_and_appends(width: int) -> 
     few, some, exact = (int(end.columns[at][0][0]) for at in range(3))
     assert exact == len(np.unique(values)) and few == some
     assert few == oracle.hll({oracle.hash_of(int(v)) for v in np.unique(values)})
+
+
+@pytest.mark.parametrize("kind", ["narrow", "wide", "text"])
+def test_large_sources_and_batches_are_shared_out_without_a_trace(kind: str) -> None:
+    n, m = 150_000, 30_000
+    rng = np.random.default_rng(5)
+    numbers = rng.integers(0, 3000, n)
+    t, known = rng.integers(0, 2000, n) * SECOND, rng.integers(0, 9, n)
+    texts = [f"key {i}" for i in range(3000)]
+    if kind == "text":
+        user = SourceColumn("string", numbers, None, texts)
+    else:
+        user = SourceColumn("int64", numbers if kind == "narrow" else numbers * 2**40 - 2**50, None)
+    x = rng.random(n).astype(np.float32)
+    columns = {
+        "user": user,
+        "x": SourceColumn("float32", x, None),
+        "i": SourceColumn("int64", np.arange(n), None),
+    }
+    features = {
+        "i": col("i"),
+        "x": col("x"),
+        "n": d.count(window="100s"),
+        "s": d.sum(col("x"), window="300s"),
+    }
+    made = ViewComputer(
+        d.FeatureView("v", [USER], SOURCE, features), SourceTable(columns, n, t, t + known), SEED
+    )
+    asked_for, now = rng.integers(0, 3100, m), rng.integers(-5, 2100, m) * SECOND
+    values = asked_for * (2**40 if kind == "wide" else 1) - (2**50 if kind == "wide" else 0)
+    given: list[Any] = [f"key {i}" for i in asked_for] if kind == "text" else values.tolist()
+    keys, _ = _core.keys128([given], SEED)
+    rows = made.rows_at(keys, now)
+    order = np.lexsort((known, t, numbers))
+    at = np.searchsorted(numbers[order] * 10**10 + t[order], asked_for * 10**10 + now, "right") - 1
+    newest = np.where(at < 0, 0, order[at])
+    there = (at >= 0) & (numbers[newest] == asked_for)
+    assert (rows.columns[0][1] == there).all() and (rows.columns[0][0][there] == newest[there]).all()
+    assert (rows.columns[1][0][there] == x[newest[there]].astype(np.float64)).all()
+    for n_at in range(0, m, 5000):  # a few rows, each by itself
+        one = made.rows_at(keys[n_at : n_at + 1], now[n_at : n_at + 1])
+        assert (one.meta[0] == rows.meta[n_at]).all() and one.status[0] == rows.status[n_at]
+        for (a, valid), (b, others) in zip(one.columns, rows.columns):
+            assert a[0].tobytes() == b[n_at].tobytes() and valid[0] == others[n_at]
