@@ -3,9 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 
 #include "base/status.h"
+
+namespace penstock {
+class ServicePlan;
+}
 
 namespace penstock::bind {
 
@@ -17,10 +22,15 @@ void bind_model(py::module_& m);
 void bind_cache(py::module_& m);
 void bind_drift(py::module_& m);
 void bind_features(py::module_& m);
+void bind_events(py::module_& m);
 void bind_backends(py::module_& m);
 void bind_connection(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_load(py::module_& m);
+void bind_reader(py::module_& m);
+
+// The native form of a feature service, from the mapping that ServingCore.load takes; ValueError.
+std::shared_ptr<const ServicePlan> service_plan_of(const py::dict& given);
 
 // The canonical code of that name; ValueError.
 Code code_of(const std::string& name);

@@ -8,7 +8,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   penstock::bind::bind_cache(m);
   penstock::bind::bind_drift(m);
   penstock::bind::bind_features(m);
+  penstock::bind::bind_events(m);
   penstock::bind::bind_backends(m);
   penstock::bind::bind_engine(m);
   penstock::bind::bind_load(m);
+  penstock::bind::bind_reader(m);
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -50,6 +51,7 @@ std::shared_ptr<const ServicePlan> make_plan(const py::dict& given) {
     PlanView view;
     view.name = py::cast<std::string>(given_view["name"]);
     view.cache = py::cast<std::shared_ptr<FeatureCache>>(given_view["cache"]);
+    if (given_view.contains("rows_of")) view.rows_of = py::cast<std::string>(given_view["rows_of"]);
     for (PlanColumn& column : plan_columns(given_view["fields"]))
       view.fields.push_back({std::move(column.name), column.dtype});
     view.key_columns = py::cast<std::vector<uint32_t>>(given_view["key_columns"]);
@@ -81,8 +83,8 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
                                   uint32_t max_rows_per_request, uint32_t max_requests,
                                   uint32_t max_queued_rows, bool allow_replay, size_t served_capacity,
                                   double low_share, std::optional<double> breaker_timeout_ms,
-                                  double breaker_probe_ms, uint32_t breaker_failures,
-                                  const py::object& edge) {
+                                  double breaker_probe_ms, uint32_t breaker_failures, const py::object& edge,
+                                  double sample_share, size_t sample_bytes) {
   const auto within = [](const char* setting, double value, double least, double most) {
     if (value >= least && value <= most) return;
     throw py::value_error(std::string(setting) + " is " + py::cast<std::string>(py::str(py::float_(value))) +
@@ -100,6 +102,8 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   within("breaker_timeout_ms", timeout_ms, 1e-3, 2e9);
   within("breaker_probe_ms", breaker_probe_ms, 1e-3, 1e9);
   within("breaker_failures", breaker_failures, 1, 1e9);
+  within("sample_share", sample_share, 0, 1);
+  within("sample_bytes", static_cast<double>(sample_bytes), 0, 1 << 30);
   ServedModelConfig config;
   config.name = name;
   config.version = version;
@@ -113,6 +117,8 @@ std::shared_ptr<ServedModel> load(ServingCore& core, const std::string& name, co
   config.inline_limit_ns = inline_limit_us * 1000;
   config.allow_replay = allow_replay;
   config.served_capacity = served_capacity;
+  config.sample_share = sample_share;
+  config.sample_bytes = sample_bytes;
   if (!edge.is_none()) config.edge = edge_config(py::cast<py::dict>(edge));
   config.lane.policy.low_every = static_cast<uint32_t>(1 / low_share);
   config.breaker.timeout_ns = static_cast<int64_t>(timeout_ms * 1e6);
@@ -227,6 +233,7 @@ py::dict stats(ServedModel& self) {
                         "encode"_a = latency(h.encode), "total"_a = latency(h.total),
                         "refuse"_a = latency(h.refuse));
   const double limit_ns = static_cast<double>(self.config().max_latency_ns);
+  const VectorSamples::Counts samples = self.samples().counts();
   return py::dict("requests"_a = counters(s->requests), "rows"_a = counters(s->rows), "batches"_a = batches,
                   "latency"_a = stages["total"], "stages"_a = stages, "run"_a = latency(s->run),
                   "slo"_a = objectives(s->meter), "goodput"_a = goodput(s->meter),
@@ -235,6 +242,7 @@ py::dict stats(ServedModel& self) {
                   "inline_runs"_a = s->inline_runs, "executor_runs"_a = s->executor_runs,
                   "parked"_a = s->parked, "missed_rows"_a = s->missed_rows, "queued_rows"_a = s->queued_rows,
                   "served_dropped"_a = s->served_dropped, "traces_dropped"_a = s->traces_dropped,
+                  "samples"_a = samples.added, "samples_dropped"_a = samples.dropped,
                   "classes"_a = py::dict("high"_a = class_stats(s->high), "low"_a = class_stats(s->low)),
                   "breaker"_a = breaker_stats(s->breaker), "edge"_a = edge_stats(s->edge));
 }
@@ -259,7 +267,7 @@ py::list hot_misses(const ServedModel& self, const PyHotInputs& hot, int64_t now
     if (keys.empty()) continue;
     const py::array_t<uint64_t> array({static_cast<py::ssize_t>(keys.size()), py::ssize_t{2}},
                                       reinterpret_cast<const uint64_t*>(keys.data()));
-    views.append(py::make_tuple(self.plan()->view(v).name, array));
+    views.append(py::make_tuple(self.plan()->view(v).loaded_as(), array));
   }
   return views;
 }
@@ -272,6 +280,27 @@ py::list drain_traces(ServedModel& self) {
     found.append(py::make_tuple(r.parent.trace_high, r.parent.trace_low, r.parent.span, r.received_ns,
                                 r.times.receive_ns, r.times.gather_ns, r.times.queue_ns, r.times.run_ns,
                                 r.times.encode_ns, r.times.total_ns, r.rows, code_name(r.code)));
+  }
+  return found;
+}
+
+py::list drain_samples(ServedModel& self) {
+  const std::vector<uint8_t>& bytes = self.samples().take();
+  const auto features = static_cast<py::ssize_t>(self.n_features());
+  py::list found;
+  for (size_t at = 0; at < bytes.size();) {
+    int64_t times[2];
+    uint32_t sizes[2];  // rows, bytes of params
+    std::memcpy(times, &bytes[at], sizeof times);
+    std::memcpy(sizes, &bytes[at + sizeof times], sizeof sizes);
+    at += sizeof times + sizeof sizes;
+    const py::bytes params(reinterpret_cast<const char*>(&bytes[at]), sizes[1]);
+    at += sizes[1];
+    py::array_t<float> rows({static_cast<py::ssize_t>(sizes[0]), features});
+    const auto size = static_cast<size_t>(rows.nbytes());
+    std::memcpy(rows.mutable_data(), bytes.data() + at, size);
+    at += size;
+    found.append(py::make_tuple(times[0], times[1], params, rows));
   }
   return found;
 }
@@ -389,6 +418,10 @@ void finish_misses(ServingCore& core, const PyMisses& misses, const py::list& lo
 
 }  // namespace
 
+std::shared_ptr<const ServicePlan> service_plan_of(const py::dict& given) {
+  return make_plan(given);
+}
+
 void bind_engine(py::module_& m) {
   py::class_<PyHotInputs>(m, "HotInputs", "Requests, encoded, most frequent first.")
       .def("__len__", [](const PyHotInputs& self) { return self.inputs.size(); });
@@ -403,6 +436,9 @@ void bind_engine(py::module_& m) {
            "Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],\n"
            "features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).\n"
            "One thread at a time. Drift has counted them.")
+      .def("drain_samples", &drain_samples,
+           "The sampled vectors since the last call: [(now_us, wall clock us when they were made, params of\n"
+           "the predict call, float32 [n, F])]. One thread at a time.")
       .def(
           "count_drift",
           [](ServedModel& self, std::shared_ptr<DriftPanes> panes) {
@@ -464,14 +500,17 @@ void bind_engine(py::module_& m) {
            py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
            py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
            py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
-           py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::keep_alive<0, 1>(),
+           py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::arg("sample_share") = 0.0,
+           py::arg("sample_bytes") = size_t{1} << 20, py::keep_alive<0, 1>(),
            "Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start "
            "it; it\n"
            "is not live yet.\n"
            "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
            "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
            "auto\n"
-           "or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.")
+           "or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are "
+           "kept for\n"
+           "drain_samples(), in sample_bytes at most. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None. Ends a "
            "trial.")

@@ -23,15 +23,20 @@ void require(const Status& status) {
   if (!status.is_ok()) throw py::value_error(status.message);
 }
 
-// One column given from Python: float64 or int64 values [n], bool validity [n] or None.
+// One column given from Python: float64, float32 or int64 values [n], bool validity [n] or None.
 struct Column {
   py::array values;
   py::object valid;
   const void* data = nullptr;
   const bool* mask = nullptr;
+  bool narrow = false;
 
   void read(size_t from, size_t n, Block* out) const {
-    std::copy_n(static_cast<const int64_t*>(data) + from, n, out->i64);  // bits, of either type
+    if (narrow) {
+      std::copy_n(static_cast<const float*>(data) + from, n, out->f64);
+    } else {
+      std::copy_n(static_cast<const int64_t*>(data) + from, n, out->i64);  // bits, of either type
+    }
     out->valid = 0;
     for (size_t r = 0; r < n; ++r) out->valid |= uint64_t{mask == nullptr || mask[from + r]} << r;
   }
@@ -50,10 +55,13 @@ std::vector<Column> columns_of(const py::list& given, const std::vector<Field>& 
     using I = py::array_t<int64_t, py::array::c_style>;
     using B = py::array_t<bool, py::array::c_style>;
     const std::string where = "column '" + fields[i].name + "'";
-    if (!(real ? F::check_(pair.first) : I::check_(pair.first))) {
+    const bool narrow =
+        fields[i].dtype == FeatureDtype::kF32 && py::array_t<float, py::array::c_style>::check_(pair.first);
+    if (!(narrow || (real ? F::check_(pair.first) : I::check_(pair.first)))) {
       throw py::value_error(where + " is not a contiguous " + (real ? "float64" : "int64") + " array");
     }
     Column column{py::reinterpret_borrow<py::array>(pair.first), pair.second};
+    column.narrow = narrow;
     if (column.values.ndim() != 1) throw py::value_error(where + " is not one-dimensional");
     const auto size = static_cast<size_t>(column.values.shape(0));
     if (i == 0) *n = size;
@@ -105,9 +113,97 @@ class Output {
   std::vector<py::array_t<bool>> valid_;
 };
 
+// What a call needs besides the program, made once.
+struct Buffers {
+  explicit Buffers(const FeatureProgram& program)
+      : in(program.inputs().size()), out(program.outputs().size()), scratch(program.make_scratch()) {}
+  std::vector<Block> in, out;
+  FeatureProgram::Scratch scratch;
+};
+
 struct Program {
   std::shared_ptr<const FeatureProgram> program;
+  std::vector<py::str> names;  // of the inputs
+  // For run_row, under the GIL. A value's __float__ or __index__ may run Python, and so let in another call,
+  // which finds them taken and makes its own.
+  std::unique_ptr<Buffers> buffers;
 };
+
+[[noreturn]] void refuse_value(const Field& field, py::handle value, const char* expected) {
+  PyErr_Clear();
+  throw py::value_error("column '" + field.name + "' is " + py::repr(value).cast<std::string>() +
+                        "; expected " + expected);
+}
+
+// One Python value into row 0; None is null.
+void read_value(const Field& field, py::handle value, Block* to) {
+  to->valid = value.is_none() ? 0 : 1;
+  PyObject* object = value.ptr();
+  if (value.is_none()) {
+    to->i64[0] = 0;
+  } else if (is_float(field.dtype)) {
+    const double number = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : PyFloat_AsDouble(object);
+    if (number == -1 && PyErr_Occurred() != nullptr) refuse_value(field, value, "a number or None");
+    to->f64[0] = field.dtype == FeatureDtype::kF32 ? static_cast<double>(static_cast<float>(number)) : number;
+  } else {
+    long long number = 0;
+    if (PyLong_Check(object)) {
+      number = PyLong_AsLongLong(object);
+    } else {
+      const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+      number = index ? PyLong_AsLongLong(index.ptr()) : -1;
+    }
+    if (number == -1 && PyErr_Occurred() != nullptr) refuse_value(field, value, "an int64 or None");
+    to->i64[0] = number;
+  }
+}
+
+PyObject* value_of(const Field& field, const Block& from) {
+  if ((from.valid & 1) == 0) return Py_NewRef(Py_None);
+  if (is_float(field.dtype)) return PyFloat_FromDouble(from.f64[0]);
+  if (field.dtype == FeatureDtype::kBool) return PyBool_FromLong(from.i64[0] != 0);
+  return PyLong_FromLongLong(from.i64[0]);
+}
+
+py::tuple run_row(Program& self, const py::object& row) {
+  const FeatureProgram& program = *self.program;
+  auto buffers = std::move(self.buffers);  // ours until the end
+  if (!buffers) buffers = std::make_unique<Buffers>(program);
+  const std::vector<Field>& inputs = program.inputs();
+  if (PyDict_Check(row.ptr())) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const auto value =
+          py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(row.ptr(), self.names[i].ptr()));
+      if (!value && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (!value) throw py::value_error("column '" + inputs[i].name + "' is not in the row");
+      read_value(inputs[i], value, &buffers->in[i]);
+    }
+  } else {
+    const auto values = py::reinterpret_steal<py::object>(
+        PySequence_Fast(row.ptr(), "row is not a list, tuple or dict of the inputs' values"));
+    if (!values) throw py::error_already_set();
+    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(values.ptr())) != inputs.size()) {
+      throw py::value_error("row has " + std::to_string(PySequence_Fast_GET_SIZE(values.ptr())) +
+                            " values; expected " + std::to_string(inputs.size()));
+    }
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      // A list may shrink while a value's method runs.
+      if (static_cast<size_t>(PySequence_Fast_GET_SIZE(values.ptr())) <= i) {
+        throw py::value_error("row changed while it was read");
+      }
+      const auto value = py::reinterpret_borrow<py::object>(
+          PySequence_Fast_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i)));
+      read_value(inputs[i], value, &buffers->in[i]);
+    }
+  }
+  program.run(buffers->in.data(), 1, buffers->out.data(), buffers->scratch);
+  py::tuple out(program.outputs().size());
+  for (size_t i = 0; i < program.outputs().size(); ++i) {
+    PyTuple_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), value_of(program.outputs()[i], buffers->out[i]));
+  }
+  self.buffers = std::move(buffers);
+  return out;
+}
 
 py::list run(const Program& self, const py::list& inputs, size_t rows) {
   const FeatureProgram& program = *self.program;
@@ -171,9 +267,10 @@ void bind_features(py::module_& m) {
   py::class_<Program>(m, "FeatureProgram", "A compiled feature program; immutable.")
       .def(py::init([](const py::bytes& data) {
              const std::string_view view = data;
-             Program out;
+             auto out = std::make_unique<Program>();
              require(FeatureProgram::parse(reinterpret_cast<const uint8_t*>(view.data()), view.size(),
-                                           &out.program));
+                                           &out->program));
+             for (const Field& field : out->program->inputs()) out->names.emplace_back(field.name);
              return out;
            }),
            py::arg("data"), "Load the bytes of compile_program; ValueError if any part of them is corrupt.")
@@ -188,7 +285,13 @@ void bind_features(py::module_& m) {
            "`inputs`.\n"
            "rows: the row count of a program without inputs. Returns a like list of outputs; the value of a "
            "null\n"
-           "is 0. ValueError names the column that has a wrong dtype or length.");
+           "is 0. ValueError names the column that has a wrong dtype or length.")
+      .def("run_row", &run_row, py::arg("row"),
+           "One row, quickly: a list or tuple of the inputs' values in order, or a dict by input name. A "
+           "value is\n"
+           "a float, an int (times in microseconds, strings as codes), a bool, or None for null; so are the "
+           "outputs,\n"
+           "a tuple. ValueError names the column that has no such value.");
   py::class_<RowSchema>(m, "RowSchema", "Layout of a stored feature row.")
       .def(py::init([](const Names& names) {
              std::vector<Field> fields;

@@ -125,8 +125,8 @@ class Parser {
       if (!parse_key(&key)) return false;
       if (out->fields.size() == kMaxKeys) return fail("a mapping has too many keys");
       if (out->field(key) != nullptr) return fail("key " + key + " is there twice");
-      YamlNode& value = out->fields.emplace_back(std::move(key), YamlNode{}).second;
-      const std::string& name = out->fields.back().first;
+      out->fields.push_back({std::move(key), {}});
+      auto& [name, value] = out->fields.back();
       if (depth == 0 && std::find(passed_over_.begin(), passed_over_.end(), name) != passed_over_.end()) {
         pass_over();
       } else if (!parse_value(indent, depth, &value)) {
@@ -316,6 +316,13 @@ class Parser {
 };
 
 }  // namespace
+
+const YamlNode* YamlNode::field(std::string_view key) const {
+  for (const auto& [name, value] : fields) {
+    if (name == key) return &value;
+  }
+  return nullptr;
+}
 
 Status parse_block_yaml(std::string_view text, const std::vector<std::string_view>& passed_over,
                         YamlNode* out) {

@@ -5,12 +5,13 @@
 
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "base/status.h"
 
 namespace penstock {
+
+struct YamlField;
 
 struct YamlNode {
   enum class Kind : uint8_t { kScalar, kList, kMap };
@@ -18,14 +19,15 @@ struct YamlNode {
   bool quoted = false;  // a scalar's; a plain one may stand for null, a bool or a number
   std::string text;     // a scalar's
   std::vector<YamlNode> items;
-  std::vector<std::pair<std::string, YamlNode>> fields;  // in order; no key twice
+  std::vector<YamlField> fields;  // in order; no key twice
 
-  const YamlNode* field(std::string_view key) const {
-    for (const auto& [name, value] : fields) {
-      if (name == key) return &value;
-    }
-    return nullptr;
-  }
+  // Null if there is none.
+  const YamlNode* field(std::string_view key) const;
+};
+
+struct YamlField {
+  std::string name;
+  YamlNode value;
 };
 
 // Parses the mapping `text`, UTF-8. The values of the top-level keys in `passed_over` are not read: they

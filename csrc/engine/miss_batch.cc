@@ -23,7 +23,7 @@ struct Wanted {
 MissBatch::View& MissBatch::view_of(const PlanView& view, uint32_t row_words, uint32_t* index) {
   uint32_t v = 0;
   while (v < views.size() && views[v].cache != view.cache) ++v;
-  if (v == views.size()) views.push_back({view.name, view.cache, row_words, {}, {}, {}, {}, {}});
+  if (v == views.size()) views.push_back({view.loaded_as(), view.cache, row_words, {}, {}, {}, {}, {}});
   *index = v;
   return views[v];
 }

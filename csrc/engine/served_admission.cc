@@ -136,6 +136,9 @@ Status ServedModel::predict(const wire::PredictCall& call, std::string_view para
   if (!status.is_ok()) return refuse(std::move(status), call.rows, admission.low, received_ns);
   if (!scratch.misses.empty())
     return park(admission, params, use_cache, scratch.misses, retry_after_ms, tag, first_id);
+  if (samples_.chooses(call)) {
+    samples_.add(params, admission.now_us, wall_us, call.rows, scratch.gathered.rows.data(), n_features_);
+  }
   read_request_ids(call.options, call.rows, first_id, scratch);
   return admit(admission, scratch.gathered.rows.data(), scratch.gathered.status.data(),
                scratch.gathered.event_time.data(), scratch, retry_after_ms, tag);

@@ -46,6 +46,12 @@ LaneConfig lane_config(const ServedModelConfig& config) {
 
 }  // namespace
 
+int64_t wall_clock_us() {
+  return std::chrono::duration_cast<std::chrono::microseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+
 int64_t mono_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -88,7 +94,8 @@ ServedModel::ServedModel(const ServedModelConfig& config, std::unique_ptr<Model>
       batch_rows_(kMaxBatchRows * n_features_),
       batch_scores_(kMaxBatchRows * n_outputs_),
       meter_(mono_ns()),
-      served_(config.served_capacity, n_features_, n_outputs_, n_views_) {
+      served_(config.served_capacity, n_features_, n_outputs_, n_views_),
+      samples_(plan_ == nullptr ? 0 : config.sample_share, config.sample_bytes) {
   free_requests_.reserve(requests_.size());
   for (uint32_t i = static_cast<uint32_t>(requests_.size()); i-- > 0;) free_requests_.push_back(i);
   for (uint32_t i = 0; i < config.max_resident_rows; ++i)

@@ -40,11 +40,13 @@
 #include "engine/service_plan.h"
 #include "engine/serving_meter.h"
 #include "engine/trace_queue.h"
+#include "engine/vector_samples.h"
 #include "wire/reply.h"
 
 namespace penstock {
 
-int64_t mono_ns();  // CLOCK_MONOTONIC
+int64_t mono_ns();        // CLOCK_MONOTONIC
+int64_t wall_clock_us();  // UTC since 1970
 
 struct ServedModelConfig {
   std::string name;
@@ -57,6 +59,8 @@ struct ServedModelConfig {
   int64_t inline_limit_ns = 200'000;
   bool allow_replay = false;
   size_t served_capacity = 65536;
+  double sample_share = 0;  // of the keys, for samples()
+  size_t sample_bytes = size_t{1} << 20;
   EdgeConfig edge;
 };
 
@@ -229,6 +233,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   const ServedModelConfig& config() const { return config_; }
   const ServicePlan* plan() const { return plan_.get(); }
   ServedRing& served() { return served_; }
+  VectorSamples& samples() { return samples_; }
   size_t n_features() const { return n_features_; }
   size_t n_outputs() const { return n_outputs_; }
   size_t n_views() const { return n_views_; }
@@ -422,6 +427,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   std::shared_ptr<ServedModel> keep_alive_;  // held for a detached executor, which takes it with it
   std::thread thread_;
   ServedRing served_;
+  VectorSamples samples_;
 };
 
 }  // namespace penstock

@@ -93,6 +93,9 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     status = plan_->gather(scratch.resumed, now_us, mono_ns(), parked->use_cache, &parked->overlay,
                            scratch.plan, &scratch.gathered, &scratch.misses);
   }
+  if (status.is_ok() && scratch.misses.empty() && samples_.chooses(scratch.resumed)) {
+    samples_.add(parked->params, now_us, wall_clock_us(), rows, scratch.gathered.rows.data(), n_features_);
+  }
   if (status.is_ok()) read_request_ids(scratch.resumed.options, rows, parked->first_id, scratch);
 
   const std::lock_guard lock(mutex_);

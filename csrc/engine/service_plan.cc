@@ -60,7 +60,6 @@ Status ServicePlan::resolve() {
       return bad("view '" + view.name + "': its cache does not hold rows of " +
                  std::to_string(schema.row_words()) + " words");
     }
-    if (view.key_columns.empty()) return bad("view '" + view.name + "' has no key column");
     for (const uint32_t column : view.key_columns) {
       if (column >= spec_.entities.size()) return bad("view '" + view.name + "' reads an unknown key column");
     }
@@ -204,7 +203,9 @@ void ServicePlan::read_view(size_t view, uint32_t from, size_t n, uint32_t total
       plan.key_columns.size() == 1 && spec_.entities[plan.key_columns[0]].dtype == FeatureDtype::kI64;
   for (size_t r = 0; r < n; ++r) {
     if (null_keys >> r & 1) continue;
-    if (lone_int) {
+    if (plan.key_columns.empty()) {
+      keys[n_keys] = Key128{};
+    } else if (lone_int) {
       keys[n_keys] = key_of_int(scratch.ints[plan.key_columns[0] * kBlockRows + r]);
     } else {
       hasher.reset();

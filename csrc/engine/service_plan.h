@@ -27,10 +27,13 @@ struct PlanColumn {
 };
 
 struct PlanView {
-  std::string name;
+  std::string name;  // owner of the program's inputs "name:column"
   std::shared_ptr<FeatureCache> cache;
   std::vector<Field> fields;
-  std::vector<uint32_t> key_columns;  // indexes into ServicePlanSpec::entities, in key order
+  std::vector<uint32_t> key_columns;  // indexes into ServicePlanSpec::entities, in key order; none: one row
+  std::string rows_of;                // the view whose rows the cache holds; "" stands for `name`
+
+  const std::string& loaded_as() const { return rows_of.empty() ? name : rows_of; }
 };
 
 struct ServicePlanSpec {

@@ -1,6 +1,6 @@
 // A compiled feature expression program: a register machine over blocks of 64 rows.
 //
-// The bytes come from penstock.features.program.compile_program, whose Python oracle is the meaning of each
+// The bytes come from penstock.features.program; penstock.features.oracle is the meaning of each
 // operation. parse() checks every index, kind and length, so run() trusts them: corrupt bytes are an error.
 // A program is immutable; any number of threads may run it, each with its own Scratch. run() never allocates.
 #pragma once
@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "features/row.h"
+#include "features/program_code.h"
 
 namespace penstock {
 
@@ -40,24 +40,20 @@ class FeatureProgram {
   void run(const Block* inputs, size_t n, Block* outputs, Scratch& scratch) const;
 
  private:
-  struct Instruction {
-    uint16_t op;
-    uint32_t a, b, c;
-  };
-  struct Table {
+  struct TableData {
     uint8_t kind;
     std::vector<double> f64;
     std::vector<int64_t> i64;
   };
   void find_now_uses();
-  void step(const Instruction& code, size_t n, const std::vector<const Block*>& refs, Block* out) const;
 
   std::vector<Field> inputs_;
   std::vector<Field> outputs_;
   std::vector<uint32_t> output_registers_;
   std::vector<Block> constants_;
-  std::vector<Table> tables_;
-  std::vector<Instruction> code_;
+  std::vector<TableData> table_data_;
+  std::vector<ProgramTable> tables_;
+  std::vector<ProgramInstruction> code_;
   bool now_bucketed_ = true;
   uint32_t now_input_ = 0;
   std::vector<uint32_t> now_steps_;    // of code_: those of `now` and constants alone

@@ -9,17 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.features.aggregates import count, max, mean, min, sum
+    from penstock.features.aggregates import (
+        count,
+        distinct,
+        ewma,
+        first,
+        last,
+        max,
+        mean,
+        min,
+        std,
+        sum,
+        top_k,
+        var,
+    )
     from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-    from penstock.features.expressions import col, lit, maximum, minimum, now, percentile_rank, where
+    from penstock.features.expressions import (
+        coalesce,
+        col,
+        lit,
+        maximum,
+        minimum,
+        now,
+        percentile_rank,
+        udf,
+        where,
+    )
     from penstock.features.source_definitions import (
         ArrowSource,
         CSVSource,
         DuckDBSource,
         ParquetSource,
+        PushSource,
         TableSource,
     )
     from penstock.features.store import FeatureStore
+    from penstock.features.vectors import vector
     from penstock.serving.async_client import AsyncClient
     from penstock.serving.client import Client
     from penstock.serving.engine import Engine
@@ -38,10 +63,16 @@ __all__ = [
     "FeatureStore",
     "FeatureView",
     "ParquetSource",
+    "PushSource",
     "RequestSource",
     "TableSource",
+    "coalesce",
     "col",
     "count",
+    "distinct",
+    "ewma",
+    "first",
+    "last",
     "lit",
     "max",
     "maximum",
@@ -50,20 +81,28 @@ __all__ = [
     "minimum",
     "now",
     "percentile_rank",
+    "std",
     "sum",
+    "top_k",
+    "udf",
+    "var",
+    "vector",
     "where",
 ]
 
 _HOMES = {
-    "penstock.features.aggregates": ("count", "max", "mean", "min", "sum"),
+    "penstock.features.aggregates": (
+        "count", "distinct", "ewma", "first", "last", "max", "mean", "min", "std", "sum", "top_k", "var",
+    ),
     "penstock.features.definitions": ("Entity", "FeatureService", "FeatureView", "RequestSource"),
     "penstock.features.source_definitions": (
-        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "TableSource",
+        "ArrowSource", "CSVSource", "DuckDBSource", "ParquetSource", "PushSource", "TableSource",
     ),
     "penstock.features.expressions": (
-        "col", "lit", "maximum", "minimum", "now", "percentile_rank", "where",
+        "coalesce", "col", "lit", "maximum", "minimum", "now", "percentile_rank", "udf", "where",
     ),
     "penstock.features.store": ("FeatureStore",),
+    "penstock.features.vectors": ("vector",),
     "penstock.serving.async_client": ("AsyncClient",),
     "penstock.serving.client": ("Client",),
     "penstock.serving.engine": ("Engine",),

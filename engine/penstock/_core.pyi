@@ -198,6 +198,94 @@ class TreeEnsemble(metaclass=_NativeType):
     @property
     def n_trees(self) -> int: ...
 
+class EventTable(metaclass=_NativeType):
+    """
+    The events of a view by key, and its stored rows at any time.
+    """
+    def __init__(
+        self,
+        *,
+        plain: object,
+        plain_inputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        values: object,
+        value_inputs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        windows: collections.abc.Sequence[tuple[int, int, int, int, int, bool]],
+        aggregates: collections.abc.Sequence[tuple[int, int, int, int]],
+        features: collections.abc.Sequence[tuple[bool, int, bool]],
+        ttl: typing.SupportsInt | typing.SupportsIndex,
+        tick: typing.SupportsInt | typing.SupportsIndex,
+        as_known: bool,
+        tiles: bool,
+        events: dict,
+        raw: list,
+        texts: collections.abc.Sequence[collections.abc.Sequence[str] | None],
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None:
+        """
+        plain, values: programs of the plain features and of the aggregated values, or None; *_inputs:
+        the column in `raw` of each of their inputs. windows: (enters, leaves, every, lag, tile, as_known)
+        in microseconds. aggregates: (kind, value or -1, window, parameter). features: (whether an
+        aggregate, which, whether float64). events: arrays keys (int64[n], or uint64[n, 2]), event_time,
+        known_at, null_keys, event_ids, null_ids, deleted. raw: (float32, float64 or int64 [n], bool [n]
+        or None). texts: of each aggregated value, those of its codes, or None. The arrays are referred
+        to, not copied. ValueError where they do not fit.
+        """
+    def append(
+        self, events: dict, raw: list, texts: collections.abc.Sequence[collections.abc.Sequence[str] | None]
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        Add events behind those there are; `texts` are new ones, behind the old. Returns the distinct
+        keys uint64[k, 2].
+        """
+    def changed_keys(
+        self, start: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        Keys uint64[k, 2], ascending, whose row may differ between the two times.
+        """
+    def erase(
+        self, lo: typing.SupportsInt | typing.SupportsIndex, hi: typing.SupportsInt | typing.SupportsIndex
+    ) -> bool:
+        """
+        Forget the events of a key; False if it was unknown.
+        """
+    def keys(self) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        The distinct keys uint64[m, 2], ascending.
+        """
+    def rows_at(
+        self,
+        keys: numpy.typing.NDArray[numpy.uint64],
+        now: numpy.typing.NDArray[numpy.int64],
+        nulls: object,
+        known_by: object,
+        threads: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> tuple:
+        """
+        Rows of keys uint64[n, 2] at the times now int64[n]: a list of (values, valid), status uint8[n],
+        meta int64[n, 4].
+        """
+    def newest_events(
+        self, keys: numpy.typing.NDArray[numpy.uint64], now: typing.SupportsInt | typing.SupportsIndex
+    ) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        Time int64[k] of the newest event by `now` of each key uint64[k, 2], or INT64_MIN.
+        """
+    def source_rows(self) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        One source row int64[k] of each key that the source has events of, erased keys left out.
+        """
+    @property
+    def n_keys(self) -> int:
+        """
+        Distinct keys, erased ones too.
+        """
+    @property
+    def n_events(self) -> int:
+        """
+        Events held.
+        """
+
 class FeatureCache(metaclass=_NativeType):
     """
     Fixed-capacity cache of feature rows. Reads are lock-free; a write locks one bucket.
@@ -315,6 +403,29 @@ class FeatureCache(metaclass=_NativeType):
         Counters and sizes, by name.
         """
 
+class FeatureReader(metaclass=_NativeType):
+    """
+    Reads a feature service into float32 rows through feature caches.
+    """
+    def __init__(self, plan: dict) -> None:
+        """
+        plan: as ServingCore.load takes it. Raises ValueError.
+        """
+    def read(
+        self,
+        params: bytes,
+        now_us: typing.SupportsInt | typing.SupportsIndex,
+        mono_ns: typing.SupportsInt | typing.SupportsIndex,
+        out: typing.Any,
+        load: typing.Any,
+    ) -> typing.Any:
+        """
+        params: MessagePack [any text, entities, inputs or nil]. Fills out float32[rows, features] (a new
+        array if None) and returns it. load(keys) is asked for rows that no cache has: given keys
+        uint64[k, 2] by view, it returns (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises
+        ValueError naming the column, row or array, and what load raises.
+        """
+
 class HistogramCounts(metaclass=_NativeType):
     """
     Counts per column: fine bins (e[k-1], e[k]] or codes, then missing, unseen, -inf, +inf. One writer at a time.
@@ -393,6 +504,12 @@ class FeatureProgram(metaclass=_NativeType):
         rows: the row count of a program without inputs. Returns a like list of outputs; the value of a null
         is 0. ValueError names the column that has a wrong dtype or length.
         """
+    def run_row(self, row: object) -> tuple:
+        """
+        One row, quickly: a list or tuple of the inputs' values in order, or a dict by input name. A value is
+        a float, an int (times in microseconds, strings as codes), a bool, or None for null; so are the outputs,
+        a tuple. ValueError names the column that has no such value.
+        """
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """
@@ -461,6 +578,11 @@ class ServedModel(metaclass=_NativeType):
         Up to n rows answered OK and not drained yet: (request_ids uint64 [n], now_us int64 [n],
         features float32 [n, F], scores float64 [n, K], status uint8 [n], event_time int64 [n, V]).
         One thread at a time. Drift has counted them.
+        """
+    def drain_samples(self) -> list:
+        """
+        The sampled vectors since the last call: [(now_us, wall clock us when they were made, params of
+        the predict call, float32 [n, F])]. One thread at a time.
         """
     def count_drift(self, panes: DriftPanes) -> None:
         """
@@ -682,13 +804,16 @@ class ServingCore(metaclass=_NativeType):
         breaker_probe_ms: typing.SupportsFloat | typing.SupportsIndex = 1000.0,
         breaker_failures: typing.SupportsInt | typing.SupportsIndex = 5,
         edge: typing.Any = None,
+        sample_share: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        sample_bytes: typing.SupportsInt | typing.SupportsIndex = 1048576,
     ) -> ServedModel:
         """
         Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
         is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
-        or on), capacity, ttl_ns, precompute, seed. ValueError says what is wrong.
+        or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are kept for
+        drain_samples(), in sample_bytes at most. ValueError says what is wrong.
         """
     def overdue(
         self,

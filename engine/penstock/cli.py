@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 import penstock
-from penstock import cli_bench, cli_demo, cli_features, cli_lineage, cli_models, cli_report, cli_serving
+from penstock import (
+    cli_bench,
+    cli_demo,
+    cli_features,
+    cli_lineage,
+    cli_models,
+    cli_push,
+    cli_report,
+    cli_serving,
+)
 
 app = typer.Typer(
     name="penstock",
@@ -60,6 +69,7 @@ def check(
 
 
 cli_features.register(app)
+cli_push.register(app)
 cli_serving.register(app)
 app.add_typer(cli_lineage.app, name="features")
 app.add_typer(cli_models.app, name="models")

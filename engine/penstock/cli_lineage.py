@@ -1,4 +1,4 @@
-"""The commands `penstock features list`, `describe` and `lineage`.
+"""The commands `penstock features list`, `describe`, `lineage` and `verify`.
 
 They change no definition: they read these, what `apply` recorded, and what each bundle's model.yaml says.
 """
@@ -23,6 +23,7 @@ from penstock.cli_features import (
     config_of,
 )
 from penstock.cli_plan import bundles_of
+from penstock.cli_verify import verify
 from penstock.errors import NotFoundError, PenstockError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Look at features: what there is, how it is defined, where it comes from.", no_args_is_help=True
 )
+app.command()(verify)
 
 
 @app.command("list")

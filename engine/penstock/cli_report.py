@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 def _seconds(text: str) -> float:
     from pydantic import TypeAdapter, ValidationError
 
-    from penstock.config import Seconds
+    from penstock.config_values import Seconds
 
     try:
         seconds = TypeAdapter(Seconds).validate_python(text)

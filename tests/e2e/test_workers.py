@@ -48,7 +48,11 @@ def callers(served, wanted: int) -> dict[int, Any]:
 
 
 def pids(served) -> dict[int, int]:
-    stats = served.raw().call("stats")
+    caller = served.raw()
+    try:
+        stats = caller.call("stats")
+    finally:
+        caller.close()
     assert "workers" in stats, stats
     return {int(index): worker["pid"] for index, worker in stats["workers"].items()}
 
@@ -287,7 +291,7 @@ def test_the_rows_that_a_killed_worker_takes_with_it_are_counted(shop, serve, tm
 
 @pytest.mark.long
 def test_many_kills_under_load_give_no_wrong_answer(shop, serve, tmp_path, now, expected):
-    assert kill_under_load(shop, serve, tmp_path, now, expected, 1000, 540) >= 20
+    assert kill_under_load(shop, serve, tmp_path, now, expected, 1000, 300) >= 20
 
 
 @pytest.mark.long

@@ -143,8 +143,8 @@ def service_breaks(services: Mapping[str, FeatureService], views: Mapping[str, F
     found = []
     for name, service in services.items():
         request = service.request
-        for ref in service.features:
-            owner, short = ref.split(":")
+        for ref, base in zip(service.features, service.base_refs):
+            owner, short = base.split(":")
             if request is not None and owner == request.name:
                 continue
             if owner not in views or short not in views[owner].features:

@@ -1,13 +1,16 @@
 """The one function that computes stored features: `ViewComputer.rows_at`.
 
-The historical join, materialisation and the cache loader all call it, so they cannot differ. Expressions are
-evaluated once over the whole source; a row is then a gather plus its windows. A `ViewComputer` holds one
-reading of its source: it is immutable, any thread may use it, and it reads no clock.
+The historical join, materialisation and the cache loader all call it, so they cannot differ. The native
+`EventTable` holds the events: a plain feature is its expression on the newest event of a key, an aggregate is
+folded over the events of a window. `append` adds later arrivals. Any thread may use a computer; it reads no
+clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,36 +18,26 @@ import numpy as np
 
 from penstock import _core
 from penstock.errors import DefinitionError, InvalidArgumentError
-from penstock.features import windows
-from penstock.features.aggregates import WindowAggregate
+from penstock.features.aggregates import KINDS, WindowAggregate, tile_us
+from penstock.features.backends import numpy_backend
+from penstock.features.backends.stored import is_opaque
 from penstock.features.definitions import FeatureView, StoredColumn
 from penstock.features.expressions import Expr, columns_read, is_floating
-from penstock.features.index import EventIndex, entity_keys
+from penstock.features.index import entity_keys
 from penstock.features.program import Distribution, compile_program
-from penstock.features.sources import SourceTable
-from penstock.features.windows import EXPIRED, FUTURE, NOT_FOUND, NULL, PRESENT
+from penstock.features.sources import SourceColumn, SourceTable
+from penstock.features.text_inputs import function_of, input_column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Column = tuple[NDArray[Any], NDArray[np.bool_]]
 
+PRESENT, NULL, NOT_FOUND, EXPIRED, FUTURE = range(5)
+_THREADS = min(2, os.cpu_count() or 1)  # that share a build or a read of many rows
+_SAME_VALUE = ("first", "last", "top_k")  # aggregates whose result is one of the values
+
 __all__ = ["EXPIRED", "FUTURE", "NOT_FOUND", "NULL", "PRESENT", "ViewComputer", "ViewRows"]
-
-_SUM_DTYPES = {"float32": "float64", "float64": "float64", "int64": "int64", "bool": "int64",
-               "duration": "duration"}  # fmt: skip
-_MEAN_DTYPES = {"float32": "float64", "float64": "float64", "int64": "float64", "bool": "float64"}
-_NONE = np.zeros(0, np.bool_)
-_NO_CUT = np.zeros(0, np.int64)
-
-
-def aggregate_dtype(kind: str, value: str | None) -> str | None:
-    """The dtype of an aggregate over values of dtype `value`; None if it is not defined."""
-    if kind == "count":
-        return "int64"
-    if kind in ("min", "max"):
-        return None if value == "string" else value
-    return (_SUM_DTYPES if kind == "sum" else _MEAN_DTYPES).get(value or "")
 
 
 @dataclass
@@ -62,19 +55,20 @@ class ViewRows:
     meta: NDArray[np.int64]
     row_schema: _core.RowSchema = field(repr=False)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[ViewRows]) -> ViewRows:
+        """The rows of all parts, at least one, in order."""
+        columns = [
+            (np.concatenate([values for values, _ in column]), np.concatenate([valid for _, valid in column]))
+            for column in zip(*(part.columns for part in parts))
+        ]
+        status = np.concatenate([part.status for part in parts])
+        return cls(columns, status, np.concatenate([part.meta for part in parts]), parts[0].row_schema)
+
     def words(self) -> NDArray[np.uint64]:
         """Stored form, uint64[n, row_words]. A row whose events are all later is NOT_FOUND there."""
         status = np.where(self.status == FUTURE, np.uint8(NOT_FOUND), self.status)
         return self.row_schema.encode(self.columns, status)
-
-
-@dataclass(frozen=True)
-class _Values:
-    """A column over all events, in index order. `prefix` is set where differences of it are exact."""
-
-    values: NDArray[Any]
-    valid: NDArray[np.bool_]  # of length 0: nothing is null
-    prefix: NDArray[np.int64] | None = None
 
 
 class ViewComputer:
@@ -84,9 +78,8 @@ class ViewComputer:
         view: the definition.
         schema: (name, dtype) of each stored column, hidden ones last: the fields of the row.
         row_schema: the layout of `schema`.
-        keys: uint64[m, 2]; the distinct keys of the source.
         join_dtypes: "int64" or "string" for each join key.
-        dictionaries: texts by code, for each stored string column.
+        dictionaries: texts by code, for each stored string column. `append` may replace one by a longer one.
         distributions: fitted distribution of each `percentile_rank`, by the fingerprint of its argument.
     """
 
@@ -96,8 +89,17 @@ class ViewComputer:
         table: SourceTable,
         key_seed: bytes,
         distributions: Mapping[str, Distribution] | None = None,
+        *,
+        store_tiles: bool = True,
     ) -> None:
-        """Index the source and evaluate the view's expressions over it.
+        """Index the source and evaluate the aggregated expressions over it.
+
+        Args:
+            view: the definition.
+            table: events; the arrays are referred to, so they must not be changed.
+            key_seed: 16 bytes, for entity keys that are no lone integer.
+            distributions: as the attribute.
+            store_tiles: keep partial results of long windows. It changes speed and memory, and no bit.
 
         Raises:
             InvalidArgumentError: a join key is missing or neither int64 nor string, or a column no feature.
@@ -105,84 +107,263 @@ class ViewComputer:
         """
         self.view = view
         self.distributions: dict[str, Distribution] = dict(distributions or {})
-        where = f"view '{view.name}'"
-        self._check_columns(table, where)
-        joins = [table.columns[name] for name in view.join_keys]
-        self.join_dtypes: tuple[str, ...] = tuple(column.dtype for column in joins)
-        keys, nulls = entity_keys(joins, table.n_rows, key_seed)
-        self._index = EventIndex(keys, nulls, table.event_time, table.known_at)
-        self.keys = self._index.keys
-        values = [(c.name, _value_of(c)) for c in view.stored]
-        outputs = [(name, value) for name, value in values if value is not None]
-        dtypes: dict[str, str] = {}
-        found: dict[str, Column] = {}
-        if outputs:
-            try:
-                program = _core.FeatureProgram(compile_program(outputs, table.schema, distributions))
-            except DefinitionError as error:
-                raise DefinitionError(f"{where}: {error}") from error
-            inputs = [(table.columns[n].values, table.columns[n].valid) for n, _ in program.inputs]
-            dtypes = dict(program.outputs)
-            found = dict(zip(dtypes, program.run(inputs, rows=table.n_rows)))
+        self._key_seed = key_seed
+        self._appending = threading.Lock()
+        self._where = f"view '{view.name}'"
+        self._check_columns(table)
+        self.join_dtypes: tuple[str, ...] = tuple(table.columns[name].dtype for name in view.join_keys)
+        self._versioned = table.event_id is not None or table.deleted is not None
+        aggregated: dict[str, Expr] = {}  # distinct aggregated expressions, by fingerprint
+        for column in view.stored:
+            if isinstance(column.value, WindowAggregate) and column.value.value is not None:
+                aggregated.setdefault(column.value.value.fingerprint(), column.value.value)
+        plain = [(c.name, c.value) for c in view.stored if isinstance(c.value, Expr)]
+        values = [(f"value{i}", value) for i, value in enumerate(aggregated.values())]
+        self._opaque: dict[str, numpy_backend.NumpyProgram] = {}  # raw columns that a udf makes
+        plain_code, plain_inputs, plain_dtypes = self._compile(plain, table)
+        value_code, value_inputs, value_dtypes = self._compile(values, table)
+        # Join keys of the rows that brought new keys: of the source, then of appends.
+        self._joins = [[table.columns[name] for name in view.join_keys]]
+        # What the programs read of a row: source columns, answers about texts, and what a udf makes.
+        self._raw = plain_inputs | value_inputs
+        self._read = {name: table.schema[name] for name in self._columns_read() if name in table.schema}
+        raw_at = {name: i for i, name in enumerate(self._raw)}
+        value_at = {fingerprint: i for i, fingerprint in enumerate(aggregated)}
+        self._texts = {name: table.columns[name].dictionary or [] for name, dtype in self._raw.items()
+                       if dtype == "string"}  # fmt: skip
+        # No operation makes strings, so a value that is one is a column as it is.
+        self._value_texts = [
+            value.param if dtype == "string" else None
+            for value, dtype in zip(aggregated.values(), value_dtypes)
+        ]
+        windows: dict[tuple[int, int, int, int, int, bool], int] = {}
+        aggregates: list[tuple[int, int, int, int]] = []
+        features: list[tuple[bool, int, bool]] = []
         self.schema: list[tuple[str, str]] = []
-        self._stored: dict[str, _Values] = {}
+        self._coded: dict[str, str] = {}  # source column of each stored string column
+        dtypes = dict(zip((name for name, _ in plain), plain_dtypes))
         for column in view.stored:
-            dtype = dtypes.get(column.name)
-            kind = column.value.kind if isinstance(column.value, WindowAggregate) else None
-            result = dtype if kind is None else aggregate_dtype(kind, dtype)
-            if result is None:
-                raise DefinitionError(f"{where}: feature '{column.name}': {kind} is not defined on {dtype}")
-            self.schema.append((column.name, result))
-            self._stored[column.name] = self._ordered(found.get(column.name), kind, result)
+            value = column.value
+            if isinstance(value, Expr):
+                dtype = dtypes[column.name]
+                features.append((False, list(dtypes).index(column.name), is_floating(dtype)))
+                if dtype == "string":
+                    self._coded[column.name] = value.param
+            else:
+                of = -1 if value.value is None else value_at[value.value.fingerprint()]
+                found = None if of < 0 else value_dtypes[of]
+                result = value.dtype(found)
+                if result is None:
+                    raise DefinitionError(
+                        f"{self._where}: feature '{column.name}': {value.kind} is not defined on {found}"
+                    )
+                dtype = result
+                key = (value.enters_us, value.leaves_us, value.every_us or 0, value.lag_us,
+                       tile_us(value.window_us), value.as_known or view.as_known)  # fmt: skip
+                window = windows.setdefault(key, len(windows))
+                features.append((True, len(aggregates), is_floating(dtype)))
+                aggregates.append((KINDS[value.kind], of, window, value.param))
+                if dtype == "string" and value.value is not None:
+                    self._coded[column.name] = value.value.param
+            declared = view.schema.get(column.name, dtype)
+            if dtype != declared:
+                raise DefinitionError(
+                    f"{self._where}: feature '{column.name}' is {dtype}; its schema expects {declared}"
+                )
+            self.schema.append((column.name, dtype))
         self.row_schema = _core.RowSchema(self.schema)
-        self.dictionaries: dict[str, list[str]] = {}
-        for column in view.stored:
-            if isinstance(column.value, Expr) and dtypes[column.name] == "string":
-                # No operation makes strings, so this is a column as it is.
-                self.dictionaries[column.name] = table.columns[column.value.param].dictionary or []
-        # Aggregates over the same window share its bounds.
-        self._windows: dict[tuple[int, int], list[tuple[str, int]]] = {}
-        for column in view.stored:
-            if isinstance(column.value, WindowAggregate):
-                window = (column.value.window_us, column.value.every_us or 0)
-                self._windows.setdefault(window, []).append((column.name, windows.KINDS[column.value.kind]))
+        self.dictionaries: dict[str, list[str]] = {
+            name: list(self._texts[source]) for name, source in self._coded.items()
+        }
+        self._events = _core.EventTable(
+            plain=plain_code,
+            plain_inputs=[raw_at[name] for name in plain_inputs],
+            values=value_code,
+            value_inputs=[raw_at[name] for name in value_inputs],
+            windows=list(windows),
+            aggregates=aggregates,
+            features=features,
+            ttl=view.ttl_us or 0,
+            tick=self._tick(list(windows), len(plain)),
+            as_known=view.as_known,
+            tiles=store_tiles,
+            events=self._arrays(table),
+            raw=self._raw_columns(table),
+            texts=[None if name is None else self._texts[name] for name in self._value_texts],
+            threads=_THREADS,
+        )
 
-        # A row of windows that all move at ticks holds from tick to tick.
-        ticks = [every for _, every in self._windows]
-        whole = all(isinstance(column.value, WindowAggregate) for column in view.stored)
-        self._tick = min(ticks) if whole and min(ticks) > 0 and view.ttl_us is None else 0
+    def _tick(self, windows: Sequence[tuple[int, int, int, int, int, bool]], plain: int) -> int:
+        """Where the row is of windows that all move at ticks, it holds from tick to tick: their least."""
+        moved = [every for enters, _, every, lag, _, known in windows if not (enters or lag or known)]
+        if plain or self.view.ttl_us is not None or self.view.as_known or len(moved) < len(windows):
+            return 0
+        return min(moved, default=0)
 
-    def _check_columns(self, table: SourceTable, where: str) -> None:
+    def _compile(
+        self, outputs: list[tuple[str, Expr]], table: SourceTable
+    ) -> tuple[bytes | None, dict[str, str], list[str]]:
+        """A native program, the dtype of each column that it reads, and the dtypes of its outputs."""
+        if not outputs:
+            return None, {}, []
+        schema = dict(table.schema)
+        native = []
+        try:
+            for name, value in outputs:
+                if is_opaque(value):
+                    made = f"{value.fingerprint()}\0udf"
+                    program = numpy_backend.compile([(made, value)], table.schema, self.distributions)
+                    self._opaque[made], schema[made] = program, program.outputs[0][1]
+                    value = Expr("col", made)
+                native.append((name, value))
+            code = compile_program(native, schema, self.distributions)
+        except DefinitionError as error:
+            raise DefinitionError(f"{self._where}: {error}") from error
+        found = _core.FeatureProgram(code)
+        return code, dict(found.inputs), [dtype for _, dtype in found.outputs]
+
+    def _columns_read(self) -> set[str]:
+        """The source columns that the programs read, in one way or another."""
+        found = set()
+        for name in [*self._raw, *(name for p in self._opaque.values() for name, _ in p.inputs)]:
+            function = function_of(name)
+            found.add(name if function is None else function.column)
+        return found - set(self._opaque)
+
+    def _raw_columns(self, table: SourceTable) -> list[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
+        """The programs' input columns of a table, in order."""
+        columns: list[tuple[NDArray[Any], NDArray[np.bool_] | None]] = []
+        for name in self._raw:
+            if name in self._opaque:
+                program = self._opaque[name]
+                inputs = [input_column(n, table.columns) for n, _ in program.inputs]
+                columns.append(program.run(inputs, rows=table.n_rows)[0])
+            else:
+                values, valid = input_column(name, table.columns)
+                columns.append((values, valid))
+        return columns
+
+    def _check_columns(self, table: SourceTable) -> None:
         read = columns_read(*(v for v in map(_value_of, self.view.stored) if v is not None))
         for name in [*self.view.join_keys, *read]:
             if name in table.unsupported:
                 raise InvalidArgumentError(
-                    f"{where}: column '{name}' has type {table.unsupported[name]}, which no feature can have"
+                    f"{self._where}: column '{name}' has type {table.unsupported[name]}, "
+                    "which no feature can have"
                 )
         for name in self.view.join_keys:
             dtype = table.schema.get(name)
             if dtype is None:
                 known = ", ".join(table.columns)
-                raise InvalidArgumentError(f"{where}: join key '{name}' is not in the source ({known})")
+                raise InvalidArgumentError(f"{self._where}: join key '{name}' is not in the source ({known})")
             if dtype not in ("int64", "string"):
                 raise InvalidArgumentError(
-                    f"{where}: join key '{name}' has dtype {dtype}; expected int64 or string"
+                    f"{self._where}: join key '{name}' has dtype {dtype}; expected int64 or string"
                 )
 
-    def _ordered(self, column: Column | None, kind: str | None, result: str) -> _Values:
-        """Bring a column into index order. A prefix replaces the values where they are not needed again."""
-        order = self._index.order
-        if column is None:  # count of rows
-            return _Values(np.zeros(0, np.int64), _NONE, np.arange(len(order) + 1))
-        values, valid = column[0][order], column[1][order]
-        prefix = None
-        if kind == "count" or (kind == "sum" and not is_floating(result)):
-            counted = valid.astype(np.int64) if kind == "count" else np.where(valid, values, 0)
-            prefix = np.zeros(len(order) + 1, np.int64)
-            np.cumsum(counted, out=prefix[1:])
-        if kind in ("sum", "mean") and is_floating(result):
-            values = values.astype(np.float64)
-        return _Values(values, _NONE if valid.all() else valid, prefix)
+    def _arrays(self, table: SourceTable) -> dict[str, Any]:
+        """The arrays of a table's events, as `_core.EventTable` takes them."""
+        joins = [table.columns[name] for name in self.view.join_keys]
+        arrays: dict[str, Any] = {"event_time": np.ascontiguousarray(table.event_time)}
+        if len(joins) == 1 and joins[0].dictionary is None:
+            arrays["keys"] = joins[0].values
+            arrays["null_keys"] = None if joins[0].valid is None else ~joins[0].valid
+        else:
+            arrays["keys"], arrays["null_keys"] = entity_keys(joins, table.n_rows, self._key_seed)
+        if table.known_at is not table.event_time:
+            arrays["known_at"] = np.ascontiguousarray(table.known_at)
+        if table.event_id is not None:
+            if table.event_id.dtype not in ("int64", "string"):
+                raise InvalidArgumentError(
+                    f"{self._where}: event_id has dtype {table.event_id.dtype}; expected int64 or string"
+                )
+            arrays["event_ids"], arrays["null_ids"] = entity_keys(
+                [table.event_id], table.n_rows, self._key_seed
+            )
+        if table.deleted is not None:
+            arrays["deleted"] = table.deleted
+        return arrays
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """The distinct keys uint64[m, 2], ascending."""
+        return self._events.keys()
+
+    @property
+    def n_events(self) -> int:
+        """Events held, with the versions that a newer one has replaced."""
+        return self._events.n_events
+
+    def append(self, table: SourceTable) -> NDArray[np.uint64]:
+        """Add events that have come later to the history. Readers see all of an append or nothing, per row.
+
+        Args:
+            table: the events, with the columns that the view reads.
+
+        Returns:
+            The distinct keys uint64[k, 2] that they touch.
+
+        Raises:
+            InvalidArgumentError: a column is missing or has another dtype. Nothing is added then.
+        """
+        for name, dtype in [*zip(self.view.join_keys, self.join_dtypes), *self._read.items()]:
+            found = table.schema.get(name)
+            if found != dtype:
+                raise InvalidArgumentError(
+                    f"{self._where}: appended column '{name}' is {found or 'missing'}; expected {dtype}"
+                )
+        if (table.event_id is not None or table.deleted is not None) and not self._versioned:
+            raise InvalidArgumentError(
+                f"{self._where}: appended rows have event ids; the view's source names none"
+            )
+        with self._appending:
+            grown: dict[str, list[str]] = {}
+            raw = []
+            for name, (values, valid) in zip(self._raw, self._raw_columns(table)):
+                if name in self._texts:
+                    values, grown[name] = _recode(table.columns[name], self._texts[name])
+                raw.append((np.ascontiguousarray(values), valid))
+            texts = {name: [*self._texts[name], *new] if new else self._texts[name]
+                     for name, new in grown.items()}  # fmt: skip
+            # A reader must know the text of each code that it meets.
+            before = self.dictionaries, self._texts
+            self.dictionaries = {name: texts[source] for name, source in self._coded.items()}
+            self._texts = texts
+            try:
+                new_texts = [None if name is None else grown[name] for name in self._value_texts]
+                known = self._events.n_keys
+                touched = self._events.append(self._arrays(table), raw, new_texts)
+                if self._events.n_keys > known:
+                    joins = [table.columns[name] for name in self.view.join_keys]
+                    self._joins = [*self._joins, joins]
+                return touched
+            except Exception:
+                self.dictionaries, self._texts = before
+                raise
+
+    def entities(self) -> tuple[NDArray[np.uint64], list[SourceColumn]]:
+        """The distinct keys uint64[m, 2] that have events, and the m values of each join key."""
+        rows = self._events.source_rows()
+        parts = [[column.take(rows) for column in self._joins[0]]]
+        for joins in self._joins[1:]:
+            valid = np.logical_and.reduce([np.ones(len(joins[0].values), np.bool_),
+                                           *(c.valid for c in joins if c.valid is not None)])  # fmt: skip
+            parts.append([column.take(valid) for column in joins])
+        columns = [_joined([part[i] for part in parts]) for i in range(len(self.join_dtypes))]
+        n = len(columns[0].values) if columns else min(1, len(rows))
+        keys, _ = entity_keys(columns, n, self._key_seed)
+        if len(parts) > 1:
+            _, first = np.unique(keys, axis=0, return_index=True)
+            keys, columns = keys[first], [column.take(first) for column in columns]
+        return keys, columns
+
+    def newest_events(self, keys: NDArray[np.uint64], now_us: int) -> NDArray[np.int64]:
+        """Time int64[k] of the newest event of each key by `now_us`; INT64_MIN where there is none."""
+        return self._events.newest_events(np.ascontiguousarray(keys, np.uint64), now_us)
+
+    def erase(self, keys: NDArray[np.uint64]) -> int:
+        """Forget all events of the keys uint64[k, 2]. Returns how many of them were known."""
+        return sum(self._events.erase(lo, hi) for lo, hi in keys.tolist())
 
     def rows_at(
         self,
@@ -206,95 +387,66 @@ class ViewComputer:
         n = len(keys)
         keys = np.ascontiguousarray(keys, np.uint64)
         now = np.ascontiguousarray(now_us, np.int64)
-        cut = _NO_CUT if known_by is None else np.ascontiguousarray(known_by, np.int64)
-        missing = np.zeros(n, np.bool_) if nulls is None else np.ascontiguousarray(nulls, np.bool_)
-        if keys.shape != (n, 2) or now.shape != (n,) or missing.shape != (n,) or len(cut) not in (0, n):
+        cut = None if known_by is None else np.ascontiguousarray(known_by, np.int64)
+        missing = None if nulls is None else np.ascontiguousarray(nulls, np.bool_)
+        if (
+            keys.shape != (n, 2)
+            or now.shape != (n,)
+            or (missing is not None and missing.shape != (n,))
+            or (cut is not None and cut.shape != (n,))
+        ):
+            shapes = [None if a is None else a.shape for a in (keys, now, missing, cut)]
             raise InvalidArgumentError(
-                f"rows_at: keys {keys.shape}, now_us {now.shape}, nulls {missing.shape}, "
-                f"known_by {cut.shape}; expected (n, 2), (n), (n), (n)"
+                f"rows_at: keys {shapes[0]}, now_us {shapes[1]}, nulls {shapes[2]}, "
+                f"known_by {shapes[3]}; expected (n, 2), (n), (n), (n)"
             )
-        index = self._index
-        slot = index.find(keys, missing)
-        latest = np.empty(n, np.int64)
-        status = np.empty(n, np.uint8)
-        meta = np.empty((n, 4), np.int64)
-        windows.locate(
-            slot, index.starts, index.event_time, index.known_at, now, cut, self.view.ttl_us or 0,
-            0 if len(cut) else self._tick, latest, status, meta,
-        )  # fmt: skip
-        found: dict[str, Column] = {}
-        present = latest >= 0
-        low, high = np.empty(n, np.int64), np.empty(n, np.int64)
-        for (window, every), aggregates in self._windows.items():
-            windows.bounds(slot, latest, index.starts, index.event_time, now, window, every, low, high, meta)
-            for name, kind in aggregates:
-                found[name] = self._aggregate(name, kind, cut, low, high, present)
-        for name, dtype in self.schema:
-            if name not in found:
-                found[name] = _gather(self._stored[name], dtype, latest, present)
-        return ViewRows([found[name] for name, _ in self.schema], status, meta, self.row_schema)
-
-    def _aggregate(
-        self, name: str, kind: int, cut: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64],
-        present: NDArray[np.bool_],
-    ) -> Column:  # fmt: skip
-        stored = self._stored[name]
-        n = len(low)
-        if stored.prefix is not None and not len(cut):
-            out = np.empty(n, np.int64)
-            windows.difference(stored.prefix, low, high, out)
-            return out, present.copy()
-        valid = np.empty(n, np.bool_)
-        if stored.values.dtype == np.float64 and kind != windows.COUNT:
-            result: NDArray[Any] = np.empty(n, np.float64)
-            run = windows.aggregate_real
-        else:
-            result = np.empty(n, np.int64)
-            run = windows.aggregate_int
-        values = stored.values if kind != windows.COUNT else _NO_CUT
-        run(kind, values, stored.valid, self._index.known_at, cut, low, high, result, valid)
-        return result, valid & present
+        columns, status, meta = self._events.rows_at(keys, now, missing, cut, _THREADS)
+        return ViewRows(columns, status, meta, self.row_schema)
 
     def changed_keys(self, start_us: int, end_us: int) -> NDArray[np.uint64]:
         """Keys uint64[k, 2], ascending, whose row may differ between the two times; all that do are there.
 
-        A row differs when an event came in (start, end], entered or left a window, or its ttl passed.
+        A row differs when an event came in (start, end] or became known, entered or left a window, or its
+        ttl passed.
         """
         if end_us < start_us:
             raise InvalidArgumentError(f"changed_keys: end {end_us} is before start {start_us}")
-        times, starts = self._index.event_time, self._index.starts
-        touched = _between(times, start_us, end_us)
-        for window, every in self._windows:
-            since, until = (t // every * every if every else t for t in (start_us, end_us))
-            touched |= _between(times, since - window, until - window) | _between(times, since, until)
-        if self.view.ttl_us is not None and len(times):
-            newest = np.empty(len(times), np.bool_)  # no younger event of the key by the moment of expiry
-            newest[:-1] = times[1:] - times[:-1] > self.view.ttl_us
-            newest[starts[1:] - 1] = True
-            touched |= newest & _between(
-                times, start_us - self.view.ttl_us - 1, end_us - self.view.ttl_us - 1
-            )
-        counts = np.zeros(len(times) + 1, np.int64)
-        np.cumsum(touched, out=counts[1:])
-        return self.keys[counts[starts[1:]] > counts[starts[:-1]]]
+        return self._events.changed_keys(start_us, end_us)
 
 
 def _value_of(column: StoredColumn) -> Expr | None:
     return column.value.value if isinstance(column.value, WindowAggregate) else column.value
 
 
-def _between(times: NDArray[np.int64], after: int, until: int) -> NDArray[np.bool_]:
-    """Which times are in (after, until]; the bounds may lie outside int64."""
-    low, high = (min(max(t, -(2**63)), 2**63 - 1) for t in (after, until))
-    return (times > low) & (times <= high)
+def _joined(parts: Sequence[SourceColumn]) -> SourceColumn:
+    """The values of all parts, none null, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dictionary is None:
+        return SourceColumn(parts[0].dtype, np.concatenate([part.values for part in parts]), None)
+    texts: list[str] = []
+    values = []
+    for part in parts:
+        codes, new = _recode(part, texts)
+        texts += new
+        values.append(codes)
+    return SourceColumn("string", np.concatenate(values), None, texts)
 
 
-def _gather(stored: _Values, dtype: str, latest: NDArray[np.int64], present: NDArray[np.bool_]) -> Column:
-    if not len(stored.values):
-        return np.zeros(len(latest), np.float64 if is_floating(dtype) else np.int64), np.zeros(
-            len(latest), np.bool_
-        )
-    values = stored.values[latest]  # -1 where absent: any event, cleared below
-    valid = present.copy() if not len(stored.valid) else present & stored.valid[latest]
-    values[~valid] = 0
-    return values, valid
+def _recode(column: SourceColumn, texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """A string column in the codes of `texts`, and the texts that it adds."""
+    own = column.dictionary or []
+    if own == list(texts[: len(own)]):
+        return column.values, []
+    at = {text: code for code, text in enumerate(texts)}
+    codes = np.array([at.setdefault(text, len(at)) for text in own], np.int64)
+    return codes[column.values], list(at)[len(texts) :]
+
+
+def stored_texts(view: FeatureView) -> set[str]:
+    """Source columns of which a stored value may be a string, so that their codes must last."""
+    values = (
+        c.value if isinstance(c.value, Expr) else c.value.value if c.value.kind in _SAME_VALUE else None
+        for c in view.stored
+    )
+    return {value.param for value in values if value is not None and value.op == "col"}

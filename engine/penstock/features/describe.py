@@ -80,7 +80,7 @@ def describe_view(
         "ttl": length(view.ttl_us),
         "features": features,
         "services": [
-            s.name for s in services.values() if any(r.split(":")[0] == view.name for r in s.features)
+            s.name for s in services.values() if any(r.split(":")[0] == view.name for r in s.base_refs)
         ],
         "fingerprint": view.fingerprint(),
     }
@@ -93,6 +93,9 @@ def describe_service(service: FeatureService) -> dict[str, Any]:
         "kind": "service",
         "name": service.name,
         "features": list(service.features),
+        "aliases": {
+            n: {"view": a.view.name, "join_keys": dict(a.join_key_map)} for n, a in service.aliases.items()
+        },
         "request": None if request is None else {"name": request.name, "inputs": dict(request.schema)},
         "on_missing": service.on_missing,
         "fingerprint": service.fingerprint(),

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock import _core
 from penstock.errors import DefinitionError
 from penstock.features.aggregates import WindowAggregate
+from penstock.features.backends.stored import stored_program
 from penstock.features.definitions import FeatureView
 from penstock.features.expressions import Expr, uses_now, walk
-from penstock.features.program import Distribution, compile_program
+from penstock.features.program import Distribution
+from penstock.features.text_inputs import input_column
 
 if TYPE_CHECKING:
     from penstock.features.sources import SourceTable
@@ -49,8 +50,8 @@ def fit_view(view: FeatureView, table: SourceTable, fit_until_us: int | None) ->
         where = f"view '{view.name}': percentile_rank"
         if uses_now(argument):
             raise DefinitionError(f"{where} of a value that reads now() has no distribution to fit")
-        program = _core.FeatureProgram(compile_program([("value", argument)], table.schema, fitted))
-        inputs = [(table.columns[n].values, table.columns[n].valid) for n, _ in program.inputs]
+        program = stored_program([("value", argument)], table.schema, fitted)
+        inputs = [input_column(name, table.columns) for name, _ in program.inputs]
         values, valid = program.run(inputs, rows=table.n_rows)[0]
         samples = values[valid & known].astype(np.float64)
         distinct, counts = np.unique(samples[~np.isnan(samples)], return_counts=True)

@@ -81,7 +81,7 @@ def lineage(
         edges[add("source", view.source.name, kind), add("view", view.name)] = None
     for service in services.values():
         me = add("service", service.name)
-        for ref in service.features:
+        for ref in service.base_refs:
             owner = ref.split(":")[0]
             if service.request is not None and owner == service.request.name:
                 edges[add("source", owner, "RequestSource"), me] = None
@@ -106,7 +106,7 @@ def around(graph: Lineage, name: str, services: Mapping[str, FeatureService]) ->
     kept: set[str] = set()
     owner, _, short = name.partition(":")
     if not starts and short and f"view:{owner}" in {node.key for node in graph.nodes}:
-        using = {f"service:{s.name}" for s in services.values() if name in s.features}
+        using = {f"service:{s.name}" for s in services.values() if name in s.base_refs}
         kept = {f"view:{owner}", *_reach(graph, {f"view:{owner}"}, up=True), *_reach(graph, using, up=False)}
     elif starts:
         kept = _reach(graph, starts, up=True) | _reach(graph, starts, up=False)

@@ -1,7 +1,8 @@
 """The views of an open store, each over one reading of its source.
 
-Readings are immutable and replaced as a whole: a reader keeps the one that it took. The layout of a view's
-rows stays what it was when the view was first read. All methods may be called from any thread.
+A reading is replaced as a whole: a reader keeps the one that it took. Only pushed events are added to one, by
+`pushes`, which holds `locked` meanwhile. The layout of a view's rows stays what it was when the view was
+first read. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -10,24 +11,30 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
-from penstock.features.compute import ViewComputer
+from penstock.features.compute import ViewComputer, stored_texts
 from penstock.features.definitions import FeatureView
+from penstock.features.event_log import EventLog
 from penstock.features.expressions import Expr, columns_read
 from penstock.features.fit import fit_key, fit_view, rank_arguments
 from penstock.features.program import Distribution
+from penstock.features.push_table import push_stamp, read_file_source, read_push_source
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
+from penstock.features.source_definitions import PushSource
 from penstock.features.source_reading import source_stamp
-from penstock.features.sources import SourceTable, read_source
+from penstock.features.sources import SourceTable
 
 _READ_TRIES = 5
 
 
-@dataclass(frozen=True)
+_ROW_FORMAT = 2  # of the online store's rows; another one gets other view numbers
+
+
+@dataclass(eq=False)
 class LiveView:
     """A view as one reading of its source gives it.
 
@@ -35,11 +42,15 @@ class LiveView:
         computer: its rows at any time.
         tag: stamp of the source when it was read.
         number: the view's number in the online store.
+        source: its name, if events are pushed to it.
+        sequence: number of the newest pushed event that `computer` has; changes under `LiveViews.locked`.
     """
 
     computer: ViewComputer
     tag: str
     number: int
+    source: str | None = None
+    sequence: int = 0
 
     @property
     def row_words(self) -> int:
@@ -52,6 +63,7 @@ class Reading:
 
     computer: ViewComputer
     tag: str
+    sequence: int
     fits: dict[str, Distribution]
     schema: dict[str, str]
 
@@ -59,11 +71,18 @@ class Reading:
 class LiveViews:
     """Views by name, read when they are first used."""
 
-    def __init__(self, repo: Repo, registry: Registry) -> None:
+    def __init__(self, repo: Repo, registry: Registry, log: EventLog) -> None:
         self._repo = repo
         self._registry = registry
+        self._log = log
+        self.settle: Callable[[], None] = lambda: None  # waits until what was pushed is in the log
         self._changing = threading.RLock()  # one thread reads sources or replaces readings
         self._live: dict[str, LiveView] = {}  # replaced, never changed in place
+
+    @property
+    def readings(self) -> object:
+        """Another object whenever a reading was made or replaced."""
+        return self._live
 
     def locked(self) -> contextlib.AbstractContextManager[object]:
         """Keep other threads from replacing readings; reads go on."""
@@ -90,6 +109,51 @@ class LiveViews:
     def numbers(self) -> set[int]:
         """The numbers of all views that are read."""
         return {live.number for live in self._live.values()}
+
+    def fed_by(self, source: str) -> list[LiveView]:
+        """The views whose events are pushed to a source; those not read yet are read.
+
+        Raises:
+            NotFoundError: no view has a push source of that name.
+        """
+        names = [
+            name
+            for name, view in self._repo.views.items()
+            if isinstance(view.source, PushSource) and view.source.name == source
+        ]
+        if not names:
+            known = ", ".join(sorted(self.push_sources())) or "none"
+            raise NotFoundError(f"push source '{source}' is unknown; the push sources are {known}")
+        return [self.view(name) for name in names]
+
+    def push_sources(self) -> dict[str, PushSource]:
+        """The push sources of all views, by name."""
+        return self._repo.push_sources
+
+    def reread_source(self, source: str) -> list[LiveView]:
+        """Replace the readings of the views on a source."""
+        with self._changing:
+            fresh = {}
+            for name, live in self._live.items():
+                if self._repo.views[name].source.name == source:
+                    fresh[name] = self._build(self._repo.views[name])
+                    _same_layout(live.computer, fresh[name].computer)
+            self._live = {**self._live, **fresh}
+            return list(fresh.values())
+
+    def on_source(self, source: str) -> list[LiveView]:
+        """The views on a source, of any kind; those not read yet are read."""
+        names = [name for name, view in self._repo.views.items() if view.source.name == source]
+        return [self.view(name) for name in names]
+
+    def whole_table(self, view: str, columns: Iterable[str]) -> SourceTable:
+        """The history of a view's source as it is now, with these columns."""
+        source = self._repo.views[view].source
+        seed = self._registry.seed
+        if isinstance(source, PushSource):
+            self.settle()
+            return read_push_source(source, self._repo.path, self._log, {}, columns, seed)[0]
+        return read_file_source(source, self._repo.path, self._log, {}, columns, seed)
 
     def refresh(self) -> bool:
         """Replace the readings whose source has changed; on an error none. Returns whether any had."""
@@ -119,10 +183,10 @@ class LiveViews:
         """
         found = {}
         for name, view in self._repo.views.items():
-            table, tag = self._read(view, None, only_look)
+            table, tag, sequence = self._read(view, None, only_look)
             fits = fit_view(view, table, self._repo.fit_until_us)
             computer = ViewComputer(view, table, self._registry.seed, fits)
-            found[name] = Reading(computer, tag, fits, table.found)
+            found[name] = Reading(computer, tag, sequence, fits, table.found)
             if name in self._live:
                 _same_layout(self._live[name].computer, found[name].computer)
         return found
@@ -135,17 +199,18 @@ class LiveViews:
             for argument, distribution in reading.fits.items()
         }
         self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
-        self._live = {name: self._number(r.computer, r.tag) for name, r in fresh.items()}
+        self._live = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
 
     def _build(self, view: FeatureView) -> LiveView:
-        table, tag = self._read(view, self._registry.state.recorded("sources").get(view.source.key))
+        recorded = self._registry.state.recorded("sources").get(view.source.key)
+        table, tag, sequence = self._read(view, recorded)
         fitted = self._fitted(view)
         if fitted is None:
             made = fit_view(view, table, self._repo.fit_until_us)
             named = {fit_key(view, argument): distribution for argument, distribution in made.items()}
             self._registry.record_fits(named, self._repo.fit_until_us, refit=False)
             fitted = self._fitted(view) or {}
-        return self._number(ViewComputer(view, table, self._registry.seed, fitted), tag)
+        return self._number(ViewComputer(view, table, self._registry.seed, fitted), tag, sequence)
 
     def _fitted(self, view: FeatureView) -> dict[str, Distribution] | None:
         """The recorded distributions of a view; None if one is not recorded."""
@@ -159,34 +224,49 @@ class LiveViews:
 
     def _stamp(self, view: FeatureView) -> str:
         try:
-            return source_stamp(view.source, self._repo.path)
+            if isinstance(view.source, PushSource):
+                return push_stamp(view.source, self._repo.path)
+            # Stored rows know nothing of what was erased of files since, so they must not count.
+            cut = self._log.cut(view.source.name)
+            stamp = source_stamp(view.source, self._repo.path)
+            return f"{stamp}:{cut}" if cut else stamp
         except OSError as error:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
     def _read(
         self, view: FeatureView, recorded: Mapping[str, str] | None, only_look: bool = False
-    ) -> tuple[SourceTable, str]:
-        """The view's source, held to the recorded schema, and its stamp.
+    ) -> tuple[SourceTable, str, int]:
+        """The view's source, held to the recorded schema, its stamp, and the newest pushed event's number.
 
         The codes of its stored strings are in the registry then, but with `only_look`.
         """
         source, stored = view.source, view.stored
         values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
         columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
-        plain = {c.value.param for c in stored if isinstance(c.value, Expr) and c.value.op == "col"}
+        plain = stored_texts(view)
+        if isinstance(source, PushSource):
+            self.settle()
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
             known = self._registry.state.dictionaries.get(source.name, {})
             given = {name: texts for name, texts in known.items() if name in plain}
-            table = read_source(source, self._repo.path, given, columns, recorded)
+            sequence = 0
+            if isinstance(source, PushSource):
+                table, sequence = read_push_source(
+                    source, self._repo.path, self._log, given, columns, self._registry.seed
+                )
+            else:
+                table = read_file_source(
+                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded
+                )
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
             if only_look or self._registry.extend_dictionaries(source.name, grown):
-                return table, stamp
+                return table, stamp, sequence
         raise UnavailableError(f"source '{source.name}' changes while it is read")
 
-    def _number(self, computer: ViewComputer, tag: str) -> LiveView:
+    def _number(self, computer: ViewComputer, tag: str, sequence: int) -> LiveView:
         """Rows get a new number whenever their layout or meaning changes, so old ones are never read."""
         view = computer.view
         fits = [self._registry.state.fits.get(fit_key(view, a)) for a in rank_arguments(view)]
@@ -195,9 +275,11 @@ class LiveViews:
             computer.schema,
             list(computer.join_dtypes),
             [None if fit is None else fit.sha256 for fit in fits],
+            _ROW_FORMAT,
         ]
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return LiveView(computer, tag, self._registry.view_id(identity))
+        source = view.source.name if isinstance(view.source, PushSource) else None
+        return LiveView(computer, tag, self._registry.view_id(identity), source, sequence)
 
 
 def _same_layout(old: ViewComputer, new: ViewComputer) -> None:

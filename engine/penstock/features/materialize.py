@@ -4,6 +4,10 @@ A row carries the interval in which it holds, so a reader never depends on a cur
 is missing or out of its interval is computed from the source. A view's header, with the cursor, is written in
 the transaction of its last rows. While the rows of another state of the source are replaced, the header's tag
 is "" and no row counts.
+
+Where events are pushed, the header also says up to which of them (by sequence number, that is by arrival) the
+rows take them in, so an event whose time is behind the cursor is no different from others. Pushes go on
+meanwhile, and write the rows that they touch; compare-and-set by that number keeps theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import numpy as np
 
 from penstock.errors import InvalidArgumentError
 from penstock.features.live import LiveView
-from penstock.features.online import OnlineStore, ViewHeader
+from penstock.features.online_adapter import OnlineAdapter, ViewHeader
+from penstock.features.pushes import Pushes
 from penstock.features.times import iso
 
 if TYPE_CHECKING:
@@ -44,20 +49,22 @@ class MaterializeReport:
 
 
 def write_all(
-    online: OnlineStore, live: LiveView, end_us: int, progress: Progress | None
+    online: OnlineAdapter, live: LiveView, pushes: Pushes, end_us: int, progress: Progress | None
 ) -> NDArray[np.uint64]:
     """Write the row that each key of the source has at `end_us`; returns the keys, uint64[k, 2]."""
     computer, header = live.computer, online.header(live.number)
-    if header is not None and header.tag != live.tag:
+    replace = header is None or header.tag != live.tag or pushes.is_cut(live, header.sequence)
+    if header is not None and replace:
         online.put_header(live.number, ViewHeader("", live.row_words, header.cursor_us))
         for found, _ in online.scan(live.number):
             online.delete_many(live.number, _without(found, computer.keys))
-    _write(online, live, computer.keys, end_us, progress)
-    return computer.keys
+    keys = computer.keys
+    _write(online, live, pushes, keys, end_us, progress, replace)
+    return keys
 
 
 def write_changed(
-    online: OnlineStore, live: LiveView, end_us: int, progress: Progress | None
+    online: OnlineAdapter, live: LiveView, pushes: Pushes, end_us: int, progress: Progress | None
 ) -> NDArray[np.uint64]:
     """Write the row of each key whose row changed since the cursor or has run out by `end_us`.
 
@@ -68,8 +75,8 @@ def write_changed(
         InvalidArgumentError: `end_us` is before the cursor.
     """
     header = online.header(live.number)
-    if header is None or header.tag != live.tag:
-        return write_all(online, live, end_us, progress)
+    if header is None or header.tag != live.tag or pushes.is_cut(live, header.sequence):
+        return write_all(online, live, pushes, end_us, progress)
     if end_us < header.cursor_us:
         raise InvalidArgumentError(
             f"end is {iso(end_us)}, but view '{live.computer.view.name}' is materialised up to "
@@ -77,21 +84,37 @@ def write_changed(
         )
     parts = [live.computer.changed_keys(header.cursor_us, end_us)]
     parts += [keys[meta[:, 1] <= end_us] for keys, meta in online.scan(live.number)]
+    if live.source is not None:
+        parts.append(pushes.arrived(live, header.sequence))
     keys = np.unique(np.concatenate(parts), axis=0)
-    _write(online, live, keys, end_us, progress)
+    _write(online, live, pushes, keys, end_us, progress, False)
     return keys
 
 
 def _write(
-    online: OnlineStore, live: LiveView, keys: NDArray[np.uint64], end_us: int, progress: Progress | None
-) -> None:
-    header = ViewHeader(live.tag, live.row_words, end_us)
+    online: OnlineAdapter, live: LiveView, pushes: Pushes, keys: NDArray[np.uint64], end_us: int,
+    progress: Progress | None, replace: bool,
+) -> None:  # fmt: skip
     name = live.computer.view.name
     for at in range(0, max(len(keys), 1), _CHUNK):
         part = keys[at : at + _CHUNK]
-        rows = live.computer.rows_at(part, np.full(len(part), end_us, np.int64))
+        now = np.full(len(part), end_us, np.int64)
+        if live.source is None:
+            sequence, rows = 0, live.computer.rows_at(part, now)
+        else:
+            sequence, rows = pushes.durable_rows(live, part, now)
         last = at + _CHUNK >= len(keys)
-        online.put_many(live.number, part, rows.words(), rows.meta, header if last else None)
+        with pushes.committing:  # a push between the header's number and the header would be missed
+            header = ViewHeader(live.tag, live.row_words, end_us, pushes.written_up_to(live.number))
+            online.put_many(
+                live.number,
+                part,
+                rows.words(),
+                rows.meta,
+                header if last else None,
+                sequence=sequence,
+                replace=replace,
+            )
         if progress is not None:
             progress(name, at + len(part), len(keys))
 

@@ -1,26 +1,27 @@
 """The historical join: features as they were at each entity row's time, N rows in, N rows out, in order.
 
-It computes with `ViewComputer.rows_at` and the service's plan only, as serving does. A null key matches
-nothing, a row without a time gets nulls, and of fully tied events the last in the source wins. Pure functions
-of their arguments.
+A snapshot is the join of every key at one time (`snapshot_entities`). The join computes with
+`ViewComputer.rows_at` and the service's plan only, as serving does. A null key matches nothing, a row without
+a time gets nulls, and of fully tied events the last in the source wins. Pure functions of their arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
-from penstock.features.compute import NULL, PRESENT, ViewComputer
-from penstock.features.expressions import is_floating
+from penstock.features.compute import NULL, PRESENT, ViewComputer, ViewRows
+from penstock.features.expressions import INT_MIN, is_floating
 from penstock.features.index import entity_keys
 from penstock.features.plan import ServicePlan
 from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
 from penstock.features.sources import SourceColumn, arrow_column, time_column
+from penstock.features.times import iso
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
     Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
 
+Progress = Callable[[str, int, int], None]
+"""Called with a view, and the rows joined and to join."""
+
+_PROGRESS_ROWS = 65_536  # between two calls
 STATUS_NAMES = ("PRESENT", "NULL", "NOT_FOUND", "EXPIRED", "FUTURE")
 _UTC = pa.timestamp("us", "UTC")
 _ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
@@ -65,7 +70,10 @@ def historical_join(
     key_seed: bytes,
     *,
     filter_by_created_timestamp: bool = False,
+    known_by: NDArray[np.int64] | None = None,
     with_status: bool = False,
+    with_age: bool = False,
+    progress: Progress | None = None,
 ) -> pa.Table:
     """Append the plan's features to an entity table (see `entity_table`).
 
@@ -76,7 +84,11 @@ def historical_join(
         computers: by view name.
         key_seed: 16 bytes, the computers' own.
         filter_by_created_timestamp: leave out events that became known after the row's time.
+        known_by: int64[N], microseconds; leave out events that became known after these times instead.
         with_status: append `<feature>__status`: PRESENT, NULL, NOT_FOUND, EXPIRED or FUTURE for each cell.
+        with_age: append `<feature>__age` to each feature of a view: int64, microseconds from the newest event
+            behind the cell to the row's time; null where the cell is.
+        progress: called as the work goes on.
 
     Returns:
         The N rows in order, with the time column as timestamp[us, UTC]. Strings are dictionary-encoded with
@@ -89,7 +101,7 @@ def historical_join(
     n = entities.num_rows
     time_name = time_column_name(entities)
     order = _output_order(plan)
-    _check_names(entities, plan, order, with_status)
+    _check_names(entities, plan, order, ["__status"] * with_status + ["__age"] * with_age)
     times = time_column(entities[time_name], f"entity_df: column '{time_name}'")
     keys = [_key_column(entities, name, dtype) for name, dtype in plan.entities]
     columns: dict[str, Column] = {}
@@ -99,32 +111,108 @@ def historical_join(
         source_name = f"{plan.request_name}:{name}"
         columns[source_name] = (given.values, given.valid)
         texts[source_name] = given.dictionary or []
-    statuses: dict[str, NDArray[np.uint8]] = {}
-    for view, positions in zip(plan.views, plan.view_keys):
+    found: dict[str, ViewRows] = {}
+    for owner, view, positions in zip(plan.view_names, plan.views, plan.view_keys):
         computer = computers[view.name]
         words, nulls = entity_keys([keys[i] for i in positions], n, key_seed)
         if times.valid is not None:
             nulls |= ~times.valid
-        known_by = times.values if filter_by_created_timestamp else None
-        rows = computer.rows_at(words, times.values, nulls=nulls, known_by=known_by)
+        cut = times.values if filter_by_created_timestamp else known_by
+        rows = _rows(computer, words, times.values, nulls, cut, owner, progress)
         for (name, _), column in zip(computer.schema, rows.columns):
-            columns[f"{view.name}:{name}"] = column
+            columns[f"{owner}:{name}"] = column
         for name, dictionary in computer.dictionaries.items():
-            texts[f"{view.name}:{name}"] = dictionary
-        statuses[view.name] = rows.status
-    outputs = plan.evaluate(columns, (times.values, times.valid))
+            texts[f"{owner}:{name}"] = dictionary
+        found[owner] = rows
+    if all(ref in columns for ref in plan.refs):  # nothing is left to compute
+        outputs: Sequence[Column] = [columns[ref] for ref in plan.refs]
+    else:
+        outputs = plan.evaluate(columns, (times.values, times.valid))
     result = _with_time(entities, time_name, times)
     for i in order:
         values, valid = outputs[i]
         mask = np.zeros(n, np.bool_) if valid is None else ~valid
         array = _to_arrow(plan.output_dtypes[i], values, mask, texts.get(plan.refs[i], []))
         result = result.append_column(plan.output_names[i], array)
+        of_view = found.get(plan.refs[i].split(":")[0])
         if with_status:
-            status = statuses.get(plan.refs[i].split(":")[0], np.full(n, PRESENT, np.uint8))
+            status = np.full(n, PRESENT, np.uint8) if of_view is None else of_view.status
             status = np.where((status == PRESENT) & mask, np.uint8(NULL), status)
             reasons = pa.DictionaryArray.from_arrays(pa.array(status, pa.int8()), pa.array(STATUS_NAMES))
             result = result.append_column(plan.output_names[i] + "__status", reasons)
+        if with_age and of_view is not None:
+            empty = mask | (of_view.status != PRESENT)
+            age = np.where(empty, 0, times.values - np.where(empty, 0, of_view.meta[:, 2]))
+            result = result.append_column(plan.output_names[i] + "__age", pa.array(age, mask=empty))
     return result
+
+
+def _rows(
+    computer: ViewComputer,
+    keys: NDArray[np.uint64],
+    times: NDArray[np.int64],
+    nulls: NDArray[np.bool_],
+    known_by: NDArray[np.int64] | None,
+    name: str,
+    progress: Progress | None,
+) -> ViewRows:
+    n = len(keys)
+    if progress is None:
+        return computer.rows_at(keys, times, nulls=nulls, known_by=known_by)
+    parts = []
+    for at in range(0, max(n, 1), _PROGRESS_ROWS):
+        part = slice(at, at + _PROGRESS_ROWS)
+        cut = None if known_by is None else known_by[part]
+        parts.append(computer.rows_at(keys[part], times[part], nulls=nulls[part], known_by=cut))
+        progress(name, min(n, at + _PROGRESS_ROWS), n)
+    return ViewRows.concatenate(parts)
+
+
+def snapshot_entities(
+    plan: ServicePlan, computers: Mapping[str, ViewComputer], start_us: int | None, end_us: int
+) -> pa.Table:
+    """An entity table of the keys that the plan's views know, each at `end_us`, ascending.
+
+    A key is there if its newest event by `end_us`, in one of the views, is not before `start_us`. By default
+    that is `end_us` less the longest ttl, or without bound where a view has no ttl.
+
+    Raises:
+        InvalidArgumentError: the views have different join keys or the plan reads request inputs, so that no
+            table of keys alone can answer; or `start_us` is after `end_us`.
+    """
+    if start_us is not None and start_us > end_us:
+        raise InvalidArgumentError(f"start_date is {iso(start_us)}, after end_date {iso(end_us)}")
+    if plan.inputs:
+        names = ", ".join(name for name, _ in plan.inputs)
+        raise InvalidArgumentError(f"the features read the request inputs {names}; expected an entity_df")
+    keyed = [(view, positions) for view, positions in zip(plan.views, plan.view_keys) if positions]
+    for view, positions in keyed:
+        if sorted(positions) != list(range(len(plan.entities))):
+            raise InvalidArgumentError(
+                f"view '{view.name}' has the join keys {', '.join(view.join_keys)}, of "
+                f"{', '.join(name for name, _ in plan.entities)}; expected an entity_df"
+            )
+    ttls = [view.ttl_us for view, _ in keyed] or [None]
+    if start_us is None and None not in ttls:
+        start_us = end_us - max(ttl or 0 for ttl in ttls)
+    order = [name for name, _ in plan.entities]
+    tables = [] if keyed else [pa.table({"": pa.nulls(1)})]  # views without entities have one row
+    for view, positions in keyed:
+        keys, columns = computers[view.name].entities()
+        newest = computers[view.name].newest_events(keys, end_us)
+        chosen = newest > INT_MIN if start_us is None else (newest > INT_MIN) & (newest >= start_us)
+        arrays = {}
+        for at, column in zip(positions, columns):
+            part = column.take(chosen)
+            array = _to_arrow(part.dtype, part.values, None, part.dictionary or [])
+            arrays[plan.entities[at][0]] = array.dictionary_decode() if part.dtype == "string" else array
+        tables.append(pa.table(arrays).select(order))
+    table = pa.concat_tables(tables)
+    if keyed:
+        table = table.group_by(order).aggregate([]).sort_by([(name, "ascending") for name in order])
+    table = table.select(order)
+    times = pa.array(np.full(table.num_rows, end_us), pa.int64()).cast(_UTC)
+    return table.append_column("event_timestamp", times)
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
@@ -147,16 +235,17 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
 def _output_order(plan: ServicePlan) -> list[int]:
     """Positions of the refs to append: by view, then request inputs that get a name of their own."""
     owners = [ref.split(":")[0] for ref in plan.refs]
-    order = [i for view in plan.views for i, owner in enumerate(owners) if owner == view.name]
+    order = [i for name in plan.view_names for i, owner in enumerate(owners) if owner == name]
     inputs = [i for i, owner in enumerate(owners) if owner == plan.request_name]
     return order + [i for i in inputs if plan.output_names[i] != plan.refs[i].split(":")[1]]
 
 
-def _check_names(entities: pa.Table, plan: ServicePlan, order: Sequence[int], with_status: bool) -> None:
+def _check_names(
+    entities: pa.Table, plan: ServicePlan, order: Sequence[int], suffixes: Sequence[str]
+) -> None:
     taken = set(entities.column_names)
     for i in order:
-        names = [plan.output_names[i]] + [plan.output_names[i] + "__status"] * with_status
-        for name in names:
+        for name in [plan.output_names[i] + suffix for suffix in ["", *suffixes]]:
             if name in taken:
                 raise FeatureNameCollisionError(
                     f"feature '{plan.refs[i]}' would be named '{name}', which is a column already; "

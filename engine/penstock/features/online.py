@@ -8,10 +8,10 @@ of other processes), and the memory map grows only while no transaction of this 
 a file that was cut short kills the process. For the same reason the file is kept as long as the map (the rest
 is a hole that takes no disk), so that its length never depends on which pages LMDB chose to write.
 
-A row's key is the view number and the key's hi and lo words, big-endian; its value is the row's meta, 4
-int64, and its words, little-endian. Number 0 holds what describes the store: its identity, and the header of
-each view. A view's rows count only for a reader that names the same tag as the header: the state of the
-source that they came from.
+A row's key is the view number and the key's hi and lo words, big-endian; its value is as `online_adapter` has
+it. Numbers from 0xFFFFFF00 on hold the event log (`event_log`). Number 0 holds what describes the store: its
+identity, and the header of each view. A view's rows count only for a reader that names the same tag as the
+header: the state of the source that they came from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,14 @@ import numpy as np
 
 from penstock import diskio
 from penstock.errors import StoreError
+from penstock.features.online_adapter import (
+    HEAD_BYTES,
+    ORDER_BYTES,
+    ViewHeader,
+    decode_meta,
+    decode_rows,
+    encode_rows,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,21 +50,6 @@ _MAX_READERS = 1024
 _CHUNK = 16_384  # rows of one write transaction
 _IDENTITY = struct.pack(">II", 0, 0)
 _EMPTY = 2**64 - 1  # the root of a tree without pages
-
-
-@dataclass(frozen=True)
-class ViewHeader:
-    """What is known of a view's rows.
-
-    Attributes:
-        tag: state of the source that the rows came from; "" while they are replaced as a whole.
-        row_words: words of a row.
-        cursor_us: time up to which the rows are materialised.
-    """
-
-    tag: str
-    row_words: int
-    cursor_us: int
 
 
 def check_file(file: Path) -> int:
@@ -165,13 +158,12 @@ class _Environment:
         except (lmdb.Error, OSError) as error:
             raise StoreError(f"online store '{self.path}' cannot be read: {error}") from error
 
-    def write(self, work: Any) -> None:
+    def write(self, work: Any) -> Any:
         """Run `work(txn)` in one durable transaction; again from its start after the map had to grow."""
         while True:
             try:
                 with self._transaction(write=True) as txn:
-                    work(txn)
-                return
+                    return work(txn)
             except lmdb.MapFullError:
                 self._grow()
             except lmdb.PanicError as error:  # LMDB refuses this environment from now on
@@ -285,6 +277,17 @@ class OnlineStore:
             raise StoreError(f"online store '{self._path}' is closed")
         return self._env
 
+    def transaction(self) -> contextlib.AbstractContextManager[lmdb.Transaction]:
+        """A read transaction, for what lies beside the rows (the event log)."""
+        return self._environment.read()
+
+    def change(self, work: Any) -> Any:
+        """Run `work(txn)` in one durable write transaction and return its result.
+
+        It may run again from its start. An exception of `work` leaves the store as it was.
+        """
+        return self._environment.write(work)
+
     def stamp(self) -> int:
         """Number of the newest write transaction."""
         with self._environment.gate.shared():
@@ -305,28 +308,15 @@ class OnlineStore:
         return found
 
     def get_many(
-        self, view: int, tag: str, keys: NDArray[np.uint64], row_words: int
+        self, view: int, tag: str, keys: NDArray[np.uint64], row_words: int, sequence: int = 0
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Read rows as of one transaction.
-
-        Args:
-            view: its number.
-            tag: the tag that the header must have; under another nothing is found.
-            keys: uint64[n, 2] as lo, hi.
-            row_words: words of a row.
-
-        Returns:
-            rows uint64[n, row_words], meta int64[n, 4], found bool[n]; zeros where not found.
-
-        Raises:
-            StoreError: the store failed, or a row has another length.
-        """
-        n, size = len(keys), 32 + 8 * row_words
+        """As `OnlineAdapter.get_many`, as of one transaction."""
+        n, size = len(keys), HEAD_BYTES + 8 * row_words
         rows, meta = np.zeros((n, row_words), np.uint64), np.zeros((n, 4), np.int64)
         found = np.zeros(n, np.bool_)
         with self._environment.read() as txn:
             header = _header(txn, view)
-            if header is None or header.tag != tag:
+            if header is None or header.tag != tag or header.sequence < sequence:
                 return rows, meta, found
             values = [txn.get(key) for key in _row_keys(view, keys)]
         for i, value in enumerate(values):
@@ -335,9 +325,7 @@ class OnlineStore:
                 raise StoreError(
                     f"online store '{self._path}': a row of view {view} has {len(value)} bytes, not {size}"
                 )
-        whole = np.frombuffer(b"".join(v for v in values if v is not None), "<u8").reshape(-1, 4 + row_words)
-        meta[found] = whole[:, :4].astype(np.int64)
-        rows[found] = whole[:, 4:]
+        rows[found], meta[found] = decode_rows([v for v in values if v is not None], row_words)
         return rows, meta, found
 
     def put_many(
@@ -347,30 +335,25 @@ class OnlineStore:
         rows: NDArray[np.uint64],
         meta: NDArray[np.int64],
         header: ViewHeader | None = None,
+        *,
+        sequence: int = 0,
+        replace: bool = False,
     ) -> None:
-        """Write rows, durable when this returns, in transactions of some thousand rows.
-
-        Args:
-            view: its number.
-            keys: uint64[n, 2] as lo, hi.
-            rows: uint64[n, row_words].
-            meta: int64[n, 4].
-            header: written in the last transaction, so never before the rows.
+        """As `OnlineAdapter.put_many`, in transactions of some thousand rows; the header is in the last.
 
         Raises:
             StoreError: the disk is full or the store failed; rows of earlier transactions stay.
         """
-        whole = np.concatenate([meta.astype("<i8").view("<u8"), rows.astype("<u8")], axis=1)
+        whole = encode_rows(rows, meta, sequence)
         order = np.lexsort((keys[:, 0], keys[:, 1]))  # in key order: neighbours share their pages
         for at in range(0, max(len(order), 1), _CHUNK):
             part = order[at : at + _CHUNK]
-            values = whole[part]
-            pairs = list(zip(_row_keys(view, keys[part]), (values[i].tobytes() for i in range(len(part)))))
+            pairs = _pairs(view, keys[part], whole[part])
             last = at + _CHUNK >= len(order)
 
             def work(txn: lmdb.Transaction, pairs: Any = pairs, last: bool = last) -> None:
                 with txn.cursor() as cursor:
-                    cursor.putmulti(pairs)
+                    cursor.putmulti(pairs if replace and not sequence else _newer(txn, pairs, replace))
                 if last and header is not None:
                     _put_header(txn, view, header)
 
@@ -387,26 +370,23 @@ class OnlineStore:
             heads: list[bytes] = []
             with self._environment.read() as txn:
                 for key, value in _range(txn, view, after):
-                    heads.append(key[4:] + value[:32])
+                    heads.append(key[4:] + value[:HEAD_BYTES])
                     if len(heads) == _CHUNK:
                         break
             if not heads:
                 return
             after = struct.pack(">I", view) + heads[-1][:16]
-            flat = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 48)
+            flat = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 16 + HEAD_BYTES)
             keys = np.ascontiguousarray(flat[:, :16]).view(">u8")[:, ::-1].astype(np.uint64)
-            yield keys, np.ascontiguousarray(flat[:, 16:]).view("<i8").astype(np.int64)
+            yield keys, decode_meta(flat[:, 16:])
 
-    def delete_many(self, view: int, keys: NDArray[np.uint64]) -> None:
-        """Delete rows, durable when this returns. Keys without a row are no error."""
+    def delete_many(self, view: int, keys: NDArray[np.uint64]) -> int:
+        """Delete rows, durable when this returns. Returns how many there were."""
+        deleted = 0
         for at in range(0, len(keys), _CHUNK):
             names = _row_keys(view, keys[at : at + _CHUNK])
-
-            def work(txn: lmdb.Transaction, names: Any = names) -> None:
-                for name in names:
-                    txn.delete(name)
-
-            self._environment.write(work)
+            deleted += self._environment.write(lambda txn, names=names: sum(map(txn.delete, names)))
+        return deleted
 
     def delete_view(self, view: int) -> None:
         """Delete a view's header and then its rows."""
@@ -430,6 +410,52 @@ def _row_keys(view: int, keys: NDArray[np.uint64]) -> list[bytes]:
     prefix = struct.pack(">I", view)
     flat = keys[:, ::-1].astype(">u8").tobytes()
     return [prefix + flat[at : at + 16] for at in range(0, len(flat), 16)]
+
+
+def _pairs(view: int, keys: NDArray[np.uint64], values: NDArray[np.uint8]) -> list[tuple[bytes, bytes]]:
+    flat, size = values.tobytes(), values.shape[1]
+    return [(key, flat[i * size : (i + 1) * size]) for i, key in enumerate(_row_keys(view, keys))]
+
+
+def _newer(
+    txn: lmdb.Transaction, pairs: list[tuple[bytes, bytes]], replace: bool
+) -> list[tuple[bytes, bytes]]:
+    """The pairs whose row in the store has no greater order."""
+    size = 8 if replace else ORDER_BYTES
+    kept = []
+    for key, value in pairs:
+        old = txn.get(key)
+        if old is None or bytes(old[:size]) <= value[:size]:
+            kept.append((key, value))
+    return kept
+
+
+def put_rows(
+    txn: lmdb.Transaction,
+    view: int,
+    keys: NDArray[np.uint64],
+    rows: NDArray[np.uint64],
+    meta: NDArray[np.int64],
+    sequence: int,
+) -> None:
+    """Compare and set rows within a transaction of the caller's."""
+    for key, value in _newer(txn, _pairs(view, keys, encode_rows(rows, meta, sequence)), True):
+        txn.put(key, value)
+
+
+def delete_rows(txn: lmdb.Transaction, view: int, keys: NDArray[np.uint64]) -> int:
+    """Delete rows within a transaction of the caller's. Returns how many there were."""
+    return sum(map(txn.delete, _row_keys(view, keys)))
+
+
+def header_in(txn: lmdb.Transaction, view: int) -> ViewHeader | None:
+    """The header of a view, in a transaction of the caller's."""
+    return _header(txn, view)
+
+
+def put_header_in(txn: lmdb.Transaction, view: int, header: ViewHeader) -> None:
+    """Replace the header of a view, in a transaction of the caller's."""
+    _put_header(txn, view, header)
 
 
 def _range(txn: lmdb.Transaction, view: int, after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:

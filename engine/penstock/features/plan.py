@@ -23,8 +23,8 @@ from penstock.errors import (
     NotFoundError,
 )
 from penstock.features.compute import ViewComputer
-from penstock.features.definitions import FeatureView, RequestSource
-from penstock.features.expressions import Expr, col, columns_read, walk
+from penstock.features.definitions import FeatureView, RequestSource, ViewProjection, check_unversioned
+from penstock.features.expressions import Expr, asks_about_text, col, columns_read, walk
 from penstock.features.program import Distribution, compile_program
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class ServicePlan:
         name: the service's, or one for an ad-hoc list.
         refs: "view:feature" or "request_source:input", in order.
         output_names, output_dtypes: of each ref.
-        views: distinct views in the order in which refs first mention them.
+        views: views in the order in which refs first mention them, once for each name.
+        view_names: by which refs call them: their own, or that of a projection.
         entities: (column, "int64" or "string") distinct join keys, in first-mention order.
         view_keys: for each view, the positions in `entities` of its join keys, in key order.
         inputs: (name, dtype) of the request inputs that are used.
@@ -56,6 +57,7 @@ class ServicePlan:
     output_names: tuple[str, ...]
     output_dtypes: tuple[str, ...]
     views: tuple[FeatureView, ...]
+    view_names: tuple[str, ...]
     entities: tuple[tuple[str, str], ...]
     view_keys: tuple[tuple[int, ...], ...]
     inputs: tuple[tuple[str, str], ...]
@@ -89,6 +91,7 @@ def compile_plan(
     computers: Mapping[str, ViewComputer],
     request: RequestSource | None = None,
     *,
+    aliases: Mapping[str, ViewProjection] | None = None,
     full_feature_names: bool = False,
     on_missing: str = "nan",
 ) -> ServicePlan:
@@ -100,6 +103,7 @@ def compile_plan(
         views: all views, by name.
         computers: by view name; those of the views in `refs` are read.
         request: the source of the request inputs.
+        aliases: projections by name; a name may hide a view's.
         full_feature_names: name outputs "view__feature" instead of "feature".
         on_missing: what serving does about a missing row; "nan" or "error".
 
@@ -113,24 +117,30 @@ def compile_plan(
         raise InvalidArgumentError(f"features is {refs!r}; expected a list of 'view:feature'")
     if request is not None and request.name in views:
         raise DefinitionError(f"request source '{request.name}' has the name of a view")
+    used_aliases = dict(aliases or {})
+    views = {**views, **{name: alias.view for name, alias in used_aliases.items()}}
     parsed = [_resolve(ref, views, request) for ref in refs]
     names = tuple(f"{owner}__{short}" if full_feature_names else short for owner, short in parsed)
     _check_names(refs, names)
     used = list(dict.fromkeys(owner for owner, _ in parsed if owner in views))
-    schema = {f"{view}:{column}": dtype for view in used for column, dtype in computers[view].schema}
+    at = {name: computers[views[name].name] for name in used}
+    keys = {
+        name: used_aliases[name].join_keys if name in used_aliases else views[name].join_keys for name in used
+    }
+    schema = {f"{name}:{column}": dtype for name in used for column, dtype in at[name].schema}
     inputs: dict[str, str] = {}
     outputs: list[tuple[str, Expr]] = []
     ranks: dict[str, Distribution] = {}
     for (owner, short), output in zip(parsed, names):
         if owner in views:
-            outputs.append((output, _feature(views[owner], short, computers[owner].distributions, ranks)))
+            outputs.append((output, _feature(owner, views[owner], short, at[owner].distributions, ranks)))
         else:
             assert request is not None
             inputs[short] = schema[f"{owner}:{short}"] = request.schema[short]
             outputs.append((output, col(f"{owner}:{short}")))
     program = compile_program(outputs, schema, ranks)
     dtypes = tuple(dtype for _, dtype in _core.FeatureProgram(program).outputs)
-    entities = _entities(used, computers)
+    entities = _entities(keys, at)
     positions = {column: i for i, column in enumerate(entities)}
     return ServicePlan(
         name=name,
@@ -138,13 +148,14 @@ def compile_plan(
         output_names=names,
         output_dtypes=dtypes,
         views=tuple(views[view] for view in used),
+        view_names=tuple(used),
         entities=tuple(entities.items()),
-        view_keys=tuple(tuple(positions[key] for key in views[view].join_keys) for view in used),
+        view_keys=tuple(tuple(positions[key] for key in keys[view]) for view in used),
         inputs=tuple(inputs.items()),
         program=program,
         on_missing=on_missing,
         fingerprint=_fingerprint(name, refs, on_missing, inputs, columns_read(*(e for _, e in outputs)),
-                                 [computers[view] for view in used]),
+                                 at, [used_aliases[name] for name in used if name in used_aliases]),
         request_name=request.name if request is not None and inputs else None,
     )  # fmt: skip
 
@@ -156,6 +167,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _resolve(ref: str, views: Mapping[str, FeatureView], request: RequestSource | None) -> tuple[str, str]:
+    check_unversioned(ref)
     parts = ref.split(":") if isinstance(ref, str) else []
     if len(parts) != 2 or not all(parts):
         raise InvalidArgumentError(f"feature is {ref!r}; expected 'view:feature'")
@@ -183,6 +195,7 @@ def _check_names(refs: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _feature(
+    owner: str,
     view: FeatureView,
     name: str,
     distributions: Mapping[str, Distribution],
@@ -190,22 +203,26 @@ def _feature(
 ) -> Expr:
     """The feature over program inputs. `ranks` gets the distributions under the renamed fingerprints."""
     if name not in view.request_time:
-        return col(f"{view.name}:{name}")
+        return col(f"{owner}:{name}")
     renamed: dict[str, Expr] = {}
     for node in walk(view.request_time[name]):
+        if asks_about_text(node):
+            renamed[node.fingerprint()] = col(f"{owner}:{view.hidden[node.fingerprint()]}")
+            continue
+        if node.op == "col" and node.param not in view.hidden:
+            continue  # only asked about
         args = tuple(renamed[arg.fingerprint()] for arg in node.args)
-        param = f"{view.name}:{view.hidden[node.param]}" if node.op == "col" else node.param
-        renamed[node.fingerprint()] = Expr(node.op, param, args)
+        param = f"{owner}:{view.hidden[node.param]}" if node.op == "col" else node.param
+        renamed[node.fingerprint()] = node.with_args(args, param)
         if node.op == "percentile_rank" and node.args[0].fingerprint() in distributions:
             ranks[args[0].fingerprint()] = distributions[node.args[0].fingerprint()]
     return renamed[view.request_time[name].fingerprint()]
 
 
-def _entities(used: Sequence[str], computers: Mapping[str, ViewComputer]) -> dict[str, str]:
+def _entities(keys: Mapping[str, Sequence[str]], computers: Mapping[str, ViewComputer]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name in used:
-        computer = computers[name]
-        for key, dtype in zip(computer.view.join_keys, computer.join_dtypes):
+    for name in keys:
+        for key, dtype in zip(keys[name], computers[name].join_dtypes):
             if found.setdefault(key, dtype) != dtype:
                 raise DefinitionError(
                     f"join key '{key}' is {dtype} in view '{name}' but {found[key]} in another view"
@@ -219,11 +236,12 @@ def _fingerprint(
     on_missing: str,
     inputs: Mapping[str, str],
     columns: Sequence[str],
-    computers: Sequence[ViewComputer],
+    computers: Mapping[str, ViewComputer],
+    aliases: Sequence[ViewProjection],
 ) -> str:
     """Output names are left out: they decide no value. Dictionaries count where the plan reads them."""
     views = []
-    for computer in computers:
+    for owner, computer in computers.items():
         ranks = [
             [key, [v.hex() for v in fitted.values], fitted.cumulative]
             for key, fitted in sorted(computer.distributions.items())
@@ -231,8 +249,9 @@ def _fingerprint(
         texts = [
             [column, texts]
             for column, texts in sorted(computer.dictionaries.items())
-            if f"{computer.view.name}:{column}" in columns
+            if f"{owner}:{column}" in columns
         ]
         views.append([computer.view.fingerprint(), ranks, texts])
     parts = [name, list(refs), on_missing, list(inputs.items()), views]
+    parts += [[alias.describe() for alias in aliases]] * bool(aliases)
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()

@@ -1,84 +1,57 @@
-"""From expressions to the bytes that `_core.FeatureProgram` runs, and the oracle that is their meaning.
+"""From expressions to a register program: the one form that every back end runs, and its bytes for C++.
 
-`evaluate` is slow and obvious on purpose: what it returns, row by row, is what each operation means, bit for
-bit after NaNs are made one. Values are Python scalars: float, int (also timestamps and durations, in
-microseconds), bool; null is None.
+A register holds float64 ("f") or int64 ("i"; bools are 0 and 1, times microseconds, strings codes) and
+validity. Registers are numbered inputs first, then constants, then one for each instruction. The meaning of
+an operation is that of the expressions it comes from (`oracle`).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from itertools import pairwise
 from typing import Any
 
 from penstock.errors import DefinitionError
+from penstock.features.expression_types import at_line, infer
 from penstock.features.expressions import (
     DTYPES,
     INT_MAX,
     INT_MIN,
+    MATH,
+    TIME_PARTS,
+    UNITS_US,
     Expr,
-    columns_read,
-    common_type,
-    infer,
     is_floating,
-    unit_us,
     walk,
 )
+from penstock.features.text_inputs import TextFunction, input_name
 
-_OPS = [
-    "add_f",
-    "sub_f",
-    "mul_f",
-    "div_f",
-    "neg_f",
-    "abs_f",
-    "sqrt_f",
-    "floor_f",
-    "ceil_f",
-    "minimum_f",
-    "maximum_f",
-    "lt_f",
-    "le_f",
-    "eq_f",
-    "add_i",
-    "sub_i",
-    "mul_i",
-    "neg_i",
-    "abs_i",
-    "minimum_i",
-    "maximum_i",
-    "lt_i",
-    "le_i",
-    "eq_i",
-    "and",
-    "or",
-    "not",
-    "where_f",
-    "where_i",
-    "is_null_f",
-    "is_null_i",
-    "fill_null_f",
-    "fill_null_i",
-    "int_to_f",
-    "f_to_int",
-    "f_to_f32",
-    "int_to_bool",
-    "f_to_bool",
-    "minute",
-    "hour",
-    "weekday",
-    "day",
-    "month",
-    "isin_f",
-    "isin_i",
-    "rank",
-]
-OPS = {name: number for number, name in enumerate(_OPS)}
+# Result kind, then operand kinds: f float, i integer, s/t/r table of floats, of integers, of ranks. The
+# position is the number in a program's bytes: append only. csrc/features/operations.h holds the same.
+SIGNATURES = {
+    "add_f": "fff", "sub_f": "fff", "mul_f": "fff", "div_f": "fff", "neg_f": "ff", "abs_f": "ff",
+    "sqrt_f": "ff", "floor_f": "ff", "ceil_f": "ff", "minimum_f": "fff", "maximum_f": "fff",
+    "lt_f": "iff", "le_f": "iff", "eq_f": "iff",
+    "add_i": "iii", "sub_i": "iii", "mul_i": "iii", "neg_i": "ii", "abs_i": "ii",
+    "minimum_i": "iii", "maximum_i": "iii", "lt_i": "iii", "le_i": "iii", "eq_i": "iii",
+    "and": "iii", "or": "iii", "not": "ii", "where_f": "fiff", "where_i": "iiii",
+    "is_null_f": "if", "is_null_i": "ii", "fill_null_f": "fff", "fill_null_i": "iii",
+    "int_to_f": "fi", "f_to_int": "if", "f_to_f32": "ff", "int_to_bool": "ii", "f_to_bool": "if",
+    "minute": "ii", "hour": "ii", "weekday": "ii", "day": "ii", "month": "ii",
+    "isin_f": "ifs", "isin_i": "iit", "rank": "ffr",
+    "floor_div_f": "fff", "mod_f": "fff", "floor_div_i": "iii", "mod_i": "iii",
+    "sign_f": "ff", "sign_i": "ii", "round_f": "ff",
+    "exp": "ff", "expm1": "ff", "exp2": "ff", "log": "ff", "log1p": "ff", "log2": "ff", "log10": "ff",
+    "tanh": "ff", "pow": "fff", "is_nan": "if",
+    "bucket_f": "ifs", "bucket_right_f": "ifs", "bucket_i": "iit", "bucket_right_i": "iit",
+    "second": "ii", "day_of_year": "ii", "year": "ii",
+    "floor_to": "iii", "week_start": "ii", "month_start": "ii", "year_start": "ii",
+    "hash_i": "ii", "bucket_of": "iii",
+}  # fmt: skip
+OPS = {name: number for number, name in enumerate(SIGNATURES)}
 _UNUSED = 0xFFFFFFFF
 
 
@@ -103,35 +76,122 @@ class Distribution:
         return cls(tuple(last), tuple(last.values()))
 
 
+@dataclass(frozen=True)
+class Table:
+    """Values ascending; for ranks also their cumulative counts. kind: "s" floats, "t" integers, "r" ranks."""
+
+    kind: str
+    values: tuple[Any, ...]
+    cumulative: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A `udf`: the function, the kinds ("f", "i", "b") of its arguments and the dtype it returns."""
+
+    name: str
+    function: Callable[..., Any]
+    kinds: str
+    returns: str
+    at: tuple[str, int]
+
+    def refuse(self, why: str) -> DefinitionError:
+        """An error that names the function and the line of its use."""
+        return DefinitionError(f"udf '{self.name}' {why}; defined at {self.at[0]}:{self.at[1]}")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An operation of `SIGNATURES` and its operands: registers, or a table where the signature has one.
+
+    The operation "udf" has the number of an Opaque first, then registers.
+    """
+
+    op: str
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Named expressions as registers.
+
+    Attributes:
+        inputs: (name, dtype); columns by name, then functions of string columns (`text_inputs`), then "now".
+        outputs: (name, dtype, register).
+        constants: (kind, value), kind "f" or "i".
+    """
+
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str, int], ...]
+    constants: tuple[tuple[str, Any], ...]
+    tables: tuple[Table, ...]
+    code: tuple[Instruction, ...]
+    functions: tuple[Opaque, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """The form that `_core.FeatureProgram` loads.
+
+        Raises:
+            DefinitionError: the program has a udf.
+        """
+        for opaque in self.functions:
+            raise opaque.refuse(
+                "is opaque Python and cannot be computed at request time; use it in a stored feature, "
+                "without now()"
+            )
+        counts = (len(self.inputs), len(self.outputs), len(self.constants), len(self.tables), len(self.code))
+        out = bytearray(b"PSFP") + struct.pack("<6I", 1, *counts)
+        for name, dtype in self.inputs:
+            out += _text(name) + struct.pack("<B", DTYPES.index(dtype))
+        for name, dtype, register in self.outputs:
+            out += _text(name) + struct.pack("<BI", DTYPES.index(dtype), register)
+        for kind, value in self.constants:
+            out += struct.pack("<BBd" if kind == "f" else "<BBq", kind != "f", 1, value)
+        for table in self.tables:
+            n, number = len(table.values), "str".index(table.kind)
+            out += struct.pack(f"<BI{n}{'q' if number == 1 else 'd'}", number, n, *table.values)
+            out += struct.pack(f"<{len(table.cumulative)}q", *table.cumulative)
+        for step in self.code:
+            unused = [_UNUSED] * (3 - len(step.operands))
+            out += struct.pack("<H3I", OPS[step.op], *step.operands, *unused)
+        return bytes(out)
+
+
+Ref = tuple[str, int]
+
+
 class _Builder:
     """Registers, constants and tables of one program; equal instructions share a register."""
 
-    def __init__(self, inputs: list[tuple[str, str]]) -> None:
+    def __init__(self, inputs: Sequence[tuple[str, str]]) -> None:
         self.inputs = {name: i for i, (name, _) in enumerate(inputs)}
-        self.constants: dict[bytes, int] = {}
-        self.tables: dict[bytes, int] = {}
-        self.code: dict[tuple[int, tuple[tuple[str, int], ...]], int] = {}
+        self.constants: dict[bytes, tuple[str, Any]] = {}
+        self.constant_at: dict[bytes, int] = {}
+        self.tables: dict[Table, int] = {}
+        self.functions: list[Opaque] = []
+        self.code: dict[tuple[str, tuple[Ref, ...]], int] = {}
 
-    def constant(self, dtype: str, value: Any) -> tuple[str, int]:
+    def constant(self, dtype: str, value: Any) -> Ref:
         real = is_floating(dtype)
-        blob = struct.pack("<BBd" if real else "<BBq", 0 if real else 1, 1, value)
-        return ("const", self.constants.setdefault(blob, len(self.constants)))
+        value = float(value) if real else int(value)
+        blob = struct.pack("<Bd" if real else "<Bq", real, value)  # by bits: -0.0 is not 0.0
+        self.constants.setdefault(blob, ("f" if real else "i", value))
+        return ("const", self.constant_at.setdefault(blob, len(self.constant_at)))
 
-    def table(self, kind: int, values: Sequence[Any], cumulative: Sequence[int] = ()) -> tuple[str, int]:
-        form = f"<BI{len(values)}{'q' if kind == 1 else 'd'}{len(cumulative)}q"
-        blob = struct.pack(form, kind, len(values), *values, *cumulative)
-        return ("table", self.tables.setdefault(blob, len(self.tables)))
+    def table(self, kind: str, values: Sequence[Any], cumulative: Sequence[int] = ()) -> Ref:
+        table = Table(kind, tuple(values), tuple(cumulative))
+        return ("table", self.tables.setdefault(table, len(self.tables)))
 
-    def emit(self, name: str, *args: tuple[str, int]) -> tuple[str, int]:
-        return ("code", self.code.setdefault((OPS[name], args), len(self.code)))
+    def emit(self, name: str, *args: Ref) -> Ref:
+        return ("code", self.code.setdefault((name, args), len(self.code)))
 
-    def number(self, ref: tuple[str, int]) -> int:
+    def number(self, ref: Ref) -> int:
         kind, index = ref
-        base = {"input": 0, "table": 0, "const": len(self.inputs)}
-        return index + base.get(kind, len(self.inputs) + len(self.constants))
+        base = {"code": len(self.inputs) + len(self.constants), "const": len(self.inputs)}
+        return index + base.get(kind, 0)
 
 
-def _convert(b: _Builder, ref: tuple[str, int], source: str, target: str) -> tuple[str, int]:
+def _convert(b: _Builder, ref: Ref, source: str, target: str) -> Ref:
     if source == target or (target == "float64" and source == "float32"):
         return ref
     if is_floating(target):
@@ -143,49 +203,100 @@ def _convert(b: _Builder, ref: tuple[str, int], source: str, target: str) -> tup
     return b.emit("f_to_int", ref) if kind == "f" else ref
 
 
-def _int_members(values: Sequence[int | float]) -> list[int]:
+def int_members(values: Sequence[int | float]) -> list[int]:
     """The members of an isin set that an int64 can equal."""
     exact = {int(v) for v in values if isinstance(v, int) or v.is_integer()}
     return sorted(v for v in exact if INT_MIN <= v <= INT_MAX)
 
 
-def _float_members(values: Sequence[int | float]) -> list[float]:
+def float_members(values: Sequence[int | float]) -> list[float]:
+    """The members of a set of numbers as float64."""
     return sorted({float(v) for v in values})
 
 
-def _distribution(node: Expr, distributions: Mapping[str, Distribution]) -> Distribution:
+def distribution_of(node: Expr, distributions: Mapping[str, Distribution]) -> Distribution:
+    """The fitted distribution of a `percentile_rank`."""
     found = distributions.get(node.args[0].fingerprint())
     if found is None:
-        raise DefinitionError(f"percentile_rank({node.args[0]!r}) has no fitted distribution")
+        raise at_line(node, f"percentile_rank({node.args[0]!r}) has no fitted distribution")
     return found
 
 
-def _lower(b: _Builder, node: Expr, refs: list[tuple[str, int]], types: list[str], result: str,
-           distributions: Mapping[str, Distribution]) -> tuple[str, int]:  # fmt: skip
+def text_function(node: Expr) -> TextFunction | None:
+    """The function of a string column that a host must compute for this node; None if there is none."""
+    if node.op == "text_in":
+        return TextFunction(node.args[0].param, "in", tuple(node.param))
+    if node.op == "hash_bucket" and node.args[0].op == "col":
+        return TextFunction(node.args[0].param, "hash")
+    return None
+
+
+def compares_integers(node: Expr, dtype: str) -> bool:
+    """Whether a `bucketize` compares as int64."""
+    return dtype == "int64" and all(isinstance(edge, int) for edge in node.param[1])
+
+
+def _bucketize(b: _Builder, node: Expr, ref: Ref, dtype: str) -> Ref:
+    name = "bucket_right" if node.param[0] else "bucket"
+    if compares_integers(node, dtype):
+        return b.emit(f"{name}_i", ref, b.table("t", node.param[1]))
+    return b.emit(f"{name}_f", _convert(b, ref, dtype, "float64"), b.table("s", float_members(node.param[1])))
+
+
+def _truncate(b: _Builder, node: Expr, ref: Ref) -> Ref:
+    if isinstance(node.param, int):
+        return b.emit("floor_to", ref, b.constant("int64", node.param))
+    return b.emit(f"{node.param}_start", ref)
+
+
+def _udf(b: _Builder, node: Expr, refs: list[Ref], types: list[str]) -> Ref:
+    kinds = "".join("f" if is_floating(t) else "b" if t == "bool" else "i" for t in types)
+    assert node.function is not None
+    returns, name, _ = node.param
+    b.functions.append(Opaque(name, node.function, kinds, returns, node.at))
+    return b.emit("udf", ("function", len(b.functions) - 1), *refs)
+
+
+def _lower(
+    b: _Builder, node: Expr, refs: list[Ref], types: list[str], result: str,
+    distributions: Mapping[str, Distribution],
+) -> Ref:  # fmt: skip
     op = node.op
     if op in ("col", "now"):
-        return ("input", b.inputs[node.param or "now"])
+        # A string that is only asked about is not an input itself.
+        return ("input", b.inputs.get(node.param or "now", -1))
     if op == "lit":
         return b.constant(*node.param)
-    if op in ("and", "or", "not", "minute", "hour", "weekday", "day", "month"):
+    if op in ("and", "or", "not", "is_nan", *TIME_PARTS):
         return b.emit(op, *refs)
+    if op in ("text_in", "hash_bucket"):
+        text = text_function(node) if types[0] == "string" else None
+        found = b.emit("hash_i", refs[0]) if text is None else ("input", b.inputs[input_name(text)])
+        return found if op == "text_in" else b.emit("bucket_of", found, b.constant("int64", node.param))
+    if op in ("pow", *MATH):
+        return b.emit(op, *[_convert(b, r, t, "float64") for r, t in zip(refs, types)])
     if op == "cast":
         return _convert(b, refs[0], types[0], result)
+    if op == "code" or (op in ("floor", "ceil", "round") and result == "int64"):
+        return refs[0]
     if op == "is_null":
         return b.emit("is_null_f" if is_floating(types[0]) else "is_null_i", refs[0])
     if op == "in_unit":
-        return b.emit("div_f", b.emit("int_to_f", refs[0]), b.constant("float64", unit_us(node.param)))
+        return b.emit("div_f", b.emit("int_to_f", refs[0]), b.constant("float64", UNITS_US[node.param]))
     if op == "isin":
         if is_floating(types[0]):
-            return b.emit("isin_f", refs[0], b.table(0, _float_members(node.param)))
-        return b.emit("isin_i", refs[0], b.table(1, _int_members(node.param)))
+            return b.emit("isin_f", refs[0], b.table("s", float_members(node.param)))
+        return b.emit("isin_i", refs[0], b.table("t", int_members(node.param)))
+    if op == "bucketize":
+        return _bucketize(b, node, refs[0], types[0])
+    if op == "truncate":
+        return _truncate(b, node, refs[0])
+    if op == "udf":
+        return _udf(b, node, refs, types)
     if op == "percentile_rank":
-        fitted = _distribution(node, distributions)
-        return b.emit(
-            "rank", _convert(b, refs[0], types[0], "float64"), b.table(2, fitted.values, fitted.cumulative)
-        )
-    if op in ("floor", "ceil") and result == "int64":
-        return refs[0]
+        fitted = distribution_of(node, distributions)
+        table = b.table("r", fitted.values, fitted.cumulative)
+        return b.emit("rank", _convert(b, refs[0], types[0], "float64"), table)
     # Operations in the kind of their operands: float64 if any is a float or the result is one.
     if op == "where":
         chosen = [_convert(b, r, t, result) for r, t in zip(refs[1:], types[1:])]
@@ -197,19 +308,29 @@ def _lower(b: _Builder, node: Expr, refs: list[tuple[str, int]], types: list[str
 
 
 def program_inputs(outputs: Sequence[tuple[str, Expr]], schema: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(name, dtype) of each column that the outputs read, by name; last ("now", "timestamp") if read."""
+    """(name, dtype) of each input: columns by name, functions of string columns, ("now", "timestamp")."""
     roots = [expr for _, expr in outputs]
-    infer(roots, schema)
-    inputs = [(name, schema[name]) for name in columns_read(*roots)]
-    return inputs + [("now", "timestamp")] * any(node.op == "now" for node in walk(*roots))
+    types = infer(roots, schema)
+    order = walk(*roots)
+    texts: dict[str, str] = {}
+    as_values = {root.fingerprint() for root in roots}
+    for node in order:
+        text = text_function(node) if node.args and types[node.args[0].fingerprint()] == "string" else None
+        if text is not None:
+            texts[input_name(text)] = text.dtype
+        else:
+            as_values.update(arg.fingerprint() for arg in node.args)
+    columns = sorted({n.param for n in order if n.op == "col" and n.fingerprint() in as_values})
+    now = [("now", "timestamp")] if any(node.op == "now" for node in order) else []
+    return [(name, schema[name]) for name in columns] + sorted(texts.items()) + now
 
 
-def compile_program(
+def lower(
     outputs: Sequence[tuple[str, Expr]],
     schema: Mapping[str, str],
     distributions: Mapping[str, Distribution] | None = None,
-) -> bytes:
-    """Compile named expressions for `_core.FeatureProgram`.
+) -> Program:
+    """Compile named expressions to a register program.
 
     Args:
         outputs: (name, expression), in the order of the result columns.
@@ -223,29 +344,37 @@ def compile_program(
     for name in names:
         if not name or names.count(name) > 1:
             raise DefinitionError(f"output name {name!r} is empty or given twice")
+        if not isinstance(dict(outputs)[name], Expr):
+            raise DefinitionError(f"output '{name}' is {dict(outputs)[name]!r}; expected an expression")
     inputs = program_inputs(outputs, schema)
     roots = [expr for _, expr in outputs]
     types = infer(roots, schema)
     b = _Builder(inputs)
-    refs: dict[str, tuple[str, int]] = {}
+    refs: dict[str, Ref] = {}
     for node in walk(*roots):
         args = [arg.fingerprint() for arg in node.args]
         refs[node.fingerprint()] = _lower(
             b, node, [refs[a] for a in args], [types[a] for a in args], types[node.fingerprint()],
             distributions or {},
         )  # fmt: skip
-    out = bytearray(b"PSFP")
-    out += struct.pack("<6I", 1, len(inputs), len(outputs), len(b.constants), len(b.tables), len(b.code))
-    for name, dtype in inputs:
-        out += _text(name) + struct.pack("<B", DTYPES.index(dtype))
-    for name, expr in outputs:
-        key = expr.fingerprint()
-        out += _text(name) + struct.pack("<BI", DTYPES.index(types[key]), b.number(refs[key]))
-    out += b"".join(b.constants) + b"".join(b.tables)
-    for op, operands in b.code:
-        numbers = [b.number(ref) for ref in operands]
-        out += struct.pack("<H3I", op, *numbers, *[_UNUSED] * (3 - len(numbers)))
-    return bytes(out)
+    found = [(name, expr.fingerprint()) for name, expr in outputs]
+    return Program(
+        tuple(inputs),
+        tuple((name, types[key], b.number(refs[key])) for name, key in found),
+        tuple(b.constants.values()),
+        tuple(b.tables),
+        tuple(Instruction(op, tuple(map(b.number, operands))) for op, operands in b.code),
+        tuple(b.functions),
+    )
+
+
+def compile_program(
+    outputs: Sequence[tuple[str, Expr]],
+    schema: Mapping[str, str],
+    distributions: Mapping[str, Distribution] | None = None,
+) -> bytes:
+    """`lower` to the bytes that `_core.FeatureProgram` loads; DefinitionError also for a udf."""
+    return lower(outputs, schema, distributions).to_bytes()
 
 
 def _text(name: str) -> bytes:
@@ -253,146 +382,3 @@ def _text(name: str) -> bytes:
     if len(data) > 0xFFFF:
         raise DefinitionError(f"name {name[:40]!r}... has {len(data)} bytes; expected at most 65535")
     return struct.pack("<H", len(data)) + data
-
-
-def _wrap(value: int) -> int:
-    return (value - INT_MIN) % 2**64 + INT_MIN
-
-
-def _divide(a: float, b: float) -> float:
-    if b != 0:
-        return a / b
-    if a == 0 or math.isnan(a):
-        return math.nan
-    return math.copysign(math.inf, a) * math.copysign(1.0, b)
-
-
-def _least(a: Any, b: Any, sign: int) -> Any:
-    if isinstance(a, float):
-        if math.isnan(a) or math.isnan(b):
-            return math.nan
-        if a == b:
-            return a if math.copysign(1.0, a) * sign < 0 else b
-    return min(a, b) if sign > 0 else max(a, b)
-
-
-def _to_f32(value: float) -> float:
-    try:
-        return float(struct.unpack("<f", struct.pack("<f", value))[0])
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def _cast(value: Any, target: str) -> Any:
-    if target == "bool":
-        return value != 0
-    if target == "int64":
-        if isinstance(value, float) and not INT_MIN <= value < 2.0**63:
-            return None
-        return int(value)
-    return _to_f32(float(value)) if target == "float32" else float(value)
-
-
-def _time_part(us: int, part: str) -> int:
-    if part in ("minute", "hour"):
-        return us // 60_000_000 % 60 if part == "minute" else us // 3_600_000_000 % 24
-    # The calendar repeats every 146097 days (400 years), weekdays too.
-    day = date.fromordinal(us // 86_400_000_000 % 146097 + date(1970, 1, 1).toordinal())
-    return {"weekday": day.weekday(), "day": day.day, "month": day.month}[part]
-
-
-def _whole(value: float, op: str) -> float:
-    if not math.isfinite(value) or value == 0:
-        return value
-    return math.copysign(float(math.floor(value) if op == "floor" else math.ceil(value)), value)
-
-
-def _apply(node: Expr, args: list[Any], types: list[str], distributions: Mapping[str, Distribution]) -> Any:
-    """Meaning of an operation on values that are not null, numbers already in one type."""
-    op, x = node.op, args[0]
-    y = args[1] if len(args) > 1 else None
-    if op in ("add", "sub", "mul"):
-        value = x + y if op == "add" else x - y if op == "sub" else x * y
-        return _wrap(value) if isinstance(value, int) else value
-    if op == "div":
-        return _divide(float(x), float(args[1]))
-    if op in ("neg", "abs"):
-        return (
-            (-x if op == "neg" else abs(x)) if isinstance(x, float) else _wrap(-x if op == "neg" else abs(x))
-        )
-    if op == "sqrt":
-        return math.nan if float(x) < 0 else math.sqrt(x)
-    if op in ("floor", "ceil"):
-        return _whole(x, op) if isinstance(x, float) else x
-    if op in ("lt", "le", "eq"):
-        return x < y if op == "lt" else x <= y if op == "le" else x == y
-    if op in ("minimum", "maximum"):
-        return _least(x, y, 1 if op == "minimum" else -1)
-    if op == "not":
-        return not x
-    if op == "cast":
-        return _cast(x, node.param)
-    if op == "in_unit":
-        return float(x) / unit_us(node.param)
-    if op == "isin":
-        return x in (_float_members if is_floating(types[0]) else _int_members)(node.param)  # type: ignore[operator]
-    if op == "percentile_rank":
-        fitted = _distribution(node, distributions)
-        value = float(x)
-        if math.isnan(value):
-            return value
-        k = bisect_left(fitted.values, value)
-        below = fitted.cumulative[k - 1] if k else 0
-        equal = fitted.cumulative[k] - below if k < len(fitted.values) and fitted.values[k] == value else 0
-        return (below + 0.5 * equal) / fitted.cumulative[-1]
-    return _time_part(x, op)
-
-
-def _evaluate_row(
-    order: list[Expr],
-    types: dict[str, str],
-    row: Mapping[str, Any],
-    distributions: Mapping[str, Distribution],
-) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for node in order:
-        key, op = node.fingerprint(), node.op
-        args = [values[a.fingerprint()] for a in node.args]
-        kinds = [types[a.fingerprint()] for a in node.args]
-        if op in ("col", "now"):
-            result = row[node.param or "now"]
-        elif op == "lit":
-            result = node.param[1]
-        elif op == "is_null":
-            result = args[0] is None
-        elif op == "fill_null":
-            result = args[1] if args[0] is None else args[0]
-        elif op == "where":
-            result = None if args[0] is None else args[1] if args[0] else args[2]
-        elif op in ("and", "or"):
-            decisive = op == "or"
-            result = decisive if decisive in args else None if None in args else not decisive
-        elif None in args:
-            result = None
-        else:
-            if len(kinds) == 2 and common_type(*kinds) == "float64":
-                args = [float(a) for a in args]
-            result = _apply(node, args, kinds, distributions)
-        if result is not None and types[key] == "float64" and isinstance(result, int):
-            result = float(result)
-        values[key] = result
-    return values
-
-
-def evaluate(
-    outputs: Sequence[tuple[str, Expr]],
-    schema: Mapping[str, str],
-    rows: Sequence[Mapping[str, Any]],
-    distributions: Mapping[str, Distribution] | None = None,
-) -> list[list[Any]]:
-    """The oracle: a column of Python scalars (None is null) for each output, one row at a time."""
-    roots = [expr for _, expr in outputs]
-    types = infer(roots, schema)
-    order = walk(*roots)
-    done = [_evaluate_row(order, types, row, distributions or {}) for row in rows]
-    return [[values[root.fingerprint()] for values in done] for root in roots]

@@ -22,12 +22,19 @@ from typing import Any
 import yaml
 
 from penstock.errors import ConfigError, DefinitionError
-from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource
-from penstock.features.source_definitions import DuckDBSource, TableSource
+from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource, ViewProjection
+from penstock.features.source_definitions import DuckDBSource, PushSource, TableSource
+from penstock.features.store_settings import (
+    OnlineStoreSettings,
+    PushSettings,
+    online_store_settings,
+    push_settings,
+)
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store", "reader_rows")
+READER_ROWS = 100_000
 _loading = threading.RLock()
 
 
@@ -39,8 +46,10 @@ class Repo:
         path: its folder.
         project: its name.
         data_dir: folder of the registry and the online store.
+        push_settings, online_store: the sections `push` and `online_store` of `feature_store.yaml`.
+        reader_rows: rows of a view that `online_reader` keeps in memory.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
-        entities, views, services, requests: the definitions by name.
+        entities, views, services, requests, projections: the definitions by name.
     """
 
     path: Path
@@ -51,6 +60,16 @@ class Repo:
     views: Mapping[str, FeatureView] = field(default_factory=dict)
     services: Mapping[str, FeatureService] = field(default_factory=dict)
     requests: Mapping[str, RequestSource] = field(default_factory=dict)
+    projections: Mapping[str, ViewProjection] = field(default_factory=dict)
+    push_settings: PushSettings = field(default_factory=PushSettings)
+    online_store: OnlineStoreSettings = field(default_factory=OnlineStoreSettings)
+    reader_rows: int = READER_ROWS
+
+    @property
+    def push_sources(self) -> dict[str, PushSource]:
+        """The push sources of the views, by name."""
+        sources = (view.source for view in self.views.values())
+        return {source.name: source for source in sources if isinstance(source, PushSource)}
 
 
 def load_repo(path: Path) -> Repo:
@@ -64,11 +83,13 @@ def load_repo(path: Path) -> Repo:
     config = _read_config(path / CONFIG_NAME)
     data_dir = path / config.get("data_dir", ".penstock")
     found: dict[type, dict[str, Any]] = {
-        kind: {} for kind in (Entity, FeatureView, FeatureService, RequestSource)
+        kind: {} for kind in (Entity, FeatureView, FeatureService, RequestSource, ViewProjection)
     }
     origin: dict[int, str] = {}
     for file, namespace in _run_files(path, data_dir):
         for value in namespace.values():
+            if isinstance(value, ViewProjection) and value.name == value.view.name:
+                continue  # a choice of features, or an alias for the lists that hold the object
             if type(value) in found:
                 _collect(found[type(value)], value, file, origin)
     entities = found[Entity]
@@ -80,12 +101,21 @@ def load_repo(path: Path) -> Repo:
                     f"elsewhere {entities[entity.name].join_keys}"
                 )
     _check_sources(found[FeatureView])
-    for name in found[RequestSource]:
-        if name in found[FeatureView]:
-            raise DefinitionError(f"request source '{name}' has the name of a view")
+    for kind, what in ((RequestSource, "request source"), (ViewProjection, "projection")):
+        for name in found[kind]:
+            if name in found[FeatureView]:
+                raise DefinitionError(f"{what} '{name}' has the name of a view")
+    for name, projection in found[ViewProjection].items():
+        if found[FeatureView].get(projection.view.name) is not projection.view:
+            raise DefinitionError(
+                f"projection '{name}' is of view '{projection.view.name}', which no file names"
+            )
     return Repo(
         path, config["project"], data_dir, config.get("fit_until"), entities, found[FeatureView],
-        found[FeatureService], found[RequestSource],
+        {name: service.bound(found[ViewProjection]) for name, service in found[FeatureService].items()},
+        found[RequestSource], found[ViewProjection],
+        config.get("push", PushSettings()), config.get("online_store", OnlineStoreSettings()),
+        config.get("reader_rows", READER_ROWS),
     )  # fmt: skip
 
 
@@ -100,6 +130,8 @@ def _check_sources(views: Mapping[str, FeatureView]) -> None:
             what = "query"
         elif isinstance(one, TableSource) and isinstance(two, TableSource) and one.table is not two.table:
             what = "table"
+        elif isinstance(two, PushSource) and one != two:
+            what = "definition"
         if what is not None:
             raise DefinitionError(
                 f"source '{two.name}' of view '{view.name}' has another {what} than the source of that name "
@@ -165,6 +197,14 @@ def _setting(key: Any, value: Any) -> Any:
         if isinstance(value, date) and not isinstance(value, datetime):
             value = datetime(value.year, value.month, value.day)
         return to_us(value, "fit_until")
+    if key == "reader_rows":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"reader_rows is {value!r}; expected a whole number of at least 1")
+        return value
+    if key == "push":
+        return push_settings(value)
+    if key == "online_store":
+        return online_store_settings(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is {value!r}; expected a text")
     return value

@@ -5,12 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
+from penstock import diskio
+from penstock.errors import (
+    FailedPreconditionError,
+    FeatureNameCollisionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from penstock.features import offline
 from penstock.features.compute import NULL, PRESENT
 from penstock.features.expressions import is_floating
@@ -20,6 +27,7 @@ from penstock.features.sources import SourceColumn, arrow_column, time_column
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
     from numpy.typing import NDArray
 
     Column = tuple[NDArray[Any], NDArray[np.bool_]]
@@ -40,9 +48,42 @@ class RetrievalJob:
                 self._table = self._compute()
             return self._table
 
+    def persist(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the result as one Parquet file, whole or absent, and return its path.
+
+        `pyarrow.parquet.read_table(path)` equals `to_arrow()`, types included.
+
+        Raises:
+            FailedPreconditionError: the file is there and `overwrite` is false.
+            UnavailableError: it cannot be written.
+        """
+        from pyarrow import parquet
+
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FailedPreconditionError(
+                f"'{path}' is there already; expected a new path, or overwrite=True"
+            )
+        sink = pa.BufferOutputStream()
+        parquet.write_table(self.to_arrow(), sink)
+        try:
+            diskio.make_folders(path.parent)
+            diskio.write_file(path, sink.getvalue().to_pybytes())
+        except OSError as error:
+            raise UnavailableError(f"'{path}' cannot be written: {error}") from error
+        return path
+
     def to_df(self) -> pd.DataFrame:
         """The same as a pandas frame with index 0..N-1; integers with nulls become Int64."""
         return offline.to_frame(self.to_arrow())
+
+    def to_polars(self) -> pl.DataFrame:
+        """The same as a polars frame; polars must be installed."""
+        import polars as pl
+
+        frame = pl.from_arrow(self.to_arrow())
+        assert isinstance(frame, pl.DataFrame)
+        return frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +169,10 @@ def entity_row_table(entity_rows: Any) -> tuple[pa.Table, bool]:
     if isinstance(entity_rows, Mapping):
         return _from_columns(dict(entity_rows)), False
     if isinstance(entity_rows, list | tuple):
-        return _from_columns(_columns_of(entity_rows)), False
+        columns = _columns_of(entity_rows)
+        if not columns:  # every view asked has one row for all
+            return pa.table({"": pa.nulls(len(entity_rows))}).select([]), False
+        return _from_columns(columns), False
     return offline.entity_table(entity_rows), True
 
 
@@ -179,6 +223,17 @@ def key_column(table: pa.Table, name: str, dtype: str, *, floats: bool) -> Sourc
     if feature_dtype(column.type) != dtype:
         raise InvalidArgumentError(f"{what} has type {column.type}; expected {dtype}")
     return arrow_column(column, what)
+
+
+def check_keys(table: pa.Table, names: Sequence[str], columns: Sequence[SourceColumn]) -> None:
+    """Refuse keys with a null or with another column than the join keys."""
+    for name in table.column_names:
+        if name not in names:
+            raise InvalidArgumentError(f"keys: column '{name}' is no join key; expected {', '.join(names)}")
+    for name, column in zip(names, columns):
+        if column.valid is not None and not column.valid.all():
+            row = int(np.flatnonzero(~column.valid)[0])
+            raise InvalidArgumentError(f"keys: join key '{name}' is null in row {row}; expected a value")
 
 
 def input_column(table: pa.Table, name: str, dtype: str) -> SourceColumn:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.errors import DefinitionError
-from penstock.features.expressions import DTYPES
+from penstock.features.expressions import DTYPES, digest
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
 
 
 class Source:
@@ -99,6 +102,8 @@ class FileSource(Source):
         timestamp: column of the event's time.
         created: column of the time when the row became known, or None.
         event_id, deleted, schema: see `Source`.
+        field_mapping: name in the files -> name by which everything else, the time columns included, calls
+            the column. It takes the place of a column that the files have under that name.
     """
 
     name: str = field(init=False, repr=False, compare=False)
@@ -108,15 +113,45 @@ class FileSource(Source):
     event_id: str | None = field(default=None, kw_only=True)
     deleted: str | None = field(default=None, kw_only=True)
     schema: Mapping[str, str] | None = field(default=None, kw_only=True, hash=False)
+    field_mapping: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise DefinitionError(f"{type(self).__name__}: path is {self.path!r}; expected a text")
         object.__setattr__(self, "name", self.path)
+        object.__setattr__(self, "field_mapping", _checked_mapping(type(self).__name__, self.field_mapping))
         self._check()
 
     def describe(self) -> list[Any]:
-        return [type(self).__name__, self.path, self.timestamp, self.created, *self._versions()]
+        renamed = [sorted(self.field_mapping.items())] if self.field_mapping else []
+        return [type(self).__name__, self.path, self.timestamp, self.created, *self._versions(), *renamed]
+
+    @property
+    def key(self) -> str:
+        renamed = f" {digest([sorted(self.field_mapping.items())])[:8]}" if self.field_mapping else ""
+        return super().key + renamed
+
+    def file_columns(self, names: Iterable[str]) -> list[str]:
+        """What the files call these columns."""
+        before = {name: column for column, name in self.field_mapping.items()}
+        return [before.get(name, name) for name in names]
+
+    def renames(self, columns: Iterable[str]) -> dict[str, str]:
+        """Name of each column of the files that stays: a renamed one takes the place of another."""
+        targets = {self.field_mapping[column] for column in columns if column in self.field_mapping}
+        kept = [c for c in columns if c in self.field_mapping or c not in targets]
+        return {column: self.field_mapping.get(column, column) for column in kept}
+
+
+def _checked_mapping(where: str, given: Any) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(
+        isinstance(text, str) and text for pair in given.items() for text in pair
+    ):
+        raise DefinitionError(f"{where}: field_mapping is {given!r}; expected names of columns by name")
+    for name in given.values():
+        if list(given.values()).count(name) > 1:
+            raise DefinitionError(f"{where}: field_mapping gives two columns the name '{name}'")
+    return dict(given)
 
 
 @dataclass(frozen=True)
@@ -189,3 +224,86 @@ class CSVSource(FileSource):
 
 class ArrowSource(FileSource):
     """Events in an Arrow IPC file."""
+
+
+class PushSource(Source):
+    """Events that are pushed. Its history is the rows of `batch`, then the pushed ones in their order.
+
+    Attributes:
+        schema: dtype of each column of a push, time columns included.
+        timestamp: column of the event's time; dtype timestamp.
+        created: column of the time when the row became known, or None: a pushed row became known when it
+            arrived.
+        event_id: column (int64 or string) that tells the events of one key apart. Rows with equal ids are
+            versions of one event, of which the newest counts. None: every row is an event of its own.
+        deleted: bool column; a version that has it removes the event. A push may leave the column out.
+        batch: files with the earlier rows, by the same column names, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: Mapping[str, str],
+        timestamp: str,
+        created: str | None = None,
+        event_id: str | None = None,
+        deleted: str | None = None,
+        batch: FileSource | None = None,
+    ) -> None:
+        where = f"PushSource '{name}'"
+        if not isinstance(name, str) or not _NAME.match(name) or name.startswith("__"):
+            raise DefinitionError(
+                f"PushSource: name is {name!r}; expected letters, digits and '_', not starting with '__'"
+            )
+        if not isinstance(schema, Mapping) or not schema:
+            raise DefinitionError(f"{where}: schema is {schema!r}; expected a mapping of column to dtype")
+        for column, dtype in schema.items():
+            if not isinstance(column, str) or not column or column.startswith("__"):
+                raise DefinitionError(
+                    f"{where}: column name is {column!r}; expected a text not starting with '__'"
+                )
+            if dtype not in DTYPES:
+                raise DefinitionError(
+                    f"{where}: column '{column}' has dtype {dtype!r}; expected one of {', '.join(DTYPES)}"
+                )
+        roles = (
+            ("timestamp", timestamp, ("timestamp",)),
+            ("created", created, ("timestamp",)),
+            ("event_id", event_id, ("int64", "string")),
+            ("deleted", deleted, ("bool",)),
+        )
+        for role, given, dtypes in roles:
+            if given is None and role in ("created", "event_id", "deleted"):
+                continue
+            if given is None or schema.get(given) not in dtypes:
+                raise DefinitionError(
+                    f"{where}: {role} is {given!r}; expected a column of dtype {' or '.join(dtypes)}"
+                )
+        columns = [given for _, given, _ in roles if given is not None]
+        if len(set(columns)) < len(columns):
+            raise DefinitionError(f"{where}: timestamp, created, event_id and deleted name a column twice")
+        if deleted is not None and event_id is None:
+            raise DefinitionError(f"{where}: deleted is {deleted!r} without event_id; expected both")
+        if batch is not None and not isinstance(batch, FileSource):
+            raise DefinitionError(f"{where}: batch is {batch!r}; expected a ParquetSource or None")
+        if batch is not None and batch.timestamp != timestamp:
+            raise DefinitionError(
+                f"{where}: batch has the timestamp '{batch.timestamp}'; expected '{timestamp}'"
+            )
+        self.name = name
+        self.schema: Mapping[str, str] = dict(schema)
+        self.timestamp, self.created = timestamp, created
+        self.event_id, self.deleted = event_id, deleted
+        self.batch = batch
+
+    def describe(self) -> list[Any]:
+        columns = [list(pair) for pair in self.schema.items()]
+        batch = None if self.batch is None else self.batch.describe()
+        roles = [self.timestamp, self.created, self.event_id, self.deleted]
+        return ["PushSource", self.name, columns, roles, batch]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PushSource) and self.describe() == other.describe()
+
+    def __hash__(self) -> int:
+        return hash(self.name)

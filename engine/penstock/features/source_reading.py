@@ -169,7 +169,9 @@ def raw_table(source: Source, base: Path, wanted: Sequence[str] | None) -> tuple
     tables, schemas = [], []
     for path in source_files(source, base):
         with _reading(source, path):
-            table, schema = _read_file(source, path, wanted)
+            table, schema = _read_file(source, path, None if wanted is None else source.file_columns(wanted))
+        if source.field_mapping:
+            table, schema = _renamed(source, table), _renamed(source, schema.empty_table()).schema
         tables.append(table)
         schemas.append(schema)
     return _joined(source, tables), _joined(source, [schema.empty_table() for schema in schemas]).schema
@@ -189,7 +191,7 @@ def raw_schema(source: Source, base: Path) -> pa.Schema:
     empty = []
     for path in source_files(source, base):
         with _reading(source, path):
-            empty.append(_file_schema(source, path).empty_table())
+            empty.append(_renamed(source, _file_schema(source, path).empty_table()))
     return _joined(source, empty).schema
 
 
@@ -230,7 +232,8 @@ def _read_csv(source: CSVSource, path: Path) -> pa.Table:
 
     # Only an empty unquoted cell is null: "NA" and "null" are texts that people use. What is declared as text
     # is read as text, so that "007" keeps its zeros.
-    declared = {name: _CSV_TEXT for name, dtype in (source.schema or {}).items() if dtype == "string"}
+    texts = [name for name, dtype in (source.schema or {}).items() if dtype == "string"]
+    declared = dict.fromkeys(source.file_columns(texts), _CSV_TEXT)
     options = csv.ConvertOptions(
         null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, column_types=declared
     )
@@ -250,6 +253,15 @@ def _file_schema(source: FileSource, path: Path) -> pa.Schema:
     from pyarrow import parquet
 
     return parquet.read_schema(path).remove_metadata()
+
+
+def _renamed(source: FileSource, table: pa.Table) -> pa.Table:
+    """The table with the names of `field_mapping`."""
+    if not source.field_mapping:
+        return table
+    repeated(table.column_names, where_of(source))
+    renames = source.renames(table.column_names)
+    return table.select(list(renames)).rename_columns(list(renames.values()))
 
 
 def _joined(source: FileSource, tables: list[pa.Table]) -> pa.Table:

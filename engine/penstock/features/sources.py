@@ -44,7 +44,8 @@ class SourceColumn:
 
     Attributes:
         dtype: one of `expressions.DTYPES`.
-        values: float64 for floats, int64 for all others; a string is its dictionary code. 0 where null.
+        values: float64 (float32 may stay as it is), or int64 for all others; a string is its dictionary
+            code. 0 where null.
         valid: bool, False where null; None if nothing is null.
         dictionary: text of each code, for strings only.
     """
@@ -224,7 +225,7 @@ def arrow_column(column: pa.ChunkedArray, what: str, dictionary: list[str] | Non
         if dtype in ("timestamp", "duration"):
             return SourceColumn(dtype, _microseconds(column), valid)
         if dtype in ("float32", "float64"):
-            wide = column.cast(pa.float64())
+            wide = column.cast(pa.float32() if dtype == "float32" else pa.float64())
             filled = wide.fill_null(0.0) if wide.null_count else wide
             return SourceColumn(dtype, np.ascontiguousarray(filled.to_numpy()), valid)
         return SourceColumn(dtype, _integers(column), valid)

@@ -7,8 +7,10 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +36,29 @@ from penstock.features.changes import (
     service_breaks,
 )
 from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
-from penstock.features.definitions import FeatureService, FeatureView, RequestSource
+from penstock.features.definitions import (
+    FeatureService,
+    FeatureView,
+    RequestSource,
+    ViewProjection,
+    list_features,
+)
+from penstock.features.erase import erase_keys
+from penstock.features.event_log import EventLog
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
+from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.pushes import Committed, Pushes
+from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry
-from penstock.features.repo import load_repo
+from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
+from penstock.features.streams import Ingest, StreamSource
 from penstock.features.times import Time, to_us
 
 if TYPE_CHECKING:
@@ -54,6 +68,18 @@ _MAX_PLANS = 256
 _READ_TRIES = 5
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
+
+
+@dataclass(frozen=True, eq=False)
+class AdHocList:
+    """A feature list that no service declares."""
+
+    features: Sequence[str]
+    aliases: Mapping[str, ViewProjection]
+    request: RequestSource | None
+    name: str = "features"
+    on_missing: str = "nan"
+    full_feature_names: bool = False
 
 
 class FeatureStore:
@@ -68,12 +94,17 @@ class FeatureStore:
     """
 
     def __init__(
-        self, repo_path: str | Path, *, data_dir: str | Path | None = None, clock: SystemClock | None = None
+        self,
+        repo_path: str | Path | Repo,
+        *,
+        data_dir: str | Path | None = None,
+        clock: SystemClock | None = None,
     ) -> None:
         """Open a repository; `apply` need not have run.
 
         Args:
-            repo_path: folder with `feature_store.yaml` and Python files of definitions.
+            repo_path: folder with `feature_store.yaml` and Python files of definitions, or definitions that
+                were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
 
@@ -82,7 +113,7 @@ class FeatureStore:
             DefinitionError: a definition is wrong; the message names the file and line.
             StoreError: the registry or the online store is corrupt, or cannot be written.
         """
-        self._repo = load_repo(Path(repo_path))
+        self._repo = repo_path if isinstance(repo_path, Repo) else load_repo(Path(repo_path))
         self._clock = SystemClock() if clock is None else clock
         self.project = self._repo.project
         self.views: Mapping[str, FeatureView] = self._repo.views
@@ -90,10 +121,21 @@ class FeatureStore:
         self.data_dir = self._repo.data_dir if data_dir is None else Path(data_dir).resolve()
         self._registry = Registry(self.data_dir / "registry")
         self.key_seed: bytes = self._registry.seed
-        self._online = OnlineStore(
-            self.data_dir / "online", _core.siphash128(b"penstock online store", self.key_seed)
-        )
-        self._live = LiveViews(self._repo, self._registry)
+        identity = _core.siphash128(b"penstock online store", self.key_seed)
+        self._local = OnlineStore(self.data_dir / "online", identity)
+        self._online: OnlineAdapter = self._local
+        if self._repo.online_store.type == "redis":
+            from penstock.features.redis_store import RedisStore
+
+            self._online = RedisStore(self._repo.online_store, identity)
+        self._log = EventLog(self._local, self.data_dir / "events")
+        self._live = LiveViews(self._repo, self._registry, self._log)
+        self._pushes = Pushes(
+            self._live, self._log, self._local, self._online, self._registry, self._clock,
+            self._repo.push_settings,
+        )  # fmt: skip
+        self._reader_caches = ReaderCaches(self._repo.reader_rows)
+        self._pushes.touched = self._reader_caches.touched
         self.epoch = 0
         self._writing = threading.Lock()  # one materialisation
         self._plans: dict[Any, ServicePlan] = {}
@@ -105,8 +147,10 @@ class FeatureStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the online store. A second close does nothing."""
+        """Wait for what was pushed, and let go of the online store. A second close does nothing."""
+        self._pushes.close()
         self._online.close()
+        self._local.close()
 
     # Definitions
 
@@ -148,8 +192,7 @@ class FeatureStore:
         for name in services:
             service = self.services[name]
             try:
-                plan = _compile(name, service.features, self.views, computers, service.request, service)
-                found[name] = plan.fingerprint
+                found[name] = self._compile_service(service, computers).fingerprint
             except PenstockError as error:
                 faults[name] = str(error)
         return found, faults
@@ -175,9 +218,7 @@ class FeatureStore:
             computers = {name: reading.computer for name, reading in fresh.items()}
             dtypes = {name: _dtypes(computer) for name, computer in computers.items()}
             fingerprints = {
-                name: _compile(
-                    name, service.features, self.views, computers, service.request, service
-                ).fingerprint
+                name: self._compile_service(service, computers).fingerprint
                 for name, service in self.services.items()
             }
             self._live.adopt(fresh)
@@ -212,30 +253,54 @@ class FeatureStore:
                 known = ", ".join(sorted(self.services)) or "none"
                 raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
             features = self.services[features]
+        service: FeatureService | AdHocList
         if isinstance(features, FeatureService):
-            service: FeatureService | None = features
-            name, refs, request = features.name, features.features, features.request
+            service = features
             key: Any = (features.fingerprint(), full_feature_names)
         else:
-            service, name = None, "features"
-            refs, request = features, self._request_of(features)
-            key = (tuple(refs), full_feature_names)
+            if not isinstance(features, Iterable):
+                raise InvalidArgumentError(
+                    f"features is {features!r}; expected a service or a list of 'view:feature'"
+                )
+            refs, aliases = list_features(features)
+            service = AdHocList(refs, aliases, self._request_of(refs))
+            described = json.dumps([alias.describe() for alias in aliases.values()])
+            key = (tuple(refs), described, full_feature_names)
         plans = self._plans
         if key not in plans:
-            used = {ref.split(":")[0] for ref in refs if isinstance(ref, str)}
+            owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
+            aliases = {**self._repo.projections, **service.aliases}
+            used = {aliases[name].view.name if name in aliases else name for name in owners}
             computers = {view: self.computer(view) for view in used if view in self.views}
-            plan = _compile(name, refs, self.views, computers, request, service, full_feature_names)
+            plan = self._compile_service(service, computers, full_feature_names)
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans[key] = plan
             return plan
         return plans[key]
 
+    def _compile_service(
+        self,
+        service: FeatureService | AdHocList,
+        computers: Mapping[str, ViewComputer],
+        full_feature_names: bool = False,
+    ) -> ServicePlan:
+        aliases = {**self._repo.projections, **service.aliases}
+        for alias in aliases.values():
+            if self.views.get(alias.view.name) is not alias.view:
+                raise InvalidArgumentError(f"'{alias.name}' is of a view that is not the repository's")
+        return compile_plan(
+            service.name,
+            service.features,
+            self.views,
+            computers,
+            service.request,
+            aliases=aliases,
+            full_feature_names=full_feature_names or service.full_feature_names,
+            on_missing=service.on_missing,
+        )
+
     def _request_of(self, refs: Any) -> RequestSource | None:
-        if isinstance(refs, str) or not isinstance(refs, Iterable):
-            raise InvalidArgumentError(
-                f"features is {refs!r}; expected a service or a list of 'view:feature'"
-            )
         owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))
         used = [self._repo.requests[owner] for owner in owners if owner in self._repo.requests]
         if len(used) > 1:
@@ -281,35 +346,54 @@ class FeatureStore:
 
     def get_historical_features(
         self,
-        entity_df: Any,
-        features: str | FeatureService | Sequence[str],
+        entity_df: Any = None,
+        features: str | FeatureService | Sequence[str] = (),
         full_feature_names: bool = False,
         *,
+        start_date: Time | None = None,
+        end_date: Time | None = None,
         filter_by_created_timestamp: bool = False,
+        known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
+        with_age: bool = False,
+        progress: Progress | None = None,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
 
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
                 the join keys and the request inputs; or a SELECT that gives them, run by DuckDB in the
-                repository's folder.
+                repository's folder; or None: every key with an event in [`start_date`, `end_date`], as of
+                `end_date`.
             features: "view:feature" names, a service or its name.
             full_feature_names: name columns "view__feature".
+            start_date, end_date: of a snapshot; by default `end_date` minus the longest ttl, and now.
             filter_by_created_timestamp: leave out events that became known after the row's time.
+            known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
+            with_age: append `<feature>__age`, microseconds from the event behind the cell to the row's time.
+            progress: called with a view, and the rows joined and to join, while the job runs.
 
         Returns:
-            A job; `to_df()` and `to_arrow()` give the N rows in order with the features appended.
+            A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, with the features.
 
         Raises:
             InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
         """
         plan = self.service_plan(features, full_feature_names=full_feature_names)
-        if isinstance(entity_df, str):
-            entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
-        table = offline.entity_table(entity_df)
         computers = {view.name: self.computer(view.name) for view in plan.views}
+        if entity_df is None:
+            end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
+            start_us = None if start_date is None else to_us(start_date, "start_date")
+            table = offline.snapshot_entities(plan, computers, start_us, end_us)
+        elif start_date is not None or end_date is not None:
+            raise InvalidArgumentError(
+                "start_date and end_date are of a snapshot; expected them without entity_df"
+            )
+        elif isinstance(entity_df, str):
+            table = offline.entity_table(sql.query_table(entity_df, self._repo.path, "entity_df"))
+        else:
+            table = offline.entity_table(entity_df)
         return RetrievalJob(
             lambda: offline.historical_join(
                 table,
@@ -317,7 +401,10 @@ class FeatureStore:
                 computers,
                 self.key_seed,
                 filter_by_created_timestamp=filter_by_created_timestamp,
+                known_by=known_by,
                 with_status=with_status,
+                with_age=with_age,
+                progress=progress,
             )
         )
 
@@ -342,7 +429,13 @@ class FeatureStore:
     def _load(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words)
+        waiting, sequence = None, 0
+        if live.source is not None:
+            sequence = self._pushes.catch_up(live)
+            waiting = self._pushes.pending(live.computer.view.name, keys)  # before the store is read
+        rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words, sequence)
+        if waiting is not None:
+            found &= ~waiting
         missing = ~(found & (meta[:, 0] <= now_us) & (now_us < meta[:, 1]))
         if missing.any():
             computed = live.computer.rows_at(keys[missing], now_us[missing])
@@ -385,18 +478,18 @@ class FeatureStore:
             texts[f"{plan.request_name}:{name}"] = given.dictionary or []
         statuses: dict[str, NDArray[np.uint8]] = {}
         event_time = np.empty((n, len(plan.views)), np.int64)
-        for at, (view, positions) in enumerate(zip(plan.views, plan.view_keys)):
+        for at, (owner, view, positions) in enumerate(zip(plan.view_names, plan.views, plan.view_keys)):
             live = self._live.view(view.name)
             computer = live.computer
             words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
             rows, meta = self._load(live, words, times)
             status = (rows[:, 0] & np.uint64(0xFF)).astype(np.uint8)
-            statuses[view.name] = np.where(nulls, np.uint8(NOT_FOUND), status)
+            statuses[owner] = np.where(nulls, np.uint8(NOT_FOUND), status)
             event_time[:, at] = np.where(nulls, np.iinfo(np.int64).min, meta[:, 2])
             for (name, dtype), (values, valid) in zip(computer.schema, computer.row_schema.decode(rows)):
                 values = np.where(nulls, 0, values).astype(np.float64 if dtype in _FLOATS else np.int64)
-                columns[f"{view.name}:{name}"] = (values, valid & ~nulls)
-            texts.update({f"{view.name}:{name}": found for name, found in computer.dictionaries.items()})
+                columns[f"{owner}:{name}"] = (values, valid & ~nulls)
+            texts.update({f"{owner}:{name}": found for name, found in computer.dictionaries.items()})
         outputs = [
             (values, np.ones(n, np.bool_) if valid is None else valid)
             for values, valid in plan.evaluate(columns, (times, None))
@@ -407,6 +500,108 @@ class FeatureStore:
             status[:, i] = retrieval.cell_status(statuses.get(ref.split(":")[0], present), outputs[i][1])
         entities = table.select([name for name, _ in plan.entities])
         return OnlineResult(plan, now_us, entities, outputs, status, event_time, texts)
+
+    def online_reader(
+        self, features: str | FeatureService | Sequence[str], *, full_feature_names: bool = False
+    ) -> OnlineReader:
+        """A reader of a feature list into float32 rows, to be kept and used again: microseconds a read.
+
+        Its `read(entity_rows, out=None, now=None)` gives the bits of
+        `get_online_features(features, entity_rows, now=now).to_numpy()`. It sees what this store's `push`
+        takes in at once, and what other processes push within a millisecond or so.
+
+        Raises:
+            InvalidArgumentError, NotFoundError, FeatureNameCollisionError: see the message.
+        """
+
+        def plan() -> ServicePlan:
+            return self.service_plan(features, full_feature_names=full_feature_names)
+
+        return OnlineReader(
+            plan, self._live, self._reader_caches, self._load, self._pushes.catch_up, self._clock,
+            self.key_seed,
+        )  # fmt: skip
+
+    # Pushes
+
+    def push(self, source: str, rows: Any) -> int:
+        """Take in events: reads see them at once, and they are durable when this returns.
+
+        Late, repeated and corrected events are welcome: of a key's events the one with the latest time
+        counts, of equal times the one known last, of those the one that arrived last; see `PushSource` for
+        event ids.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            rows: dict of columns (or scalars: one row), list of dicts, pandas, polars or Arrow table with the
+                columns of the source's schema. Times are datetimes, ISO 8601 texts or int microseconds UTC.
+
+        Returns:
+            How many events were taken in.
+
+        Raises:
+            NotFoundError: there is no such source.
+            InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
+            ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
+            StoreError: the disk is full or failed; the events are gone from the reads again.
+        """
+        return self._pushes.push(source, rows)
+
+    def erase(self, view: str, keys: Any) -> dict[str, Any]:
+        """Erase entities for good: from the log of pushed events, the online store, caches and windows.
+
+        Rows of the source's files with these keys are left out from now on, also after a restart; the files
+        stay as they are. Events that are later than the erasure count again. Every view on the same source
+        loses the rows.
+
+        Args:
+            view: whose join keys name the entities.
+            keys: dict of columns (or scalars: one entity), list of dicts, or a table with the join keys.
+
+        Returns:
+            A receipt: what was removed where ("removed"), what cannot be ("kept"), when, and a digest of it.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: nothing has changed.
+            StoreError: the disk is full or failed; erase again.
+        """
+        if not isinstance(view, str):
+            raise InvalidArgumentError(f"view is {view!r}; expected a name")
+        with self._writing:
+            return erase_keys(
+                self._live, self._log, self._online, self._pushes, view, keys, self.key_seed,
+                self._clock.now_us(),
+            )  # fmt: skip
+
+    def ingest(
+        self,
+        source: str,
+        stream: StreamSource,
+        *,
+        consumer: str | None = None,
+        most: int = 1000,
+        idle_s: float = 0.05,
+    ) -> Ingest:
+        """Push what comes in a stream, each event once, from where the last ingest of it ended.
+
+        Args:
+            source: name of a `PushSource` of a view.
+            stream: see `StreamSource`.
+            consumer: under which its positions are kept; the source's name by default.
+            most: events of one push.
+            idle_s: seconds between two looks at a stream that had nothing.
+
+        Returns:
+            The loop: `start()` runs it on a thread until `stop()`; `step()` runs it once.
+        """
+        self._live.fed_by(source)
+        return Ingest(
+            self._pushes, self._log, source, stream, consumer=consumer or source, most=most, idle_s=idle_s
+        )
+
+    def on_push(self, told: Committed) -> None:
+        """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`."""
+        self._pushes.committed = told
 
     # Materialisation
 
@@ -456,8 +651,10 @@ class FeatureStore:
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
-            live = {name: self._live.view(name) for name in names}
-            keys = {name: write(self._online, view, end_us, progress) for name, view in live.items()}
+            keys = {}
+            for name, live in {name: self._live.view(name) for name in names}.items():
+                with self._pushes.writing(live):
+                    keys[name] = write(self._online, live, self._pushes, end_us, progress)
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:
@@ -468,31 +665,11 @@ class FeatureStore:
 
     def stamp(self) -> int:
         """A number that grows with each write transaction of the online store, and with `epoch`."""
-        return self.first_stamp() | self._online.stamp()
+        return self.first_stamp() | self._local.stamp()
 
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""
         return self.epoch << _STAMP_BITS
-
-
-def _compile(
-    name: str,
-    refs: Sequence[str],
-    views: Mapping[str, FeatureView],
-    computers: Mapping[str, ViewComputer],
-    request: RequestSource | None,
-    service: FeatureService | None,
-    full_feature_names: bool = False,
-) -> ServicePlan:
-    return compile_plan(
-        name,
-        refs,
-        views,
-        computers,
-        request,
-        full_feature_names=full_feature_names,
-        on_missing="nan" if service is None else service.on_missing,
-    )
 
 
 def _dtypes(computer: ViewComputer) -> dict[str, str]:

@@ -45,6 +45,7 @@ from penstock.serving.protocol import (
     plain_call,
     predict_call,
     predict_vectors_call,
+    push_call,
     split_table,
     to_columns,
     to_micros,
@@ -271,6 +272,10 @@ class AsyncClient:
         """As `Client.label`."""
         return await self._run(label_call(request_ids, labels, times))
 
+    async def push(self, source: str, rows: Any) -> int:
+        """As `Client.push`."""
+        return await self._run(push_call(source, rows))
+
     async def models(self) -> dict[str, Any]:
         """As `Client.models`."""
         return await self.call("models")
@@ -297,6 +302,10 @@ class AsyncClient:
     async def apply(self) -> Any:
         """As `Client.apply`."""
         return await self.call("apply")
+
+    async def erase(self, view: str, keys: Columns) -> dict[str, Any]:
+        """As `Client.erase`."""
+        return await self.call("erase", view, to_columns("keys", keys))
 
     async def promote(self, model: str, version: str | int | None = None) -> Any:
         """As `Client.promote`."""

@@ -41,6 +41,7 @@ from penstock.serving.protocol import (
     plain_call,
     predict_call,
     predict_vectors_call,
+    push_call,
     split_table,
     to_columns,
     to_micros,
@@ -201,6 +202,14 @@ class Client:
         call = label_call(request_ids, labels, times)
         return self._run(call, self._deadline(call, None))
 
+    def push(self, source: str, rows: Any) -> int:
+        """Push events (columns, a frame, or a list of mappings); returns their number once they are durable.
+
+        It is not made again after a lost connection: whether it was taken in is not known then.
+        """
+        call = push_call(source, rows)
+        return self._run(call, self._deadline(call, None))
+
     def models(self) -> dict[str, Any]:
         """Return the served models, their versions and their inputs."""
         return self.call("models")
@@ -231,6 +240,10 @@ class Client:
     def apply(self) -> Any:
         """Record the server's feature definitions and read the sources that changed again."""
         return self.call("apply")
+
+    def erase(self, view: str, keys: Columns) -> dict[str, Any]:
+        """Erase the entities of a view by its join keys (columns); returns the receipt."""
+        return self.call("erase", view, to_columns("keys", keys))
 
     def promote(self, model: str, version: str | int | None = None) -> Any:
         """Make `version` (default: the challenger) the champion."""

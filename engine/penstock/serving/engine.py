@@ -34,10 +34,12 @@ from penstock.errors import (
     UnavailableError,
     from_wire,
 )
+from penstock.features.erase import sealed
+from penstock.features.pushes import Touched
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import load_bundle
 from penstock.models.registry import ModelRegistry
-from penstock.monitoring.label_log import LabelLog
+from penstock.monitoring.record_log import RecordLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
 from penstock.serving.labels import Labels
@@ -73,6 +75,8 @@ class Engine:
         FailedPreconditionError: another engine holds `data_dir`.
     """
 
+    worker = 0  # index of this process among those that serve together
+
     def __init__(self, config: Config, *, clock: SystemClock | None = None) -> None:
         self.config = config
         self.clock = clock or SystemClock()
@@ -85,6 +89,7 @@ class Engine:
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
         self._closing = threading.Event()
+        self._hot_changed = threading.Event()  # by a push
         self.monitor_errors = self.refresh_errors = 0
         self.telemetry = self._new_telemetry()
         self._threads: list[threading.Thread] = []
@@ -108,7 +113,7 @@ class Engine:
             )
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()
-        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock)
+        self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock, self.worker)
         self.trials = Trials(config, self.live, self.registry, self.clock)
         self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
@@ -119,6 +124,12 @@ class Engine:
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
+        if self.store is not None:
+            self.store.on_push(self._pushed)
+            if self.config.caches.edge.precompute:
+                thread = threading.Thread(target=self._run_precompute, name="run_precompute", daemon=True)
+                thread.start()
+                self._threads.append(thread)
         self.telemetry.start()
         self.ready = True
 
@@ -140,7 +151,7 @@ class Engine:
             flush_us=round(settings.log_flush * 1e6),
             max_bytes=settings.log_bytes,
         )
-        self.label_log = LabelLog(config.data_dir / "log")
+        self.label_log = RecordLog(config.data_dir / "log", "labels")
 
     def _prepare(self) -> None:
         """Before the models are loaded."""
@@ -410,6 +421,61 @@ class Engine:
             with self._filling:
                 cache.put_many(known, rows, meta, stamp, self.clock.mono_ns(), self.live.cache_owner)
 
+    def push(self, source: str, rows: Any) -> int:
+        """Take in events of a push source; they are durable and served when this returns. How many they are.
+
+        `rows`: columns, a list of mappings, or a frame; see `FeatureStore.push`, whose errors this raises.
+        """
+        return self._store().push(source, rows)
+
+    def erase(self, view: str, keys: Any) -> dict[str, Any]:
+        """Erase entities; see `FeatureStore.erase`. The caches of all workers are emptied, so none has them.
+
+        The receipt says what cannot be attributed to an entity: rows of the served log, for instance.
+        """
+        store = self._store()
+        with self._changing:
+            receipt = store.erase(view, keys)
+            rows = sum(int(cache.stats()["size"]) for cache in self.live.caches.values())
+            self._refresh(store, always=True)
+            receipt["removed"]["cache_rows_dropped"] = rows
+            receipt["kept"] += [
+                "rows of the served log and labels: they carry request ids and features, no keys",
+                "frequent inputs kept for the edge cache, in memory until their model's version ends",
+            ]
+            return sealed(receipt)
+
+    def _pushed(self, touched: Touched) -> None:
+        """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
+        store = self._store()
+        for view, (keys, rows, meta) in touched.items():
+            cache = self.live.caches.get(view)
+            if cache is None or not len(keys):
+                continue
+            there = cache.resident_many(keys)
+            stamp, owner = store.stamp(), self.live.cache_owner
+            with self._filling:
+                if there.any():
+                    cache.put_many(keys[there], rows[there], meta[there], stamp, self.clock.mono_ns(), owner)
+                if not there.all():  # a load that began before the push must not leave its row here
+                    cache.discard_many(np.ascontiguousarray(keys[~there]), stamp, owner)
+        self._hot_changed.set()
+
+    def _run_precompute(self) -> None:
+        """After pushes, compute the most frequent inputs again, so that no request waits for them."""
+        while not self._closing.is_set():
+            if not self._hot_changed.wait(_LOADER_WAIT_S):
+                continue
+            self._hot_changed.clear()
+            try:
+                with self._changing:
+                    for model in self.live.live.values():
+                        if not self._closing.is_set():
+                            self.live.precompute(model)
+            except Exception:
+                self.refresh_errors += 1
+                _log.exception("inputs could not be computed ahead")
+
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.
 
@@ -572,8 +638,10 @@ class Engine:
             "stats": (self.stats, 0, 0),
             "drift": (self.drift, 0, 3),
             "features": (self.features, 2, 3),
+            "push": (lambda source, columns: {"accepted": self.push(source, columns)}, 2, 2),
             "materialize": (self.materialize, 0, 2),
             "apply": (self.apply, 0, 0),
+            "erase": (self.erase, 2, 2),
             "promote": (self.promote, 1, 2),
             "rollback": (self.rollback, 1, 1),
             "canary": (lambda model, share, version=None: self.canary(model, version, share=share), 2, 3),

@@ -8,7 +8,7 @@ import numpy as np
 
 from penstock.clock import SystemClock
 from penstock.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from penstock.monitoring.label_log import LabelLog
+from penstock.monitoring.record_log import RecordLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
 from penstock.serving.live import SHADOW_ROW, LiveModels
@@ -20,7 +20,7 @@ class Labels:
     """Joins labels to the rows of `live`. Any thread; the caller drains the models first."""
 
     def __init__(
-        self, live: LiveModels, served_log: ServedLog, label_log: LabelLog, clock: SystemClock
+        self, live: LiveModels, served_log: ServedLog, label_log: RecordLog, clock: SystemClock
     ) -> None:
         self._live, self._served_log, self._label_log, self._clock = live, served_log, label_log, clock
 
@@ -76,7 +76,7 @@ class Labels:
     def take(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:
         """Join what `check` gave once it is on disk. Counts by outcome; OSError from the disk."""
         self._served_log.flush()  # a label on disk is of no use after a crash without its row
-        self._label_log.append(ids, labels, times)
+        self._label_log.append([[ids, labels, times]])
         return self._join(ids, labels, times)
 
     def _join(self, ids: list[int], labels: list[int], times: list[int]) -> dict[str, int]:

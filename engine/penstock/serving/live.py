@@ -30,6 +30,7 @@ from penstock.monitoring.drift import DriftMonitor
 from penstock.monitoring.freshness import FreshnessMonitor
 from penstock.monitoring.performance import PerformanceTracker
 from penstock.monitoring.served_log import ServedLog
+from penstock.monitoring.vector_log import VectorLog
 
 _IDLE_POLL_S = 0.001
 _PRECOMPUTE_S = 5.0  # beside a busy lane, which goes first
@@ -55,6 +56,7 @@ class LiveModel:
     newest_us: int | None = None  # request time of the newest row served
     forward: Callable[[LiveModel, tuple[Any, ...]], None] | None = None  # instead of the monitors here
     unseen: PerformanceTracker | None = None  # of the rows that it scored as a shadow
+    vectors: VectorLog | None = None  # of a sample of what it was given
     _draining: threading.Lock = field(default_factory=threading.Lock)
 
     def memory_bytes(self) -> int:
@@ -81,6 +83,8 @@ class LiveModel:
         meanwhile, perhaps faster than they are taken, must not keep it from ending.
         """
         with self._draining:
+            if self.vectors is not None:
+                self.vectors.take(self.bundle, self.served)
             for _ in range(-(-self.ring_rows // _DRAIN_ROWS)):
                 part = self.served.drain(_DRAIN_ROWS)
                 if not len(part[0]):
@@ -177,8 +181,11 @@ class LiveModels:
         store: FeatureStore | None,
         log: ServedLog,
         clock: SystemClock,
+        worker: int = 0,
     ) -> None:
         self._config, self._core, self._store, self._log = config, core, store, log
+        skew = config.monitoring.skew
+        self.vectors = VectorLog(config.data_dir / "log", worker, skew.log_bytes) if skew.share else None
         self._clock = clock
         self.new_cache: Callable[[str, int], _core.FeatureCache] = self._private_cache  # (view, row words)
         self.cache_owner = 0
@@ -243,6 +250,8 @@ class LiveModels:
                 breaker_probe_ms=serving.breaker_probe_ms,
                 breaker_failures=serving.breaker_failures,
                 edge=self._edge(),
+                sample_share=monitoring.skew.share,
+                sample_bytes=monitoring.skew.memory,
             )
             self._make_room(bundle, backend.bytes_now() + lane_bytes)
         except BaseException as error:
@@ -256,7 +265,7 @@ class LiveModels:
         performance = None
         if bundle.output_kind == "probability":
             performance = self._tracker(self.performance, bundle.name)
-        views = {} if plan is None else {view.name: view.ttl_us for view in plan.views}
+        views = {} if plan is None else dict(zip(plan.view_names, (view.ttl_us for view in plan.views)))
         drift = DriftMonitor(bundle.reference, pane_us=pane_us, window_us=window_us)
         if self.counts_drift:
             served.count_drift(drift.panes)
@@ -274,6 +283,7 @@ class LiveModels:
             performance,
             self._log,
             monitoring.ring_rows,
+            vectors=None if plan is None else self.vectors,
         )
 
     def _tracker(self, trackers: dict[str, PerformanceTracker], name: str) -> PerformanceTracker:
@@ -417,6 +427,8 @@ class LiveModels:
         """Stop every version and take in its last rows."""
         for model in self.all():
             model.stop()
+        if self.vectors is not None:
+            self.vectors.close()
 
     def memory(self) -> dict[str, Any]:
         """The budget and what it went for, bytes by "name/version"."""
@@ -486,7 +498,7 @@ class LiveModels:
     def _native_plan(self, plan: ServicePlan, on_missing: str) -> dict[str, Any]:
         assert self._store is not None
         views: list[Mapping[str, Any]] = []
-        for view, keys in zip(plan.views, plan.view_keys):
+        for name, view, keys in zip(plan.view_names, plan.views, plan.view_keys):
             computer = self._store.computer(view.name)
             if view.name not in self.caches:
                 self.caches[view.name] = self.new_cache(view.name, computer.row_schema.row_words)
@@ -497,7 +509,8 @@ class LiveModels:
             self._store.load_rows(view.name, some, np.zeros(1, np.int64))
             views.append(
                 {
-                    "name": view.name,
+                    "name": name,
+                    "rows_of": view.name,
                     "cache": self.caches[view.name],
                     "fields": computer.schema,
                     "key_columns": list(keys),

@@ -22,12 +22,13 @@ from penstock.errors import InternalError, InvalidArgumentError, NotFoundError, 
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 HOT_METHODS = frozenset({"predict", "predict_vectors"})
-ADMIN_METHODS = frozenset({"materialize", "apply", "promote", "rollback", "canary", "shadow"})
+ADMIN_METHODS = frozenset({"materialize", "apply", "erase", "promote", "rollback", "canary", "shadow"})
 AUTH_METHOD = "auth"
-DATA_METHODS = frozenset({"features", "label", "models", "health", "stats", "drift"})
+DATA_METHODS = frozenset({"features", "label", "push", "models", "health", "stats", "drift"})
 METHODS = HOT_METHODS | DATA_METHODS | ADMIN_METHODS
-# The same call made twice leaves the same state, so a client may repeat it after a lost connection.
-IDEMPOTENT_METHODS = HOT_METHODS | DATA_METHODS
+# The same call made twice leaves the same state, so a client may repeat it after a lost connection. Not so a
+# push: its source may have no event ids, and then each row is an event of its own.
+IDEMPOTENT_METHODS = HOT_METHODS | DATA_METHODS - {"push"}
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7064"
 MAX_MESSAGE_BYTES = 64 << 20  # of one reply, as the clients accept it
@@ -387,6 +388,29 @@ def label_call(request_ids: ArrayLike, labels: Any, times: Any = None) -> Call[d
         if len(stamps) != len(ids):
             raise InvalidArgumentError(f"times has {len(stamps)} values; expected {len(ids)}")
     return plain_call("label", ids, values, stamps)
+
+
+def push_call(source: str, rows: Any) -> Call[int]:
+    """Return the call of `push`; `rows` are columns (mapping or frame) or a list of mappings."""
+    _text("source", source)
+    if isinstance(rows, list | tuple):
+        for i, row in enumerate(rows):
+            if not isinstance(row, Mapping) or row.keys() != rows[0].keys():
+                raise InvalidArgumentError(
+                    f"rows[{i}] is {row!r}; expected a mapping with the columns of rows[0]"
+                )
+        rows = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    columns = to_columns("rows", rows)
+    row_count("rows", columns)
+    call = plain_call("push", source, columns)
+    return Call(call.method, call.params, call.count, _accepted)
+
+
+def _accepted(result: Any) -> int:
+    try:
+        return int(result["accepted"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InternalError(f"the reply is no count: {error}") from error
 
 
 def decode_prediction(result: Any) -> Prediction:

@@ -100,7 +100,7 @@ class WorkerEngine(Engine):
     """What leader and follower have in common: their number, and caches in the shared arena."""
 
     def __init__(self, config: Config, spec: WorkerSpec) -> None:
-        self.spec = spec
+        self.spec, self.worker = spec, spec.index
         self.server_stats: Callable[[], dict[str, int]] = dict
         super().__init__(config)
 

@@ -103,7 +103,7 @@ def test_service_fingerprint_sees_each_change():
         (lambda: d.mean(now(), window="1d"), r"cannot read now\(\)"),
         (lambda: d.max(col("x"), window="1d", every="x"), "max: every is 'x'"),
         (lambda: view(name="__v"), "view name"),
-        (lambda: view(entities=[]), "entities"),
+        (lambda: view(entities=None), "entities"),
         (lambda: view(entities=[USER, d.Entity("other", ["user_id"])]), "join key 'user_id' is given twice"),
         (lambda: view(source="t.parquet"), "source"),
         (lambda: view(ttl=timedelta(0)), "ttl"),

@@ -17,7 +17,7 @@ import penstock as d
 from penstock.errors import FeatureNameCollisionError, InvalidArgumentError
 from penstock.features.compute import ViewComputer
 from penstock.features.expressions import col, now
-from penstock.features.offline import entity_table, historical_join, to_frame
+from penstock.features.offline import entity_table, historical_join, snapshot_entities, to_frame
 from penstock.features.plan import compile_plan
 from penstock.features.sources import read_source
 
@@ -331,3 +331,88 @@ def test_n_rows_in_n_rows_out_each_as_if_it_were_alone(tmp_path_factory, events,
     assert repo.join(entities.slice(at, 1), refs, with_status=True).to_pylist() == [got[at]]
     order = data.draw(st.permutations(range(len(asked))))
     assert repo.join(entities.take(order), refs, with_status=True).to_pylist() == [got[n] for n in order]
+
+
+def test_with_age_gives_the_microseconds_since_the_event_behind_a_cell(repo):
+    data = {"u": [1, 2, 3], "t": [T - HOUR, T - US, T + US], "v": [1.0, None, 3.0]}
+    features = {"v": col("v"), "n": d.count(window="1d"), "since": now() - col("t")}
+    repo.add("v", ["u"], data, features, ttl=timedelta(days=9))
+    refs = ["v:v", "v:n", "v:since"]
+    got = repo.join(ask([1, 2, 3, 4, None]), refs, with_age=True, with_status=True)
+    assert got.column_names[2:5] == ["v", "v__status", "v__age"]
+    assert got.schema.field("v__age").type == pa.int64()
+    assert got["v__age"].to_pylist() == [3_600_000_000, None, None, None, None]
+    assert got["n__age"].to_pylist() == got["since__age"].to_pylist() == [3_600_000_000, 1, None, None, None]
+    with pytest.raises(FeatureNameCollisionError, match="v__age"):
+        repo.join(ask([1], v__age=[0]), ["v:v"], with_age=True)
+
+
+def test_request_inputs_have_no_age(repo):
+    repo.add("v", ["u"], {"u": [1], "t": [T], "v": [7]}, ["v"])
+    entities = ask([1], amount=pa.array([0.5], pa.float32()))
+    got = repo.join(entities, ["v:v", "tx:amount"], REQUEST, full=True, with_age=True)
+    assert got.column_names == ["u", "event_timestamp", "amount", "v__v", "v__v__age", "tx__amount"]
+
+
+def test_progress_is_told_of_each_view_and_changes_nothing(repo, monkeypatch):
+    monkeypatch.setattr("penstock.features.offline._PROGRESS_ROWS", 2)
+    repo.add("a", ["u"], {"u": [1, 2, 3], "t": [T] * 3, "v": [1, 2, 3]}, ["v"])
+    repo.add("b", ["u"], {"u": [3, 4], "t": [T] * 2, "w": [3.5, 4.5]}, ["w"])
+    calls = []
+    entities = ask([5, 4, 3, 2, 1])
+    got = repo.join(entities, ["a:v", "b:w"], progress=lambda *call: calls.append(call))
+    assert calls == [(view, done, 5) for view in "ab" for done in (2, 4, 5)]
+    assert got.equals(repo.join(entities, ["a:v", "b:w"]))
+    calls.clear()
+    repo.join(entities.slice(0, 0), ["a:v"], progress=lambda *call: calls.append(call))
+    assert calls == [("a", 0, 0)]
+
+
+def snapshot(repo, refs, end, start=None, request=None):
+    plan = repo.plan(refs, request)
+    us = [None if t is None else round(t.timestamp() * 1e6) for t in (start, end)]
+    return snapshot_entities(plan, repo.computers, us[0], us[1])
+
+
+def test_a9_a_snapshot_has_every_key_once_at_the_end_date(repo):
+    data = {"u": [3, 1, 1, 2, None], "t": [T - HOUR, T - 2 * HOUR, T, T + US, T], "v": [3, 1, 11, 2, 0]}
+    repo.add("a", ["u"], data, ["v"])
+    repo.add("b", ["u"], {"u": [9, 3], "t": [T, T], "w": [9.5, 3.5]}, ["w"])
+    table = snapshot(repo, ["a:v", "b:w"], T)
+    assert table["u"].to_pylist() == [1, 3, 9] and table["event_timestamp"].to_pylist() == [T] * 3
+    got = repo.join(table, ["a:v", "b:w"])
+    assert got["v"].to_pylist() == [11, 3, None] and got["w"].to_pylist() == [None, 3.5, 9.5]
+    assert snapshot(repo, ["a:v"], T, start=T)["u"].to_pylist() == [1]
+    assert snapshot(repo, ["a:v"], T - 3 * HOUR)["u"].to_pylist() == []
+    with pytest.raises(InvalidArgumentError, match=r"start_date is .* after end_date"):
+        snapshot(repo, ["a:v"], T, start=T + US)
+
+
+def test_a_snapshot_reaches_back_to_the_longest_ttl(repo):
+    data = {"u": [1, 2, 3], "t": [T - 3 * HOUR, T - HOUR - US, T - HOUR], "v": [1, 2, 3]}
+    repo.add("short", ["u"], data, ["v"], ttl=HOUR)
+    repo.add("long", ["u"], data | {"w": data["v"]}, ["w"], ttl=2 * HOUR)
+    assert snapshot(repo, ["short:v"], T)["u"].to_pylist() == [3]
+    assert snapshot(repo, ["short:v", "long:w"], T)["u"].to_pylist() == [2, 3]
+
+
+def test_a_snapshot_of_composite_and_text_keys_and_of_appended_ones(repo):
+    data = {"s": ["b", "a", "b"], "i": [1, 1, 2], "t": [T] * 3, "v": [1, 2, 3]}
+    repo.add("v", ["s", "i"], data, ["v"])
+    more = pa.table({"s": ["c", "b", None], "i": [1, 2, 1], "t": pa.array([T] * 3, UTC_US), "v": [4, 5, 6]})
+    pq.write_table(more, repo.folder / "more.parquet")
+    table = read_source(d.ParquetSource("more.parquet", "t"), repo.folder)
+    assert len(repo.computers["v"].append(table)) == 2
+    table = snapshot(repo, ["v:v"], T)
+    assert table.select(["s", "i"]).to_pylist() == [
+        {"s": "a", "i": 1}, {"s": "b", "i": 1}, {"s": "b", "i": 2}, {"s": "c", "i": 1}]  # fmt: skip
+    assert repo.join(table, ["v:v"])["v"].to_pylist() == [2, 1, 5, 4]
+
+
+def test_a_snapshot_that_keys_alone_cannot_answer_is_an_error(repo):
+    repo.add("u", ["u"], {"u": [1], "t": [T], "v": [1]}, ["v"])
+    repo.add("i", ["i"], {"i": [1], "t": [T], "w": [1]}, ["w"])
+    with pytest.raises(InvalidArgumentError, match="view 'u' has the join keys u, of u, i"):
+        snapshot(repo, ["u:v", "i:w"], T)
+    with pytest.raises(InvalidArgumentError, match="read the request inputs amount"):
+        snapshot(repo, ["u:v", "tx:amount"], T, request=REQUEST)

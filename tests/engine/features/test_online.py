@@ -36,7 +36,7 @@ def keys_of(*numbers: int) -> np.ndarray:
 
 
 def put(store: OnlineStore, view: int, keys: np.ndarray, salt: int = 0, tag: str = "t") -> None:
-    store.put_many(view, keys, *rows_of(keys, salt), ViewHeader(tag, WORDS, 0))
+    store.put_many(view, keys, *rows_of(keys, salt), ViewHeader(tag, WORDS, 0), replace=True)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_it_is_a_dict_of_view_and_key(tmp_path_factory: pytest.TempPathFactory, 
             for lo, hi in keys.tolist():
                 expected.pop((view, lo, hi), None)
         else:
-            found.put_many(view, keys, rows, meta, ViewHeader("t", WORDS, 0))
+            found.put_many(view, keys, rows, meta, ViewHeader("t", WORDS, 0), replace=True)
             for i, (lo, hi) in enumerate(keys.tolist()):
                 expected[view, lo, hi] = rows[i].tobytes(), meta[i].tobytes()
     for view in (1, 2, 3):
@@ -169,7 +169,7 @@ from penstock.features.online import OnlineStore, ViewHeader
 store = OnlineStore(Path(sys.argv[1]), b"i" * 16)
 keys = np.array([(n, n * 7) for n in range(20000)], np.uint64)
 rows = np.tile(keys[:, :1], (1, 3))
-store.put_many(1, keys, rows, np.zeros((len(keys), 4), np.int64), ViewHeader("t", 3, 5))
+store.put_many(1, keys, rows, np.zeros((len(keys), 4), np.int64), ViewHeader("t", 3, 5), replace=True)
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
     keys = keys_of(*range(20000))
@@ -206,7 +206,7 @@ def test_a_store_of_another_registry(tmp_path: Path) -> None:
 
 def test_a_row_of_another_length(store: OnlineStore) -> None:
     put(store, 1, keys_of(1))
-    with pytest.raises(StoreError, match="a row of view 1 has 56 bytes, not 64"):
+    with pytest.raises(StoreError, match="a row of view 1 has 64 bytes, not 72"):
         store.get_many(1, "t", keys_of(1), WORDS + 1)
 
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from penstock import _core
 from penstock.errors import DefinitionError
-from penstock.features.expressions import col, infer, maximum, minimum, now, percentile_rank, walk, where
-from penstock.features.program import Distribution, compile_program, evaluate, program_inputs
+from penstock.features.expression_types import infer
+from penstock.features.expressions import col, maximum, minimum, now, percentile_rank, walk, where
+from penstock.features.oracle import evaluate
+from penstock.features.program import Distribution, compile_program, program_inputs
 
 SCHEMA = {
     "f": "float64",

@@ -143,11 +143,11 @@ def test_a_full_disk_keeps_the_cursor(tmp_path: Path, monkeypatch: pytest.Monkey
         written = online.OnlineStore.put_many
         calls = [0]
 
-        def full(self: Any, *args: Any) -> None:
+        def full(self: Any, *args: Any, **options: Any) -> None:
             calls[0] += 1
             if calls[0] == 3:
                 raise StoreError("online store cannot be written: No space left on device")
-            written(self, *args)
+            written(self, *args, **options)
 
         monkeypatch.setattr(online.OnlineStore, "put_many", full)
         with pytest.raises(StoreError, match="No space left"):

@@ -6,12 +6,12 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import msgpack
 import numpy as np
 import pytest
 import uvloop
+from pretender import free_address, pretender
 
 from penstock.errors import (
     CancelledError,
@@ -35,43 +35,6 @@ def run(request):
             return runner.run(asyncio.wait_for(main, 60))
 
     return run_until_done
-
-
-@contextmanager
-def _pretender(*replies):
-    """A listener that handles one connection per entry of `replies`: reads a request, sends bytes, closes.
-
-    Yields its address and the list of the requests it got.
-    """
-    got = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept():
-            for reply in replies:
-                try:
-                    peer = listener.accept()[0]
-                except OSError:
-                    return
-                with peer:
-                    unpacker = msgpack.Unpacker()
-                    while request := peer.recv(1 << 16):
-                        unpacker.feed(request)
-                        message = next(unpacker, None)
-                        if message is not None:
-                            got.append(message)
-                            peer.sendall(reply)
-                            break
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}", got
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(30)
-
-
-def _free_address():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"tcp://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_predict_and_the_other_methods(serve):
@@ -302,11 +265,11 @@ def test_async_client_reconnects_after_the_server_was_killed(spawn, tmp_path, ru
 
 def test_lost_connection_repeats_a_prediction_but_never_an_admin_call(run):
     ok = msgpack.packb([1, 0, None, {"scores": [1.0], "version": "1", "request_ids": [1]}])
-    with _pretender(b"", b"", ok) as (address, got), Client(address) as client:
+    with pretender(b"", b"", ok) as (address, got), Client(address) as client:
         assert client.predict("m", {"id": 1}).scores.tolist() == [1.0]
         assert len(got) == 3
     for method in ("apply", "materialize", "promote"):
-        with _pretender(b"", ok) as (address, got), Client(address) as client:
+        with pretender(b"", ok) as (address, got), Client(address) as client:
             with pytest.raises(UnavailableError, match="was lost"):
                 client.call(method, "x")
             assert len(got) == 1
@@ -316,14 +279,14 @@ def test_lost_connection_repeats_a_prediction_but_never_an_admin_call(run):
             with pytest.raises(UnavailableError, match="was lost"):
                 await client.call("apply", "x")
 
-    with _pretender(b"", ok) as (address, got):
+    with pretender(b"", ok) as (address, got):
         run(main(address))
         assert len(got) == 1
 
 
 @pytest.mark.parametrize("reply", [b"\xc1", b"\x05", b"\x91\x01", b"\x94\x01\x00\xdd\xff\xff\xff\xff"])
 def test_peer_that_sends_no_replies(reply, run):
-    with _pretender(reply) as (address, _), Client(address, retries=0) as client:  # noqa: SIM117
+    with pretender(reply) as (address, _), Client(address, retries=0) as client:  # noqa: SIM117
         with pytest.raises(InternalError, match="what is no reply"):
             client.predict("m", {"id": 1})
 
@@ -332,7 +295,7 @@ def test_peer_that_sends_no_replies(reply, run):
             with pytest.raises(InternalError, match="what is no reply"):
                 await client.predict("m", {"id": 1})
 
-    with _pretender(reply) as (address, _):
+    with pretender(reply) as (address, _):
         run(main(address))
 
 
@@ -408,7 +371,7 @@ def test_async_client_follows_a_goaway(serve, run):
 
 def test_endpoint_that_is_down_is_avoided(serve, run):
     running = serve()
-    addresses = [_free_address(), running.address]
+    addresses = [free_address(), running.address]
     with Client(addresses) as client:
         assert [client.predict("echo", {"id": i}).scores[0] for i in range(10)] == list(range(10))
 
@@ -459,7 +422,7 @@ def test_endpoint_that_refuses_everything_is_ejected(serve, run):
 
 
 def test_nobody_listens(run):
-    address = _free_address()
+    address = free_address()
     with Client(address, retries=1) as client, pytest.raises(UnavailableError, match="refused"):
         client.health()
     with Client(address, retries=10**9) as client, pytest.raises(PenstockError):

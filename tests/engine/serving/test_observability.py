@@ -28,7 +28,7 @@ from sklearn.ensemble import RandomForestClassifier
 
 import penstock
 from penstock import Engine
-from penstock.config import AutoscalingConfig, check_text
+from penstock.config import AutoscalingConfig, EdgeCacheConfig, check_text
 from penstock.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from penstock.integrations import otel
 from penstock.integrations.prometheus import EngineCollector, PrometheusExporter
@@ -273,6 +273,21 @@ def test_the_exposition_parses_and_says_what_the_stats_say(bundles: Path, tmp_pa
         assert value(again, "penstock_requests_total", **own, outcome="ok") == 5
     with pytest.raises(OSError):
         scrape(address)
+
+
+def test_the_exposition_has_the_edge_cache_of_a_model_that_uses_one(bundles: Path, tmp_path: Path) -> None:
+    config = config_of(bundles, tmp_path / "data", 'prometheus: {listen: "127.0.0.1:0"}')
+    edge = EdgeCacheConfig(mode="on", capacity=3000)
+    config = config.model_copy(update={"caches": config.caches.model_copy(update={"edge": edge})})
+    with Engine(config) as engine:
+        for _ in range(3):
+            engine.predict_vectors("bare", np.zeros((1, F), np.float32))
+        families = scrape(engine.stats()["prometheus"]["address"])
+        found = engine.stats()["models"]["bare"]["edge"]
+    own = {"cache": "edge", "view": "bare"}
+    assert value(families, "penstock_cache_capacity_rows", **own) == found["capacity"] >= 3000
+    assert value(families, "penstock_cache_rows", **own) == found["size"] == 1
+    assert value(families, "penstock_cache_hits_total", **own) == found["hits"] > 0
 
 
 def test_a_scrape_that_fails_is_answered_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,133 @@
+// Binding of engine/feature_reader. Calls hold the GIL: they take microseconds.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bind/bind.h"
+#include "engine/feature_reader.h"
+
+namespace penstock::bind {
+namespace {
+
+thread_local FeatureReader::Work thread_work;
+
+void require(const Status& status) {
+  if (!status.is_ok()) throw py::value_error(status.message);
+}
+
+float* rows_of(const py::object& out, size_t rows, size_t features) {
+  using Floats = py::array_t<float, py::array::c_style>;
+  if (Floats::check_(out)) {
+    auto array = py::reinterpret_borrow<py::array>(out);
+    if (array.ndim() == 2 && array.writeable() && static_cast<size_t>(array.shape(0)) == rows &&
+        static_cast<size_t>(array.shape(1)) == features) {
+      return static_cast<float*>(array.mutable_data());
+    }
+  }
+  std::string given = py::str(py::type::of(out).attr("__name__"));
+  if (py::isinstance<py::array>(out))
+    given = std::string(py::str(out.attr("dtype"))) + std::string(py::str(out.attr("shape")));
+  throw py::value_error("out is " + given + "; expected a writable C-contiguous float32[" +
+                        std::to_string(rows) + ", " + std::to_string(features) + "]");
+}
+
+py::list keys_of(const FeatureReader& reader, const std::vector<FeatureMiss>& misses) {
+  std::vector<std::vector<uint64_t>> keys(reader.plan().n_views());
+  for (const FeatureMiss& miss : misses) {
+    keys[miss.view].push_back(miss.key.lo);
+    keys[miss.view].push_back(miss.key.hi);
+  }
+  py::list found;
+  for (const auto& words : keys) {
+    py::array_t<uint64_t> array({static_cast<py::ssize_t>(words.size() / 2), py::ssize_t{2}});
+    std::copy(words.begin(), words.end(), array.mutable_data());
+    found.append(array);
+  }
+  return found;
+}
+
+// Adds what `load` returned: (rows, meta) of each view, in the order of its misses.
+void add_loaded(const FeatureReader& reader, const py::list& loaded, const std::vector<FeatureMiss>& misses,
+                size_t rows, Overlay* overlay) {
+  using Words = py::array_t<uint64_t, py::array::c_style>;
+  using Metas = py::array_t<int64_t, py::array::c_style>;
+  const size_t views = reader.plan().n_views();
+  if (loaded.size() != views) throw py::value_error("load returned another number of views");
+  std::vector<std::pair<Words, Metas>> given;
+  for (const py::handle& item : loaded) {
+    const auto pair = item.cast<std::pair<py::object, py::object>>();
+    if (!Words::check_(pair.first) || !Metas::check_(pair.second))
+      throw py::value_error("load returned no uint64 rows and int64 meta");
+    given.emplace_back(py::reinterpret_borrow<Words>(pair.first), py::reinterpret_borrow<Metas>(pair.second));
+  }
+  std::vector<py::ssize_t> next(views, 0);
+  for (const FeatureMiss& miss : misses) {
+    const auto& [words, meta] = given[miss.view];
+    const py::ssize_t at = next[miss.view]++;
+    const auto width = static_cast<py::ssize_t>(reader.plan().row_words(miss.view));
+    if (words.ndim() != 2 || meta.ndim() != 2 || at >= words.shape(0) || at >= meta.shape(0) ||
+        words.shape(1) != width || meta.shape(1) != 4) {
+      throw py::value_error("load returned other rows than those it was asked for");
+    }
+    const uint64_t* row = words.data(at, 0);
+    const int64_t* m = meta.data(at, 0);
+    overlay->index[miss.view * rows + miss.row] = static_cast<int64_t>(overlay->words.size());
+    overlay->words.emplace_back(row, row + width);
+    overlay->meta.push_back({m[0], m[1], m[2], m[3]});
+  }
+}
+
+constexpr int kTries = 16;  // a row may leave its cache between two reads
+
+py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_us, int64_t mono_ns,
+                const py::object& given, const py::object& load) {
+  FeatureReader::Work& work = thread_work;
+  const auto bytes = static_cast<std::string_view>(params);
+  const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
+  require(self.parse(data, bytes.size(), work));
+  const size_t rows = work.call.rows, features = self.plan().n_features();
+  const py::object out = given.is_none()
+                             ? py::object(py::array_t<float>(
+                                   {static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(features)}))
+                             : given;
+  float* to = rows_of(out, rows, features);
+  require(self.read(now_us, mono_ns, nullptr, work, to));
+  if (work.misses.empty()) return out;
+  Overlay overlay;
+  overlay.index.assign(self.plan().n_views() * rows, -1);
+  for (int i = 0; i < kTries; ++i) {
+    const std::vector<FeatureMiss> misses = work.misses;  // `load` may read on this thread itself
+    const auto loaded = py::list(load(keys_of(self, misses)));
+    add_loaded(self, loaded, misses, rows, &overlay);
+    require(self.parse(data, bytes.size(), work));
+    require(self.read(now_us, mono_ns, &overlay, work, to));
+    if (work.misses.empty()) return out;
+  }
+  throw std::runtime_error("rows leave their cache faster than they are read");
+}
+
+}  // namespace
+
+void bind_reader(py::module_& m) {
+  py::class_<FeatureReader, std::shared_ptr<FeatureReader>>(
+      m, "FeatureReader", "Reads a feature service into float32 rows through feature caches.")
+      .def(py::init(
+               [](const py::dict& plan) { return std::make_shared<FeatureReader>(service_plan_of(plan)); }),
+           py::arg("plan"), "plan: as ServingCore.load takes it. Raises ValueError.")
+      .def("read", &read, py::arg("params"), py::arg("now_us"), py::arg("mono_ns"), py::arg("out"),
+           py::arg("load"),
+           "params: MessagePack [any text, entities, inputs or nil]. Fills out float32[rows, features] (a "
+           "new\n"
+           "array if None) and returns it. load(keys) is asked for rows that no cache has: given keys\n"
+           "uint64[k, 2] by view, it returns (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises\n"
+           "ValueError naming the column, row or array, and what load raises.");
+}
+
+}  // namespace penstock::bind

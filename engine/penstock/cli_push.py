@@ -1,0 +1,174 @@
+"""The commands `penstock push` (events of a file into a push source) and `penstock erase`.
+
+While a server holds the data folder they go through its socket, so that it serves what has changed; else the
+command writes by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from penstock.cli_features import ConfigOption, DataOption, JsonFlag, RepoOption, _folders, _reporting
+from penstock.cli_holder import alone, holder, holder_client
+from penstock.errors import InvalidArgumentError, NotFoundError, PenstockError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from penstock.features.source_definitions import PushSource
+
+_FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "json", ".ndjson": "json",
+            ".json": "json"}  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(push)
+    app.command()(erase)
+
+
+def push(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Name of a push source.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet, CSV or JSON lines, by its suffix.")],
+    repo: RepoOption = None,
+    data_dir: DataOption = None,
+    config: ConfigOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Events of one push.")] = 10_000,
+    as_json: JsonFlag = False,
+) -> None:
+    """Push the events of a file; they are durable and served when the command ends."""
+    from penstock.features.repo import load_repo
+    from penstock.features.store import FeatureStore
+
+    with _reporting():
+        folder, data = _folders(repo, data_dir, config)
+        definition = _source(load_repo(folder).push_sources, source)
+        table = read_events(file, definition)
+        server = holder(data)
+        accepted = 0
+        try:
+            if server is not None:
+                with holder_client(server) as client:
+                    for part in _parts(table, rows):
+                        accepted += client.push(source, part)
+            else:
+                with alone(data), FeatureStore(folder, data_dir=data) as store:
+                    for part in _parts(table, rows):
+                        accepted += store.push(source, part)
+        except PenstockError as error:
+            if accepted:
+                typer.echo(f"penstock: the first {accepted} events were taken in, the others not", err=True)
+            raise error
+    typer.echo(json.dumps({"accepted": accepted}) if as_json else f"{accepted} events of {source}")
+
+
+def erase(
+    view: Annotated[str, typer.Argument(metavar="VIEW", help="A view with the entity's join keys.")],
+    key: Annotated[list[str], typer.Option("--key", help="COLUMN=VALUE, once for each join key.")],
+    repo: RepoOption = None,
+    data_dir: DataOption = None,
+    config: ConfigOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Erase one entity from the log of pushed events, the online store and the caches; print the receipt."""
+    from penstock.features.store import FeatureStore
+
+    with _reporting():
+        folder, data = _folders(repo, data_dir, config)
+        server = holder(data)
+        with FeatureStore(folder, data_dir=data) as store:
+            if view not in store.views:
+                known = ", ".join(sorted(store.views)) or "none"
+                raise NotFoundError(f"view '{view}' is unknown; the views are {known}")
+            names = store.views[view].join_keys
+            keys = _keys(key, dict(zip(names, store.computer(view).join_dtypes)))
+            if server is None:
+                with alone(data):
+                    receipt = store.erase(view, keys)
+        if server is not None:
+            with holder_client(server) as client:
+                receipt = client.erase(view, keys)
+    if as_json:
+        typer.echo(json.dumps(receipt))
+        return
+    for where, count in receipt["removed"].items():
+        typer.echo(f"{count:>10}  {where.replace('_', ' ')}")
+    for what in receipt["kept"]:
+        typer.echo(f"      kept  {what}")
+    typer.echo(f"erased at {receipt['at']}; receipt {receipt['digest']}")
+
+
+def _keys(given: list[str], dtypes: dict[str, str]) -> dict[str, list[Any]]:
+    """The join keys of one entity from COLUMN=VALUE texts."""
+    keys: dict[str, list[Any]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in dtypes or name in keys:
+            raise InvalidArgumentError(
+                f"--key is '{text}'; expected COLUMN=VALUE, once for each of {', '.join(dtypes)}"
+            )
+        try:
+            keys[name] = [int(value) if dtypes[name] == "int64" else value]
+        except ValueError:
+            raise InvalidArgumentError(f"--key is '{text}'; expected an integer") from None
+    return keys
+
+
+def read_events(file: Path, source: PushSource) -> pa.Table:
+    """The events of a file, its text columns as the source's schema has them.
+
+    Raises:
+        InvalidArgumentError: another suffix, or a file that cannot be read.
+    """
+    import pyarrow as pa
+
+    kind = _FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise InvalidArgumentError(f"FILE is '{file}'; expected one of {', '.join(_FORMATS)}")
+    try:
+        if kind == "parquet":
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(file) as opened:
+                return opened.read()
+        if kind == "csv":
+            from pyarrow import csv
+
+            texts = {name: pa.string() for name, dtype in source.schema.items() if dtype == "string"}
+            options = csv.ConvertOptions(
+                null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False,
+                column_types=texts,
+            )  # fmt: skip
+            return csv.read_csv(file, convert_options=options)
+        with file.open(encoding="utf-8") as lines:
+            events = [json.loads(line) for line in lines if line.strip()]
+        return pa.table(_columns(events, file))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(f"FILE '{file}' cannot be read: {error}") from error
+
+
+def _columns(events: list[Any], file: Path) -> dict[str, list[Any]]:
+    for number, event in enumerate(events, 1):
+        if not isinstance(event, dict):
+            raise InvalidArgumentError(f"FILE '{file}': event {number} is {event!r}; expected an object")
+    names = dict.fromkeys(name for event in events for name in event)
+    return {name: [event.get(name) for event in events] for name in names}
+
+
+def _parts(table: pa.Table, rows: int) -> Iterator[pa.Table]:
+    for at in range(0, table.num_rows, rows):
+        yield table.slice(at, rows)
+
+
+def _source(known: dict[str, PushSource], name: str) -> PushSource:
+    if name not in known:
+        names = ", ".join(sorted(known)) or "none"
+        raise NotFoundError(f"push source '{name}' is unknown; the push sources are {names}")
+    return known[name]

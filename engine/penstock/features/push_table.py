@@ -1,0 +1,229 @@
+"""The history of a push source as one table: the rows of its files, then the logged events in their order.
+
+Rows of the files whose key was erased are left out unless both their times are later than that. Pure
+functions of the files and the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from penstock import _core
+from penstock.errors import InvalidArgumentError
+from penstock.features.event_log import Erased, EventLog, Logged
+from penstock.features.push_rows import push_schema
+from penstock.features.source_definitions import PushSource, Source
+from penstock.features.source_reading import source_stamp
+from penstock.features.source_tables import concat_tables, take_rows
+from penstock.features.sources import (
+    UNKNOWN_TIME,
+    SourceColumn,
+    SourceTable,
+    arrow_column,
+    read_source,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def push_stamp(source: PushSource, base: Path) -> str:
+    """A digest of all that decides the events, but for the log, which has its sequence numbers."""
+    files = None if source.batch is None else source_stamp(source.batch, base)
+    return hashlib.sha256(repr((source.describe(), files)).encode()).hexdigest()
+
+
+def read_push_source(
+    source: PushSource,
+    base: Path,
+    log: EventLog,
+    dictionaries: Mapping[str, list[str]],
+    columns: Iterable[str],
+    seed: bytes,
+) -> tuple[SourceTable, int]:
+    """The history of a source, and the sequence number of its newest pushed event.
+
+    Args:
+        source: what to read; the path of its files is relative to `base`.
+        log: where the pushed events are.
+        dictionaries: codes given earlier, by column; new strings are appended to a copy.
+        columns: the columns to keep besides the time columns.
+        seed: of the key hash, by which erased keys are known.
+
+    Raises:
+        InvalidArgumentError: the files or the logged events do not fit the schema.
+        StoreError: the log is corrupt.
+    """
+    wanted = columns_of(source, columns)
+    for name in wanted:
+        if name not in source.schema:
+            known = ", ".join(source.schema)
+            raise InvalidArgumentError(
+                f"source '{source.name}' has no column '{name}'; expected one of {known}"
+            )
+    logged, head = log.read(source.name)
+    pushed = logged_table(source, logged, dictionaries, wanted)
+    if source.batch is None:
+        return pushed, head
+    erased = log.erased(source.name)
+    named = [name for names in erased for name in names]
+    batch = _batch_table(source, base, dictionaries, list(dict.fromkeys([*wanted, *named])))
+    if erased:
+        batch = take_rows(batch, ~erased_rows(batch, erased, seed))
+        batch = replace(batch, columns={name: batch.columns[name] for name in wanted})
+    return concat_tables(batch, pushed), head
+
+
+def read_file_source(
+    source: Source,
+    base: Path,
+    log: EventLog,
+    dictionaries: Mapping[str, list[str]],
+    columns: Iterable[str],
+    seed: bytes,
+    recorded: Mapping[str, str] | None = None,
+) -> SourceTable:
+    """The events of files without those that were erased. Arguments and errors as `read_push_source`."""
+    wanted = list(dict.fromkeys(columns))
+    erased = log.erased(source.name)
+    if not erased:
+        return read_source(source, base, dictionaries, wanted, recorded)
+    named = [name for names in erased for name in names if name not in wanted]
+    table = read_source(source, base, dictionaries, [*wanted, *named], recorded)
+    table = take_rows(table, ~erased_rows(table, erased, seed))
+    return replace(table, columns={n: c for n, c in table.columns.items() if n not in named})
+
+
+def columns_of(source: PushSource, columns: Iterable[str]) -> list[str]:
+    """The columns, and those by which the events of a source are told apart and placed in time."""
+    roles = (source.timestamp, source.created, source.event_id, source.deleted)
+    return list(dict.fromkeys([*(role for role in roles if role is not None), *columns]))
+
+
+def logged_table(
+    source: PushSource,
+    logged: Sequence[Logged],
+    dictionaries: Mapping[str, list[str]],
+    columns: Iterable[str],
+) -> SourceTable:
+    """Pushed events as a table of a source."""
+    schema = push_schema(source)
+    tables = [_as_schema(source, schema, part.table) for part in logged]
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    arrival = (
+        np.concatenate([part.arrival_us.to_numpy(zero_copy_only=False) for part in logged])
+        if logged
+        else np.zeros(0, np.int64)
+    )
+    return pushed_table(source, table, arrival, dictionaries, columns)
+
+
+def pushed_table(
+    source: PushSource,
+    table: pa.Table,
+    arrival_us: NDArray[np.int64],
+    dictionaries: Mapping[str, list[str]],
+    columns: Iterable[str],
+) -> SourceTable:
+    """Events in the types of `push_schema` as a table of a source.
+
+    Args:
+        arrival_us: int64[n]; known-at where the source has no `created`.
+        dictionaries: codes given earlier, by column.
+        columns: those to keep.
+    """
+    found = {
+        name: arrow_column(table[name], f"source '{source.name}': column '{name}'", dictionaries.get(name))
+        for name in columns
+    }
+    return with_roles(source, found, arrival_us)
+
+
+def with_roles(
+    source: PushSource, columns: dict[str, SourceColumn], known_at: NDArray[np.int64]
+) -> SourceTable:
+    """A table of columns whose times are all there; `known_at` where the source has no `created`."""
+    event_time = columns[source.timestamp].values
+    if source.created is not None:
+        created = columns[source.created]
+        known_at = (
+            created.values if created.valid is None else np.where(created.valid, created.values, UNKNOWN_TIME)
+        )
+    deleted = None
+    if source.deleted is not None:
+        flags = columns[source.deleted]
+        deleted = flags.values.astype(np.bool_)
+        if flags.valid is not None:
+            deleted &= flags.valid
+    event_id = None if source.event_id is None else columns[source.event_id]
+    return SourceTable(columns, len(event_time), event_time, known_at, event_id=event_id, deleted=deleted,
+                       found=dict(source.schema))  # fmt: skip
+
+
+def _as_schema(source: PushSource, schema: pa.Schema, table: pa.Table) -> pa.Table:
+    """Events of an earlier schema: a column that it lacked is null, one that is gone is left out."""
+    arrays = []
+    for field in schema:
+        if field.name not in table.column_names:
+            arrays.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column = table[field.name]
+        if column.type != field.type:
+            raise InvalidArgumentError(
+                f"source '{source.name}': column '{field.name}' is {field.type}, but pushed events have "
+                f"{column.type}; restore the schema or give the source another name"
+            )
+        arrays.append(column)
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _batch_table(
+    source: PushSource, base: Path, dictionaries: Mapping[str, list[str]], columns: Sequence[str]
+) -> SourceTable:
+    assert source.batch is not None
+    table = read_source(source.batch, base, dictionaries, columns)
+    for name in columns:
+        found, expected = table.columns[name].dtype, source.schema[name]
+        if found != expected:
+            raise InvalidArgumentError(
+                f"source '{source.name}': column '{name}' of '{source.batch.name}' has dtype {found}; the "
+                f"schema says {expected}"
+            )
+    known_at = table.known_at
+    made = with_roles(source, dict(table.columns), known_at)
+    return replace(made, known_at=known_at, dropped=table.dropped)
+
+
+def erased_digests(
+    columns: Sequence[SourceColumn], names: Sequence[str], n: int, seed: bytes
+) -> NDArray[np.uint64]:
+    """Digests uint64[n, 2] of keys of the named columns, from which no key can be read back."""
+    keyed = _core.siphash128(("erased\0" + "\0".join(names)).encode(), seed)
+    parts: list[Any] = [np.zeros(n, np.int64)]  # with a second part, a lone int is hashed too
+    for column in columns:
+        if column.dictionary is None:
+            parts.append(column.values)
+        elif column.dictionary:
+            parts.append(np.array(column.dictionary, dtype=object)[column.values].tolist())
+        else:
+            parts.append([""] * n)
+    digests, _ = _core.keys128(parts, keyed)
+    return digests
+
+
+def erased_rows(table: SourceTable, erased: Erased, seed: bytes) -> NDArray[np.bool_]:
+    """Which rows of a source's files were erased, bool[n]: those not later than that by both their times."""
+    gone = np.zeros(table.n_rows, np.bool_)
+    for names, moments in erased.items():
+        digests = erased_digests([table.columns[name] for name in names], names, table.n_rows, seed)
+        pairs, back = np.unique(digests, axis=0, return_inverse=True)
+        until = np.array([moments.get(pair.tobytes(), -1) for pair in pairs], np.int64)[back.ravel()]
+        gone |= (until >= 0) & (np.minimum(table.event_time, table.known_at) <= until)
+    return gone

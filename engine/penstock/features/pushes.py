@@ -1,0 +1,607 @@
+"""Pushed events: into the computers of the views that they feed, then into the log, then acknowledged.
+
+A push is checked, appended to the computers (from then on reads see it) and queued; one committer thread
+takes all that wait and writes them, the rows that they touch and the heads in one durable transaction, so
+concurrent pushes share one sync. Only then does `push` return. While a row waits for its commit, reads
+compute it instead of taking the store's (`pending`).
+
+The order of a source's events is that of their sequence numbers: they are given, appended and queued under
+`LiveViews.locked`. A reading made meanwhile first waits until what was pushed is durable (`settle`), so it
+misses nothing. When a commit fails, the pushes of its group and those behind it fail, and the views are read
+again (`_repair`, by whoever comes first): what was not durable is gone from the reads too.
+
+Locks, in this order: `LiveViews.locked`, `_order` (appended and queued, or taken as a group), `committing` (a
+group, or the header that ends a materialisation), `_changed`. The committer never takes the first.
+
+Another process may have written to the log: `catch_up` takes that in before a read. Any thread may call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from penstock.clock import SystemClock
+from penstock.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    PenstockError,
+    ResourceExhaustedError,
+    StoreError,
+)
+from penstock.features import event_log, push_rows
+from penstock.features.compute import ViewRows, stored_texts
+from penstock.features.event_log import EventLog, NewBatch
+from penstock.features.index import entity_keys
+from penstock.features.live import LiveView, LiveViews
+from penstock.features.online import OnlineStore, header_in, put_header_in, put_rows
+from penstock.features.online_adapter import OnlineAdapter, ViewHeader
+from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
+from penstock.features.registry import Registry
+from penstock.features.source_definitions import PushSource
+from penstock.features.sources import SourceColumn, SourceTable
+from penstock.features.store_settings import PushSettings
+
+if TYPE_CHECKING:
+    import lmdb
+    from numpy.typing import NDArray
+
+_log = logging.getLogger("penstock.features")
+_RETRY_MS = 50
+_CONFLICTS = 100
+_NO_KEYS = np.zeros((0, 2), np.uint64)
+
+Touched = dict[str, tuple["NDArray[np.uint64]", "NDArray[np.uint64]", "NDArray[np.int64]"]]
+"""By view: keys uint64[k, 2], their rows uint64[k, row_words] and meta int64[k, 4]."""
+
+Committed = Callable[[Touched], None]
+"""Told the rows of touched keys once they are durable, before the pushes are acknowledged. Must not wait for
+anything of the store."""
+
+
+class _ConflictError(StoreError):
+    """Sequence numbers were given that another process had used."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A push on its way to the disk."""
+
+    batch: NewBatch
+    touched: dict[str, NDArray[np.uint64]]
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class _Group:
+    """What one transaction writes."""
+
+    entries: list[_Entry]
+    now_us: int
+    rows: list[tuple[LiveView, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]]
+
+    def touched(self) -> Touched:
+        return {live.computer.view.name: (keys, rows, meta) for live, keys, rows, meta in self.rows}
+
+
+class Pushes:
+    """The push path of one store.
+
+    Attributes:
+        committed: see `Committed`.
+        touched: told a view and the keys whose rows have just changed, before a push returns or is durable.
+    """
+
+    def __init__(
+        self,
+        live: LiveViews,
+        log: EventLog,
+        local: OnlineStore,
+        online: OnlineAdapter,
+        registry: Registry,
+        clock: SystemClock,
+        settings: PushSettings,
+    ) -> None:
+        """`local` has the log; `online` the rows, which may be the same store."""
+        self._live, self._log, self._local, self._online = live, log, local, online
+        self._registry, self._clock, self._settings = registry, clock, settings
+        self.committed: Committed = lambda touched: None
+        self.touched: Callable[[LiveView, NDArray[np.uint64]], None] = lambda live, keys: None
+        self.committing = threading.Lock()
+        self._order = threading.Lock()
+        self._changed = threading.Condition()  # guards the next six
+        self._queue: deque[_Entry] = deque()
+        self._queued_bytes = 0
+        self._begun = self._ended = 0  # pushes that were queued, and that are durable or failed
+        self._broken: dict[str, dict[str, NDArray[np.uint64]]] = {}  # sources to read again, and their keys
+        self._closed = False
+        self.failures = 0
+        self._thread: threading.Thread | None = None
+        self._codes: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {}
+        self._pending: dict[str, dict[tuple[int, int], int]] = {}  # pushes on their way, by view and key
+        self._pending_lock = threading.Lock()
+        self._writing: dict[int, int] = {}  # see `writing`
+        self._durable: dict[str, int] = {}  # head of the log, by source, as last seen
+        self._seen: dict[str, int] = {}  # stamp of the store when that was
+        self._compacting = threading.Lock()
+        self._uncompacted: dict[str, int] = {}
+        live.settle = self.settle
+
+    # Pushing
+
+    def push(self, source: str, rows: Any, offsets: Mapping[tuple[str, int], int] | None = None) -> int:
+        """Take in events; they are durable when this returns. Returns how many.
+
+        Args:
+            source: name of a push source.
+            rows: see `push_rows.read_rows`.
+            offsets: positions of a stream that become durable with them.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: nothing has changed.
+            ResourceExhaustedError: too many pushes wait; nothing has changed.
+            StoreError: the disk is full or failed; the events are gone from the reads again.
+        """
+        for _ in range(_CONFLICTS):
+            try:
+                return self.wait(self.begin(source, rows, offsets))
+            except _ConflictError:
+                continue
+        raise ResourceExhaustedError(
+            f"other processes push to '{source}' all the time", retry_after_ms=_RETRY_MS
+        )
+
+    def begin(
+        self, source: str, rows: Any, offsets: Mapping[tuple[str, int], int] | None = None
+    ) -> _Entry | None:
+        """Make events visible and queue them; `wait` for them to be durable."""
+        if not isinstance(source, str):
+            raise InvalidArgumentError(f"source is {source!r}; expected the name of a push source")
+        self._live.fed_by(source)  # a name that is unknown is told first; the views are read outside the lock
+        definition = self._live.push_sources()[source]
+        keys = {key for live in self._live.fed_by(source) for key in live.computer.view.join_keys}
+        table = push_rows.read_rows(definition, rows, keys)
+        if not table.num_rows and not offsets:
+            return None
+        batches = table.to_batches()
+        batch = batches[0] if batches else push_rows.empty_batch(definition)
+        message = batch.serialize().to_pybytes()
+        with self._live.locked():
+            self._repair()
+            self._check_room(len(message))
+            views = self._live.fed_by(source)
+            for live in views:
+                self._catch_up(live)
+            arrival = self._clock.now_us()
+            sequence = max(live.sequence for live in views) + 1
+            arrivals = np.full(table.num_rows, arrival, np.int64)
+            pushed = self._source_table(definition, table, arrivals, views)
+            new = NewBatch(
+                source, sequence, arrival, table.num_rows, table.schema, message, dict(offsets or {})
+            )
+            with self._order:
+                entry = _Entry(new, self._append(views, pushed, sequence))
+                with self._changed:
+                    self._queue.append(entry)
+                    self._begun += 1
+                    self._queued_bytes += len(message)
+                    self._start()
+                    self._changed.notify_all()
+        return entry
+
+    def wait(self, entry: _Entry | None) -> int:
+        """Wait until a push is durable. Returns its rows."""
+        if entry is None:
+            return 0
+        entry.done.wait()
+        if entry.error is not None:
+            with self._live.locked():
+                self._repair()
+            raise entry.error
+        return entry.batch.rows
+
+    def _check_room(self, size: int) -> None:
+        with self._changed:
+            if self._closed:
+                raise FailedPreconditionError("the store is closed")
+            waiting, limits = len(self._queue), self._settings
+            if waiting >= limits.queue or (waiting and self._queued_bytes + size > limits.queue_bytes):
+                raise ResourceExhaustedError(
+                    f"{waiting} pushes wait for the disk, the limit", retry_after_ms=_RETRY_MS
+                )
+
+    def _append(
+        self, views: list[LiveView], pushed: SourceTable, sequence: int
+    ) -> dict[str, NDArray[np.uint64]]:
+        touched: dict[str, NDArray[np.uint64]] = {}
+        try:
+            for live in views:
+                view = live.computer.view
+                # Before they are visible: who sees them, or a row made of them, sees that the row waits.
+                touched[view.name] = self._keys_of(live, pushed)
+                self._mark(view.name, touched[view.name], 1)
+                live.sequence = sequence
+                live.computer.append(pushed)
+                self.touched(live, touched[view.name])
+        except BaseException:
+            for name, keys in touched.items():
+                self._mark(name, keys, -1)
+            with self._changed:
+                self._break(views[0].source or "", touched)
+            raise
+        return touched
+
+    def _keys_of(self, live: LiveView, table: SourceTable) -> NDArray[np.uint64]:
+        joins = [table.columns[name] for name in live.computer.view.join_keys]
+        keys, nulls = entity_keys(joins, table.n_rows, self._registry.seed)
+        return keys if len(keys) == 1 else np.unique(keys[~nulls], axis=0)
+
+    def _break(self, source: str, touched: Mapping[str, NDArray[np.uint64]]) -> None:
+        """Have a source read again; under `_changed`."""
+        known = self._broken.setdefault(source, {})
+        for view, keys in touched.items():
+            known[view] = np.concatenate([known.get(view, _NO_KEYS), keys])
+
+    def _repair(self) -> None:
+        """Take events that did not become durable out of the reads; under `locked`."""
+        with self._changed:
+            broken, self._broken = self._broken, {}
+        touched: Touched = {}
+        now_us = self._clock.now_us()
+        for source, found in broken.items():
+            try:
+                self._live.reread_source(source)
+            except BaseException:
+                with self._changed:
+                    self._break(source, found)
+                raise
+            for view, keys in found.items():
+                keys = np.unique(keys, axis=0)
+                rows = self._live.view(view).computer.rows_at(keys, np.full(len(keys), now_us, np.int64))
+                touched[view] = keys, rows.words(), rows.meta
+        if touched:
+            self.committed(touched)
+
+    def _source_table(
+        self, definition: PushSource, table: Any, arrival: NDArray[np.int64], views: list[LiveView]
+    ) -> SourceTable:
+        """The events with the registry's codes, which are durable then."""
+        plain = set().union(*(stored_texts(live.computer.view) for live in views))
+        texts = {c for c in plain if definition.schema.get(c) == "string"}
+        columns = columns_of(definition, definition.schema)
+        others = [name for name in columns if name not in texts]
+        made = pushed_table(definition, table, arrival, {}, others)
+        found = dict(made.columns)
+        for name in sorted(texts):
+            found[name] = self._encode(definition.name, name, table[name])
+        return with_roles(definition, found, arrival)
+
+    def _encode(self, source: str, column: str, values: Any) -> SourceColumn:
+        """A string column in codes of the registry; new texts get the next ones there."""
+        given = values.to_pylist()
+        valid = None if not values.null_count else np.array([text is not None for text in given])
+        for _ in range(100):
+            texts, codes = self._known(source, column)
+            fresh = [text for text in dict.fromkeys(given) if text is not None and text not in codes]
+            if not fresh:
+                values = np.array([0 if text is None else codes[text] for text in given], np.int64)
+                return SourceColumn("string", values, valid, texts)
+            if self._registry.extend_dictionaries(source, {column: [*texts, *fresh]}):
+                for text in fresh:
+                    codes[text] = len(texts)
+                    texts.append(text)
+            else:
+                self._codes.pop((source, column), None)  # another process gave codes meanwhile
+        raise StoreError(f"the dictionary of source '{source}', column '{column}' changes too fast")
+
+    def _known(self, source: str, column: str) -> tuple[list[str], dict[str, int]]:
+        recorded = self._registry.state.dictionaries.get(source, {}).get(column, [])
+        known = self._codes.get((source, column))
+        if known is None or len(known[0]) < len(recorded):
+            texts = list(recorded)
+            known = self._codes[source, column] = (texts, {text: i for i, text in enumerate(texts)})
+        return known
+
+    # What waits for the disk
+
+    def _mark(self, view: str, keys: NDArray[np.uint64], change: int) -> None:
+        with self._pending_lock:
+            counts = self._pending.setdefault(view, {})
+            for lo, hi in keys.tolist():
+                count = counts.get((lo, hi), 0) + change
+                if count > 0:
+                    counts[lo, hi] = count
+                else:
+                    counts.pop((lo, hi), None)
+
+    def pending(self, view: str, keys: NDArray[np.uint64]) -> NDArray[np.bool_] | None:
+        """Which keys uint64[n, 2] have a row in the store that is older than what was pushed; None: none."""
+        counts = self._pending.get(view)
+        if not counts:
+            return None
+        with self._pending_lock:
+            return np.array([(lo, hi) in counts for lo, hi in keys.tolist()], np.bool_)
+
+    def settle(self) -> None:
+        """Wait until everything that was pushed is durable or has failed."""
+        with self._changed:
+            until = self._begun
+            self._changed.wait_for(lambda: self._ended >= until)
+
+    # The log as others write it
+
+    def catch_up(self, live: LiveView) -> int:
+        """Take in what the log has and the view has not. Returns the head of the log that its rows need."""
+        source = live.source
+        assert source is not None
+        stamp = self._local.stamp()
+        if self._seen.get(source) != stamp:
+            head = self._log.head(source)
+            self._durable[source] = max(head, self._durable.get(source, 0))
+            self._seen[source] = stamp
+        if self._durable[source] > live.sequence:
+            with self._live.locked():
+                self._catch_up(self._live.view(live.computer.view.name))
+        return self._durable[source]
+
+    def _catch_up(self, live: LiveView) -> None:
+        """As `catch_up`, under `locked`."""
+        source = live.source
+        assert source is not None
+        if self._log.head(source) <= live.sequence:
+            return
+        if self._log.cut(source) > live.sequence:
+            self._live.reread_source(source)
+            return
+        view = live.computer.view
+        logged, head = self._log.read(source, live.sequence)
+        if head <= live.sequence:
+            return
+        definition = self._live.push_sources()[source]
+        self._registry.reload()
+        plain = {c for c in stored_texts(view) if definition.schema.get(c) == "string"}
+        known = {column: list(self._known(source, column)[0]) for column in plain}
+        table = logged_table(definition, logged, known, columns_of(definition, definition.schema))
+        grown = {name: table.dictionaries[name] for name in plain}
+        if not self._registry.extend_dictionaries(source, grown):
+            self._live.reread_source(source)
+            return
+        live.sequence = head
+        if table.n_rows:
+            self.touched(live, live.computer.append(table))
+
+    # Materialisation beside pushes
+
+    @contextlib.contextmanager
+    def writing(self, live: LiveView) -> Iterator[None]:
+        """While the rows of a view are materialised, pushes write theirs though it may have no header yet."""
+        if live.source is None:
+            yield
+            return
+        self.catch_up(live)
+        with self._live.locked():
+            self._repair()
+            self.settle()
+            self._writing[live.number] = live.sequence
+        try:
+            yield
+        finally:
+            self._writing.pop(live.number, None)
+
+    def durable_rows(
+        self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
+    ) -> tuple[int, ViewRows]:
+        """Rows of events that are all durable, and the number up to which they have them for sure."""
+        while True:
+            with self._live.locked():
+                self._repair()
+                sequence = live.sequence
+            failures = self.failures
+            rows = live.computer.rows_at(keys, now_us)
+            self.settle()
+            if failures == self.failures:
+                return sequence, rows
+
+    def arrived(self, live: LiveView, after: int) -> NDArray[np.uint64]:
+        """The keys uint64[k, 2] of the events behind a sequence number."""
+        assert live.source is not None
+        logged, _ = self._log.read(live.source, after)
+        if not logged:
+            return _NO_KEYS
+        definition = self._live.push_sources()[live.source]
+        columns = columns_of(definition, live.computer.view.join_keys)
+        return np.unique(self._keys_of(live, logged_table(definition, logged, {}, columns)), axis=0)
+
+    def is_cut(self, live: LiveView, sequence: int) -> bool:
+        """Whether something was erased of a view's source behind a sequence number."""
+        return live.source is not None and self._log.cut(live.source) > sequence
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Nobody pushes meanwhile, and all that was pushed is durable."""
+        with self._live.locked(), self._compacting:
+            self._repair()
+            self.settle()
+            yield
+
+    def written_up_to(self, number: int) -> int:
+        """Number up to which pushes have written the rows of a view, since `writing` began."""
+        return self._writing.get(number, 0)
+
+    # The committer
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="penstock-push", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._queue) or self._closed)
+                if not self._queue:
+                    return
+            group = _Group([], self._clock.now_us(), [])
+            error: BaseException | None = None
+            try:
+                self._take(group)
+                with self.committing:
+                    self._commit(group)
+            except BaseException as caught:
+                error = caught
+                if not isinstance(caught, PenstockError):
+                    _log.exception("pushed events could not be written")
+            self._finish(group, error)
+
+    def _take(self, group: _Group) -> None:
+        """Everything that waits, and the rows that it leads to: of no event behind it."""
+        with self._order:
+            with self._changed:
+                group.entries += self._queue
+                self._queue.clear()
+                self._queued_bytes = 0
+            parts: dict[str, list[NDArray[np.uint64]]] = {}
+            for entry in group.entries:
+                for view, keys in entry.touched.items():
+                    parts.setdefault(view, []).append(keys)
+            for view, found in parts.items():
+                keys = found[0] if len(found) == 1 else np.unique(np.concatenate(found), axis=0)
+                live = self._live.view(view)
+                rows = live.computer.rows_at(keys, np.full(len(keys), group.now_us, np.int64))
+                group.rows.append((live, keys, rows.words(), rows.meta))
+
+    def _commit(self, group: _Group) -> None:
+        firsts: dict[str, int] = {}
+        lasts: dict[str, int] = {}
+        for entry in group.entries:
+            firsts.setdefault(entry.batch.source, entry.batch.sequence)
+            lasts[entry.batch.source] = entry.batch.sequence
+        embedded = self._online is self._local
+
+        def work(txn: lmdb.Transaction) -> None:
+            for source, first in firsts.items():
+                if event_log.head_in(txn, source) != first - 1:
+                    raise _ConflictError(f"another process has pushed to '{source}' meanwhile")
+            for entry in group.entries:
+                event_log.put_batch(txn, entry.batch)
+            if not embedded:
+                return
+            for live, keys, rows, meta in group.rows:
+                assert live.source is not None
+                self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
+
+        self._local.change(work)
+        for source, last in lasts.items():
+            self._durable[source] = last
+            self._uncompacted[source] = self._uncompacted.get(source, 0) + last - firsts[source] + 1
+        if not embedded:
+            for live, keys, rows, meta in group.rows:
+                assert live.source is not None
+                self._put_remote(live, keys, rows, meta, firsts[live.source], lasts[live.source])
+
+    def _put_rows(
+        self, txn: lmdb.Transaction, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
+        meta: NDArray[np.int64], first: int, last: int,
+    ) -> None:  # fmt: skip
+        header = header_in(txn, live.number)
+        if header is None and live.number not in self._writing:
+            return
+        put_rows(txn, live.number, keys, rows, meta, last)
+        if self._writing.get(live.number) == first - 1:
+            self._writing[live.number] = last
+        if header is not None and header.sequence == first - 1:
+            put_header_in(txn, live.number, _with_sequence(header, last))
+
+    def _put_remote(
+        self, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
+        meta: NDArray[np.int64], first: int, last: int,
+    ) -> None:  # fmt: skip
+        """Rows in a store of its own. If it fails, its header stays behind the log, so its rows do not count
+        until they are materialised again; the events are durable all the same."""
+        try:
+            header = self._online.header(live.number)
+            if header is None and live.number not in self._writing:
+                return
+            advanced = None
+            if header is not None and header.sequence == first - 1:
+                advanced = _with_sequence(header, last)
+            self._online.put_many(live.number, keys, rows, meta, advanced, sequence=last, replace=True)
+            if self._writing.get(live.number) == first - 1:
+                self._writing[live.number] = last
+        except StoreError as error:
+            _log.warning("rows of pushed events could not be written: %s", error)
+
+    def _finish(self, group: _Group, error: BaseException | None) -> None:
+        entries = group.entries
+        if error is None:
+            self._release(entries)
+            try:
+                self.committed(group.touched())
+            except Exception:
+                _log.exception("the caches could not be told of pushed events")
+        with self._order, self._changed:
+            if error is not None:  # what is behind was appended to what is gone
+                entries = [*entries, *self._queue]
+                self._queue.clear()
+                self._queued_bytes = 0
+                self.failures += 1
+                self._release(entries)
+                for entry in entries:
+                    entry.error = error
+                    self._break(entry.batch.source, entry.touched)
+            self._ended += len(entries)
+            self._changed.notify_all()
+        for entry in entries:
+            entry.done.set()
+        self._compact_due()
+
+    def _release(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            for view, keys in entry.touched.items():
+                self._mark(view, keys, -1)
+
+    # Compaction
+
+    def _compact_due(self) -> None:
+        due = [s for s, count in self._uncompacted.items() if count >= self._settings.compact_after]
+        if due and self._compacting.acquire(blocking=False):
+
+            def work() -> None:
+                try:
+                    for source in due:
+                        self._uncompacted[source] = 0
+                        self._log.compact(source, self._settings.segment_rows)
+                except PenstockError as error:
+                    _log.warning("the event log could not be compacted: %s", error)
+                finally:
+                    self._compacting.release()
+
+            threading.Thread(target=work, name="penstock-compact", daemon=True).start()
+
+    def compact(self, source: str) -> int:
+        """Move the batches of a source into segments now. Returns how many rows were moved."""
+        with self._compacting:
+            self._uncompacted[source] = 0
+            return self._log.compact(source, self._settings.segment_rows)
+
+    def close(self) -> None:
+        """Wait for what was pushed, and stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        with self._compacting:
+            pass
+
+
+def _with_sequence(header: ViewHeader, sequence: int) -> ViewHeader:
+    return ViewHeader(header.tag, header.row_words, header.cursor_us, sequence)
