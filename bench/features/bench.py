@@ -106,7 +106,7 @@ class Run:
     ) -> Worker:
         made = Worker(environment, packages, script, *options, log=self.folder / f"{name}.log")
         self.stack.callback(made.close)
-        self.versions |= made.versions()
+        self.versions |= {f"{environment}: {package}": v for package, v in made.versions().items()}
         return made
 
     def store(self, repo: Path, name: str) -> FeatureStore:

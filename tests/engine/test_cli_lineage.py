@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lightgbm import LGBMClassifier
+from push_repo import SCHEMA, make_push_repo
 from store_repo import DEFINITIONS, HOUR, make_repo, some_rows, write_events
 from typer.testing import CliRunner
 
@@ -324,6 +325,33 @@ def test_lineage(run: Any, home: Path) -> None:
     assert "does not fit: its fingerprint differs" in run("features", "lineage", "where/1").output
     wrong = run("features", "lineage", "nobody")
     assert (wrong.exit_code, "'nobody' is no source, view" in wrong.output) == (1, True)
+
+
+def test_a_pushed_source_has_the_schema_that_it_declares(run: Any, tmp_path: Path) -> None:
+    repo = make_push_repo(tmp_path / "repo")
+    with FeatureStore(repo) as store:
+        assert store.plan().sources == {}
+        store.apply()
+        assert not store.plan()
+        store.push("events", {"at": HOUR, "user_id": 1, "shop": "a", "x": 1.0, "city": "Oslo"})
+        assert not store.plan()
+    described = json.loads(run("features", "describe", "events", "--repo", repo, "--json").output)
+    assert (described["type"], described["recorded"]) == ("PushSource", SCHEMA)
+    wider = (repo / "features.py").read_text().replace("'city': 'string'", "'city': 'string', 'new': 'int64'")
+    (repo / "features.py").write_text(wider)
+    with FeatureStore(repo) as store:
+        planned = store.plan()
+        assert planned.sources == {"PushSource events": {"new": "added int64"}}
+        assert planned.view_parts["users"] == {"source": "changed"}
+        assert store.apply() == planned
+        assert not store.plan()
+    graph = json.loads(run("features", "lineage", "events", "--repo", repo, "--json").output)
+    assert [n["key"] for n in graph["nodes"]] == [
+        "source:events",
+        "view:pairs",
+        "view:users",
+        "service:model",
+    ]
 
 
 def test_without_definitions_or_an_apply(run: Any, tmp_path: Path) -> None:

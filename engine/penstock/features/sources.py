@@ -126,7 +126,9 @@ def read_source(
     used = wanted or list(dict.fromkeys(schema.names))
     if recorded is not None:
         check_recorded(source, schema, recorded, used)
-    table = as_expected(source, table, {**(recorded or {}), **(source.schema or {})}, used)
+    by_use = {name: dtype for name, dtype in ((source.event_id, "int64"), (source.deleted, "bool")) if name}
+    expected = {**by_use, **(recorded or {}), **(source.schema or {})}
+    table = as_expected(source, table, expected, used)
     times = [name for name in (source.timestamp, source.created) if name is not None]
     converted: dict[str, SourceColumn] = {}
     unsupported: dict[str, str] = {}

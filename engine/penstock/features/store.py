@@ -19,6 +19,7 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.errors import (
+    DefinitionError,
     InvalidArgumentError,
     NotFoundError,
     PenstockError,
@@ -215,6 +216,7 @@ class FeatureStore:
         with self._writing, self._live.locked():
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
+            dtypes = {name: _dtypes(computer) for name, computer in computers.items()}
             fingerprints = {
                 name: self._compile_service(service, computers).fingerprint
                 for name, service in self.services.items()
@@ -226,7 +228,6 @@ class FeatureStore:
             now = self._declared()
             breaks = bundle_breaks(bundles, self.services, fingerprints, {})
             found = changes(self._registry.state, now, schemas, breaks)
-            dtypes = {name: _dtypes(reading.computer) for name, reading in fresh.items()}
             self._registry.record_applied({**now, "sources": schemas, "dtypes": dtypes})
             self._plans = {}
             numbers = self._live.numbers()
@@ -674,9 +675,11 @@ class FeatureStore:
 
 
 def _dtypes(computer: ViewComputer) -> dict[str, str]:
-    """The dtype of each feature of a view, request-time ones too."""
+    """The dtype of each feature of a view, request-time ones too; DefinitionError where one has none."""
     view = computer.view
-    plan = compile_plan(
-        view.name, [f"{view.name}:{name}" for name in view.features], {view.name: view}, {view.name: computer}
-    )
+    refs = [f"{view.name}:{name}" for name in view.features]
+    try:
+        plan = compile_plan(view.name, refs, {view.name: view}, {view.name: computer})
+    except DefinitionError as error:
+        raise DefinitionError(f"view '{view.name}': {error}") from error
     return dict(zip(view.features, plan.output_dtypes))

@@ -474,6 +474,28 @@ def test_a_csv_that_loses_its_rows_keeps_the_recorded_types(tmp_path: Path) -> N
         assert store.get_online_features(*asked, now=5 * HOUR).statuses()["n"] == [2]
 
 
+def test_versions_that_are_all_null_are_none(tmp_path: Path) -> None:
+    table = frame(id=pa.nulls(3), gone=pa.nulls(3))
+    read = read_source(source_of("csv", tmp_path, table, event_id="id", deleted="gone"), tmp_path)
+    assert read.event_id is not None and read.deleted is not None
+    assert (read.event_id.dtype, cells(read, "id")) == ("int64", [None, None, None])
+    assert read.deleted.tolist() == [False, False, False]
+
+
+def test_apply_refuses_a_request_time_feature_that_fits_no_column(tmp_path: Path) -> None:
+    repo = make_repo(tmp_path / "r", some_rows())
+    text = (repo / "features.py").read_text()
+    (repo / "features.py").write_text(
+        text.replace('(now() - col("at")).hours()', '(now() - col("city")).hours()')
+    )
+    with FeatureStore(repo) as store:
+        version = store._registry.version
+        with pytest.raises(DefinitionError, match="view 'users': "):
+            store.apply()
+        assert store._registry.state.applied is None
+        assert store._registry.state.fits == {} and store._registry.version <= version + 1  # codes alone
+
+
 def test_a_csv_keeps_the_zeros_of_a_declared_text(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("user,t,x\n007,2024-01-01,1\n08,2024-01-02,2\n")
     loose = read_source(CSVSource("s.csv", "t"), tmp_path)
