@@ -47,7 +47,9 @@ def make(path: Path, text: str = DEFINITIONS) -> Path:
     pq.write_table(
         pa.table(
             {
-                "at": pa.array([T0 + timedelta(hours=n) for n in range(len(rows))], pa.timestamp("us", "UTC")),
+                "at": pa.array(
+                    [T0 + timedelta(hours=n) for n in range(len(rows))], pa.timestamp("us", "UTC")
+                ),
                 "user_id": pa.array([r[0] for r in rows], pa.int64()),
                 "tier": pa.array([r[1] for r in rows], pa.string()),
                 "x": pa.array([r[2] for r in rows], pa.float64()),
