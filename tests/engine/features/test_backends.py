@@ -327,8 +327,11 @@ def test_generated_modules_are_kept_and_repaired(tmp_path: Path, monkeypatch) ->
     path.write_text("VALUE = 'another'\n")
     monkeypatch.delitem(sys.modules, module.__name__)
     assert modules.load("sample", unique).VALUE == module.VALUE
+    path.parent.chmod(0o777)
+    open_to_all = modules.folder()
     monkeypatch.setenv("PENSTOCK_CODE_CACHE", "/proc/no/such")
-    assert modules.folder().exists()
+    assert open_to_all == modules.folder() != path.parent
+    assert modules.folder().stat().st_mode & 0o077 == 0
 
 
 def test_a_back_end_refuses_a_udf() -> None:
