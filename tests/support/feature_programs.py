@@ -25,7 +25,7 @@ from penstock.features.expressions import (
     where,
 )  # fmt: skip
 from penstock.features.oracle import evaluate
-from penstock.features.program import Distribution, program_inputs
+from penstock.features.program import SIGNATURES, Distribution, lower, program_inputs
 from penstock.features.text_inputs import by_code, function_of
 
 SCHEMA = {
@@ -254,6 +254,25 @@ def random_program(rng: random.Random, outputs: int, depth: int):
     return found, made.distributions
 
 
+def covering_programs(seed: int, size: int):
+    """Random programs of up to `size` outputs that together have every operation, few times each."""
+    seen: set[str] = set()
+    found, outputs, ranks = [], [], {}
+    while seen != set(SIGNATURES):
+        made, fitted = random_program(random.Random(seed), 1, 2)
+        seed += 1
+        operations = {step.op for step in lower(made, SCHEMA, fitted).code}
+        if operations <= seen:
+            continue
+        seen |= operations
+        outputs.append((f"o{len(outputs)}", made[0][1]))
+        ranks |= fitted
+        if len(outputs) == size or seen == set(SIGNATURES):
+            found.append((outputs, ranks))
+            outputs, ranks = [], {}
+    return found
+
+
 def random_rows(rng: random.Random, n: int) -> dict[str, list]:
     """Columns of n Python values, None for null, for the schema and `now`; a third have no nulls."""
     columns = {}
@@ -302,10 +321,12 @@ def same(values: np.ndarray, valid: np.ndarray, want: list, dtype: str) -> bool:
 class Case:
     """A random program, its columns and what the oracle makes of them."""
 
-    def __init__(self, seed: int, outputs: int = 2, depth: int = 3, rows: int | None = None) -> None:
+    def __init__(
+        self, seed: int, outputs: int = 2, depth: int = 3, rows: int | None = None, program=None
+    ) -> None:
         rng = random.Random(seed)
         self.seed = seed
-        self.outputs, self.distributions = random_program(rng, outputs, depth)
+        self.outputs, self.distributions = program or random_program(rng, outputs, depth)
         self.rows = rng.choice((0, 1, 2, 4, 8)) if rows is None else rows
         columns = random_rows(rng, self.rows)
         self.types = infer([e for _, e in self.outputs], SCHEMA)
