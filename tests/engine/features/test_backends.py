@@ -49,6 +49,7 @@ def test_numpy_and_core_equal_the_oracle() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(4))
 def test_many_programs_equal_the_oracle(part: int) -> None:
     for seed in range(100_000 + part * 25_000, 100_000 + (part + 1) * 25_000):
@@ -127,12 +128,14 @@ def test_numba_equals_the_oracle_in_every_operation(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_triton_equals_the_oracle_in_many_programs(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     assert generated("triton", 200, 1000, 3, 3, tmp_path) == set(SIGNATURES)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_numba_equals_the_oracle_in_larger_programs(tmp_path: Path) -> None:
     assert len(generated("numba", 3, 12, 20, 2, tmp_path)) > 50
 

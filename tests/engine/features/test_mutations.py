@@ -108,6 +108,7 @@ def mutants(node: ast.FunctionDef) -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_every_changed_operation_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     known = nodes()
     calls = {
