@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import struct
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from penstock.features.expressions import (
     where,
 )  # fmt: skip
 from penstock.features.oracle import evaluate
-from penstock.features.program import Distribution, program_inputs
+from penstock.features.program import SIGNATURES, Distribution, lower, program_inputs
 from penstock.features.text_inputs import by_code, function_of
 
 SCHEMA = {
@@ -60,7 +60,9 @@ def number(rng: random.Random, dtype: str) -> float | int | bool | None:
         return rng.randrange(len(TEXTS))
     if dtype in ("float64", "float32"):
         pick = rng.random()
-        if pick < 0.45:
+        if pick < 0.1:
+            value = rng.choice((0.0, -0.0))
+        elif pick < 0.45:
             value = rng.choice(FLOAT_EDGES)
         elif pick < 0.8:
             value = rng.uniform(-5, 5) if rng.random() < 0.7 else float(rng.randrange(-50, 50))
@@ -73,6 +75,12 @@ def number(rng: random.Random, dtype: str) -> float | int | bool | None:
                 return float(np.float32(value))
         return value
     pick = rng.random()
+    if dtype == "timestamp" and pick < 0.5:  # about midnight of any day of some centuries, often 1 March
+        day = date(rng.choice((1600, 1900, 1970, 2000, 2100, rng.randrange(1500, 2500))), 1, 1).toordinal()
+        day += (
+            rng.choice((0, 58, 59, 60, 89, 90, 364, 365, rng.randrange(366))) - date(1970, 1, 1).toordinal()
+        )
+        return day * 86_400_000_000 + rng.choice((-1, 0, 1, rng.randrange(86_400_000_000)))
     if pick < 0.4:
         return rng.choice(INT_EDGES)
     if pick < 0.6:
@@ -143,7 +151,9 @@ class Generator:
             a = self.make("float", depth)
             return rng.choice((
                 lambda: -a, lambda: abs(a), a.floor, a.ceil, a.round, a.sign, lambda: a.clip(-1.5, 3),
-                lambda: a.fill_nan(self.any_number(0)),
+                lambda: a.fill_nan(self.any_number(0)), lambda: minimum(a, rng.choice((0.0, -0.0))),
+                lambda: maximum(a, rng.choice((0.0, -0.0))), lambda: maximum(col("f"), 0.0),
+                lambda: minimum(col("f"), -0.0),
             ))()  # fmt: skip
         if pick <= 8:
             return getattr(self.any_number(depth), rng.choice(("sqrt", *MATH)))()
@@ -244,6 +254,25 @@ def random_program(rng: random.Random, outputs: int, depth: int):
     return found, made.distributions
 
 
+def covering_programs(seed: int, size: int):
+    """Random programs of up to `size` outputs that together have every operation, few times each."""
+    seen: set[str] = set()
+    found, outputs, ranks = [], [], {}
+    while seen != set(SIGNATURES):
+        made, fitted = random_program(random.Random(seed), 1, 2)
+        seed += 1
+        operations = {step.op for step in lower(made, SCHEMA, fitted).code}
+        if operations <= seen:
+            continue
+        seen |= operations
+        outputs.append((f"o{len(outputs)}", made[0][1]))
+        ranks |= fitted
+        if len(outputs) == size or seen == set(SIGNATURES):
+            found.append((outputs, ranks))
+            outputs, ranks = [], {}
+    return found
+
+
 def random_rows(rng: random.Random, n: int) -> dict[str, list]:
     """Columns of n Python values, None for null, for the schema and `now`; a third have no nulls."""
     columns = {}
@@ -292,11 +321,13 @@ def same(values: np.ndarray, valid: np.ndarray, want: list, dtype: str) -> bool:
 class Case:
     """A random program, its columns and what the oracle makes of them."""
 
-    def __init__(self, seed: int, outputs: int = 2, depth: int = 3, rows: int | None = None) -> None:
+    def __init__(
+        self, seed: int, outputs: int = 2, depth: int = 3, rows: int | None = None, program=None
+    ) -> None:
         rng = random.Random(seed)
         self.seed = seed
-        self.outputs, self.distributions = random_program(rng, outputs, depth)
-        self.rows = rng.choice(SIZES[:3]) if rows is None else rows
+        self.outputs, self.distributions = program or random_program(rng, outputs, depth)
+        self.rows = rng.choice((0, 1, 2, 4, 8)) if rows is None else rows
         columns = random_rows(rng, self.rows)
         self.types = infer([e for _, e in self.outputs], SCHEMA)
         self.inputs = program_inputs(self.outputs, SCHEMA)

@@ -2,7 +2,7 @@
 
 A module is named after the digest of its text, so equal programs share one file, now and in later processes.
 The folder is $PENSTOCK_CODE_CACHE, else penstock/code in $XDG_CACHE_HOME or ~/.cache; where that cannot be
-written, a temporary folder that ends with the process. Any thread may call.
+written or others can write, a temporary folder that ends with the process. Any thread may call.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def folder() -> Path:
     path = Path(home) if home else Path(base).expanduser() / "penstock" / "code"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
-            return path
+        found = path.stat()
+        if os.access(path, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return path  # nobody else can put code there
     except OSError:
         pass
     return Path(_temporary().name)
