@@ -342,21 +342,26 @@ class Pushes:
         """Take in what the log has and the view has not. Returns the head of the log that its rows need."""
         source = live.source
         assert source is not None
-        stamp = self._local.stamp()
-        if self._seen.get(source) != stamp:
-            head = self._log.head(source)
-            self._durable[source] = max(head, self._durable.get(source, 0))
-            self._seen[source] = stamp
+        self._look(source)
         if self._durable[source] > live.sequence:
             with self._live.locked():
                 self._catch_up(self._live.view(live.computer.view.name))
         return self._durable[source]
 
+    def _look(self, source: str) -> None:
+        """Learn the head of the log, if anything was written that is not known to be of this store."""
+        stamp = self._local.stamp()
+        if self._seen.get(source) != stamp:
+            head = self._log.head(source)
+            self._durable[source] = max(head, self._durable.get(source, 0))
+            self._seen[source] = stamp
+
     def _catch_up(self, live: LiveView) -> None:
         """As `catch_up`, under `locked`."""
         source = live.source
         assert source is not None
-        if self._log.head(source) <= live.sequence:
+        self._look(source)
+        if self._durable[source] <= live.sequence:
             return
         if self._log.cut(source) > live.sequence:
             self._live.reread_source(source)
@@ -486,21 +491,25 @@ class Pushes:
             lasts[entry.batch.source] = entry.batch.sequence
         embedded = self._online is self._local
 
-        def work(txn: lmdb.Transaction) -> None:
+        def work(txn: lmdb.Transaction) -> int:
             for source, first in firsts.items():
                 if event_log.head_in(txn, source) != first - 1:
                     raise _ConflictError(f"another process has pushed to '{source}' meanwhile")
             for entry in group.entries:
                 event_log.put_batch(txn, entry.batch)
-            if not embedded:
-                return
-            for live, keys, rows, meta in group.rows:
+            for live, keys, rows, meta in group.rows if embedded else ():
                 assert live.source is not None
                 self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
+            return int(txn.id())
 
-        self._local.change(work)
+        number: int = self._local.change(work)
         for source, last in lasts.items():
             self._durable[source] = last
+            self._seen[source] = number
+        for source, stamp in list(self._seen.items()):
+            if stamp == number - 1:  # nobody else wrote between
+                self._seen[source] = number
+        for source, last in lasts.items():
             self._uncompacted[source] = self._uncompacted.get(source, 0) + last - firsts[source] + 1
         if not embedded:
             for live, keys, rows, meta in group.rows:
