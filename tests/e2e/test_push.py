@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ from push_repo import HOUR, MINUTE, columns, make_push_repo, some_events
 
 from penstock import FeatureStore
 from penstock.errors import InvalidArgumentError, PenstockError
+from penstock.serving.async_client import AsyncClient
 from penstock.serving.client import Client
 
 NOW = 20 * HOUR
@@ -239,6 +241,14 @@ def test_what_is_wrong_is_refused_over_the_wire(shop: Shop, serve: Any, tmp_path
         assert (
             client.push("events", pa.table({**good, "at": pa.array([NOW], pa.timestamp("us", "UTC"))})) == 1
         )
+
+    async def push_and_erase() -> tuple[int, dict[str, Any]]:
+        async with AsyncClient(served.address) as client:
+            return await client.push("events", [scalar]), await client.erase("users", {"user_id": 1})
+
+    accepted, receipt = asyncio.run(push_and_erase())
+    assert accepted == 1
+    assert receipt["removed"]["log_rows"] == 6
 
 
 def test_the_command_pushes_files_with_and_without_a_server(
