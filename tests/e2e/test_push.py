@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ from push_repo import HOUR, MINUTE, columns, make_push_repo, some_events
 
 from penstock import FeatureStore
 from penstock.errors import InvalidArgumentError, PenstockError
+from penstock.serving.async_client import AsyncClient
 from penstock.serving.client import Client
 
 NOW = 20 * HOUR
@@ -240,6 +242,14 @@ def test_what_is_wrong_is_refused_over_the_wire(shop: Shop, serve: Any, tmp_path
             client.push("events", pa.table({**good, "at": pa.array([NOW], pa.timestamp("us", "UTC"))})) == 1
         )
 
+    async def push_and_erase() -> tuple[int, dict[str, Any]]:
+        async with AsyncClient(served.address) as client:
+            return await client.push("events", [scalar]), await client.erase("users", {"user_id": 1})
+
+    accepted, receipt = asyncio.run(push_and_erase())
+    assert accepted == 1
+    assert receipt["removed"]["log_rows"] == 6
+
 
 def test_the_command_pushes_files_with_and_without_a_server(
     shop: Shop, serve: Any, tmp_path: Path, penstock: Any
@@ -284,3 +294,44 @@ def test_the_command_pushes_files_with_and_without_a_server(
     done = penstock("push", "events", tmp_path / "bad.jsonl", "--config", config)
     assert done.returncode == 1
     assert "column 'user_id'" in done.stderr
+
+
+def test_an_entity_is_erased_over_the_wire_and_by_the_command(
+    shop: Shop, serve: Any, tmp_path: Path, penstock: Any
+) -> None:
+    config = shop.config(tmp_path, server={"workers": 2})
+    served = serve(config)
+    rows = [(NOW + i, 300 + i % 3, "a", float(i), "Rome") for i in range(9)]
+    names = {"user_id": [300, 301, 302], "shop": ["a"] * 3}
+    later = NOW + HOUR
+
+    def seen(client: Client) -> list[Any]:
+        client.predict("buy", names, {"value": [0.5] * 3}, now=later)  # the cache of its worker has the rows
+        return list(client.features(["pairs:seen"], names, now=later)["columns"]["seen"])
+
+    peers = connect(served)
+    peers[1].push("events", columns(rows))
+    assert [seen(peer) for peer in peers.values()] == [[3, 3, 3]] * 2
+    before = [peer.predict("buy", names, {"value": [0.5] * 3}, now=later).status for peer in peers.values()]
+    receipt = peers[1].erase("users", {"user_id": [301]})
+    assert receipt["removed"]["log_rows"] == 3
+    assert receipt["views"] == ["pairs", "users"]
+    assert len(receipt["digest"]) == 64
+    assert any("served log" in text for text in receipt["kept"])
+    assert [seen(peer) for peer in peers.values()] == [[3, None, 3]] * 2
+    for peer, was in zip(peers.values(), before):
+        status = peer.predict("buy", names, {"value": [0.5] * 3}, now=later).status
+        assert status is None or was is None or (status[1] > was[1]).any()
+    found = served.raw().fault("erase", "users", {"user": 1})
+    assert found[0] == "INVALID_ARGUMENT"
+    assert "user_id" in found[1]
+    done = penstock("erase", "users", "--key", "user_id=302", "--config", config, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["removed"]["log_rows"] == 3
+    assert [seen(peer) for peer in peers.values()] == [[3, None, None]] * 2
+    for peer in peers.values():
+        peer.close()
+    assert served.stop() == 0
+    done = penstock("erase", "users", "--key", "user_id=x", "--config", config)
+    assert done.returncode == 1
+    assert "expected an integer" in done.stderr

@@ -353,7 +353,7 @@ class OnlineStore:
 
             def work(txn: lmdb.Transaction, pairs: Any = pairs, last: bool = last) -> None:
                 with txn.cursor() as cursor:
-                    cursor.putmulti(pairs if replace and not sequence else _newer(txn, pairs, replace))
+                    cursor.putmulti(_newer(txn, pairs, replace))
                 if last and header is not None:
                     _put_header(txn, view, header)
 

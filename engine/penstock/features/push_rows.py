@@ -6,6 +6,7 @@ Everything is checked before anything is returned, so a refused push has no effe
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,12 @@ _EXACT = 1 << 53
 
 def push_schema(source: PushSource) -> pa.Schema:
     """The Arrow schema of the events of a source."""
-    return pa.schema([(name, ARROW_TYPES[dtype]) for name, dtype in source.schema.items()])
+    return _schema(tuple(source.schema.items()))
+
+
+@functools.lru_cache(256)
+def _schema(columns: tuple[tuple[str, str], ...]) -> pa.Schema:
+    return pa.schema([(name, ARROW_TYPES[dtype]) for name, dtype in columns])
 
 
 def empty_batch(source: PushSource) -> pa.RecordBatch:

@@ -140,10 +140,23 @@ def pushed_table(
         columns: those to keep.
     """
     found = {
-        name: arrow_column(table[name], f"source '{source.name}': column '{name}'", dictionaries.get(name))
+        name: _plain_column(source.schema[name], table[name])
+        or arrow_column(table[name], f"source '{source.name}': column '{name}'", dictionaries.get(name))
         for name in columns
     }
     return with_roles(source, found, arrival_us)
+
+
+def _plain_column(dtype: str, column: pa.ChunkedArray) -> SourceColumn | None:
+    """What `arrow_column` gives, sooner: of numbers in one chunk without nulls. None for any other."""
+    if column.null_count or column.num_chunks != 1:
+        return None
+    array = column.chunk(0)
+    if dtype in ("float64", "int64"):
+        return SourceColumn(dtype, array.to_numpy(), None)
+    if dtype in ("timestamp", "duration"):
+        return SourceColumn(dtype, array.view(pa.int64()).to_numpy(), None)
+    return None
 
 
 def with_roles(

@@ -46,8 +46,9 @@ from penstock.features.online_adapter import OnlineAdapter, ViewHeader
 from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
 from penstock.features.registry import Registry
 from penstock.features.source_definitions import PushSource
-from penstock.features.sources import SourceColumn, SourceTable
+from penstock.features.sources import SourceTable
 from penstock.features.store_settings import PushSettings
+from penstock.features.text_codes import TextCodes
 
 if TYPE_CHECKING:
     import lmdb
@@ -125,7 +126,7 @@ class Pushes:
         self._closed = False
         self.failures = 0
         self._thread: threading.Thread | None = None
-        self._codes: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {}
+        self._texts = TextCodes(registry)
         self._pending: dict[str, dict[tuple[int, int], int]] = {}  # pushes on their way, by view and key
         self._pending_lock = threading.Lock()
         self._writing: dict[int, int] = {}  # see `writing`
@@ -281,34 +282,8 @@ class Pushes:
         made = pushed_table(definition, table, arrival, {}, others)
         found = dict(made.columns)
         for name in sorted(texts):
-            found[name] = self._encode(definition.name, name, table[name])
+            found[name] = self._texts.encode(definition.name, name, table[name])
         return with_roles(definition, found, arrival)
-
-    def _encode(self, source: str, column: str, values: Any) -> SourceColumn:
-        """A string column in codes of the registry; new texts get the next ones there."""
-        given = values.to_pylist()
-        valid = None if not values.null_count else np.array([text is not None for text in given])
-        for _ in range(100):
-            texts, codes = self._known(source, column)
-            fresh = [text for text in dict.fromkeys(given) if text is not None and text not in codes]
-            if not fresh:
-                values = np.array([0 if text is None else codes[text] for text in given], np.int64)
-                return SourceColumn("string", values, valid, texts)
-            if self._registry.extend_dictionaries(source, {column: [*texts, *fresh]}):
-                for text in fresh:
-                    codes[text] = len(texts)
-                    texts.append(text)
-            else:
-                self._codes.pop((source, column), None)  # another process gave codes meanwhile
-        raise StoreError(f"the dictionary of source '{source}', column '{column}' changes too fast")
-
-    def _known(self, source: str, column: str) -> tuple[list[str], dict[str, int]]:
-        recorded = self._registry.state.dictionaries.get(source, {}).get(column, [])
-        known = self._codes.get((source, column))
-        if known is None or len(known[0]) < len(recorded):
-            texts = list(recorded)
-            known = self._codes[source, column] = (texts, {text: i for i, text in enumerate(texts)})
-        return known
 
     # What waits for the disk
 
@@ -342,21 +317,26 @@ class Pushes:
         """Take in what the log has and the view has not. Returns the head of the log that its rows need."""
         source = live.source
         assert source is not None
-        stamp = self._local.stamp()
-        if self._seen.get(source) != stamp:
-            head = self._log.head(source)
-            self._durable[source] = max(head, self._durable.get(source, 0))
-            self._seen[source] = stamp
+        self._look(source)
         if self._durable[source] > live.sequence:
             with self._live.locked():
                 self._catch_up(self._live.view(live.computer.view.name))
         return self._durable[source]
 
+    def _look(self, source: str) -> None:
+        """Learn the head of the log, if anything was written that is not known to be of this store."""
+        stamp = self._local.stamp()
+        if self._seen.get(source) != stamp:
+            head = self._log.head(source)
+            self._durable[source] = max(head, self._durable.get(source, 0))
+            self._seen[source] = stamp
+
     def _catch_up(self, live: LiveView) -> None:
         """As `catch_up`, under `locked`."""
         source = live.source
         assert source is not None
-        if self._log.head(source) <= live.sequence:
+        self._look(source)
+        if self._durable[source] <= live.sequence:
             return
         if self._log.cut(source) > live.sequence:
             self._live.reread_source(source)
@@ -368,7 +348,7 @@ class Pushes:
         definition = self._live.push_sources()[source]
         self._registry.reload()
         plain = {c for c in stored_texts(view) if definition.schema.get(c) == "string"}
-        known = {column: list(self._known(source, column)[0]) for column in plain}
+        known = {column: self._texts.known(source, column) for column in plain}
         table = logged_table(definition, logged, known, columns_of(definition, definition.schema))
         grown = {name: table.dictionaries[name] for name in plain}
         if not self._registry.extend_dictionaries(source, grown):
@@ -486,21 +466,25 @@ class Pushes:
             lasts[entry.batch.source] = entry.batch.sequence
         embedded = self._online is self._local
 
-        def work(txn: lmdb.Transaction) -> None:
+        def work(txn: lmdb.Transaction) -> int:
             for source, first in firsts.items():
                 if event_log.head_in(txn, source) != first - 1:
                     raise _ConflictError(f"another process has pushed to '{source}' meanwhile")
             for entry in group.entries:
                 event_log.put_batch(txn, entry.batch)
-            if not embedded:
-                return
-            for live, keys, rows, meta in group.rows:
+            for live, keys, rows, meta in group.rows if embedded else ():
                 assert live.source is not None
                 self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
+            return int(txn.id())
 
-        self._local.change(work)
+        number: int = self._local.change(work)
         for source, last in lasts.items():
             self._durable[source] = last
+            self._seen[source] = number
+        for source, stamp in list(self._seen.items()):
+            if stamp == number - 1:  # nobody else wrote between
+                self._seen[source] = number
+        for source, last in lasts.items():
             self._uncompacted[source] = self._uncompacted.get(source, 0) + last - firsts[source] + 1
         if not embedded:
             for live, keys, rows, meta in group.rows:

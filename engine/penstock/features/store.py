@@ -428,13 +428,25 @@ class FeatureStore:
         """
         return self._load(self._live.view(view), keys, now_us)
 
+    def _current(self, view: str) -> LiveView:
+        """A view's newest reading, with what other processes have pushed or erased."""
+        live = self._live.view(view)
+        if live.source is not None:
+            self._pushes.catch_up(live)
+            live = self._live.view(view)
+        return live
+
     def _load(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         waiting, sequence = None, 0
         if live.source is not None:
             sequence = self._pushes.catch_up(live)
+            live = self._live.view(live.computer.view.name)  # another reading, where others have erased
             waiting = self._pushes.pending(live.computer.view.name, keys)  # before the store is read
+            if waiting is not None and waiting.all():
+                computed = live.computer.rows_at(keys, now_us)
+                return computed.words(), computed.meta
         rows, meta, found = self._online.get_many(live.number, live.tag, keys, live.row_words, sequence)
         if waiting is not None:
             found &= ~waiting
@@ -481,7 +493,7 @@ class FeatureStore:
         statuses: dict[str, NDArray[np.uint8]] = {}
         event_time = np.empty((n, len(plan.views)), np.int64)
         for at, (owner, view, positions) in enumerate(zip(plan.view_names, plan.views, plan.view_keys)):
-            live = self._live.view(view.name)
+            live = self._current(view.name)
             computer = live.computer
             words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
             rows, meta = self._load(live, words, times)

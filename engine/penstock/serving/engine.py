@@ -55,6 +55,7 @@ _LOADER_WAIT_S = 0.2
 _REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
 _REFILL_ROWS = 1024
+_PRECOMPUTE_PAUSE_S = 0.5
 
 
 _open_engines: set[Engine] = set()
@@ -475,6 +476,7 @@ class Engine:
             except Exception:
                 self.refresh_errors += 1
                 _log.exception("inputs could not be computed ahead")
+            self._closing.wait(_PRECOMPUTE_PAUSE_S)  # one run for all pushes meanwhile
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.

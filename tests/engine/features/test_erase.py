@@ -190,6 +190,9 @@ def test_another_reader_of_the_log_forgets_too(tmp_path: Path) -> None:
         for store in (one, two):
             assert_online_is_offline(store, 2 * HOUR, USERS, SHOPS, FEATURES)
         one.erase("users", {"user_id": 1})
+        names = {"user_id": [0, 1, 2], "shop": ["a"] * 3}
+        got = two.get_online_features(["pairs:seen", "users:city"], names, now=2 * HOUR).to_dict()
+        assert (got["seen"], got["city"]) == ([1, None, 1], ["Rome", None, "Rome"])
         two.push("events", columns([(HOUR + MINUTE, 2, "a", 5.0, "Rome")]))
         for store in (one, two):
             got = store.get_online_features(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +22,94 @@ from penstock.features.store import FeatureStore
 from penstock.features.streams import MemoryStream
 
 FEATURES = ["users:n", "users:spend", "pairs:seen", "pairs:last"]
-# Event i of a user has the value i. What is printed was acknowledged before.
+# Event i of a user has the value i. What is printed was acknowledged before. The parent has all loaded, and
+# forks a child for each line that it reads.
 PUSHER = """
-import sys, threading
+import os, sys, threading
 from penstock import FeatureStore
-store = FeatureStore(sys.argv[1])
-start, what = int(sys.argv[2]), sys.argv[3]
-lock = threading.Lock()
-def push(user):
-    for i in range(start, start + 100_000):
-        store.push("events", {"at": [i * 1000] * 2, "user_id": [user] * 2, "shop": ["a", "b"],
-                              "x": [float(i)] * 2, "city": [f"c{i % 7}"] * 2})
-        with lock:
-            print(user, i, flush=True)
-def other():
-    i = 0
-    while True:
-        i += 1
-        if what == "materialize":
-            store.materialize(0, 3_600_000_000 + i)
-        elif what == "apply":
-            store.apply()
-        elif what == "compact":
-            store._pushes.compact("events")
-        else:
-            return
-threads = [threading.Thread(target=push, args=(user,)) for user in (1, 2)]
-threads.append(threading.Thread(target=other))
-for thread in threads:
-    thread.start()
+import penstock.features.windows, pyarrow.parquet
+def child(repo, start, what):
+    store = FeatureStore(repo)
+    lock = threading.Lock()
+    def push(user):
+        for i in range(start, start + 100_000):
+            store.push("events", {"at": [i * 1000] * 2, "user_id": [user] * 2, "shop": ["a", "b"],
+                                  "x": [float(i)] * 2, "city": [f"c{i % 7}"] * 2})
+            with lock:
+                print(user, i, flush=True)
+    def other():
+        i = 0
+        while what != "push":
+            i += 1
+            if what == "materialize":
+                store.materialize(0, 3_600_000_000 + i)
+            elif what == "apply":
+                store.apply()
+            else:
+                store._pushes.compact("events")
+    threads = [threading.Thread(target=push, args=(user,)) for user in (1, 2)]
+    threads.append(threading.Thread(target=other))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+for line in sys.stdin:
+    repo, start, what = line.split()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(repo, int(start), what)
+        finally:
+            os._exit(1)
+    print("child", pid, flush=True)
+    _, status = os.waitpid(pid, 0)
+    print("end", status, flush=True)
 """
 
 
-def run_and_kill(repo: Path, start: int, what: str, lines: int) -> dict[int, int]:
-    """The greatest acknowledged event of each user."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", PUSHER, str(repo), str(start), what], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    text = "".join(child.stdout.readline() for _ in range(lines))
-    child.send_signal(signal.SIGKILL)
-    text += child.stdout.read()
-    assert child.wait() == -signal.SIGKILL
-    child.stdout.close()
-    known: dict[int, int] = {}
-    for line in text.splitlines():
-        parts = line.split()
-        if len(parts) == 2 and line in text[: text.rfind("\n")]:
-            known[int(parts[0])] = int(parts[1])
-    return known
+class Killed:
+    """Runs pushes in a process and kills it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PUSHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, repo: Path, start: int, what: str, lines: int) -> dict[int, int]:
+        """The greatest acknowledged event of each user, of some `lines` of them."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{repo} {start} {what}\n")
+        process.stdin.flush()
+        known: dict[int, int] = {}
+        pid, left = None, lines
+        while True:
+            line = process.stdout.readline()
+            assert line, "the process has ended"
+            first, second = line.split()
+            if first == "child":
+                pid = int(second)
+            elif first == "end":
+                assert int(second) == signal.SIGKILL
+                return known
+            else:
+                known[int(first)] = int(second)
+                left -= 1
+            if pid is not None and left <= 0:
+                os.kill(pid, signal.SIGKILL)
+                pid = None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Killed]:
+    made = Killed()
+    yield made
+    made.close()
 
 
 def check(repo: Path, acknowledged: dict[int, int]) -> int:
@@ -100,11 +141,11 @@ def check(repo: Path, acknowledged: dict[int, int]) -> int:
         return int(max((max(values) for values in found.values()), default=0)) + 1
 
 
-def kill_times(tmp_path: Path, what: str, times: int) -> None:
+def kill_times(killed: Killed, tmp_path: Path, what: str, times: int) -> None:
     repo = make_push_repo(tmp_path / "r", config="push: {compact_after: 7}\n")
     rng, start = random.Random(what), 1
     for _ in range(times):
-        start = check(repo, run_and_kill(repo, start, what, rng.randrange(1, 25)))
+        start = check(repo, killed(repo, start, what, rng.randrange(1, 16)))
     with FeatureStore(repo) as store:
         named = {segment.file for segment in segments(store)}
         assert named <= {file.name for file in (store.data_dir / "events" / "events").glob("*")}
@@ -116,15 +157,15 @@ def segments(store: FeatureStore) -> list[event_log.Segment]:
 
 
 @pytest.mark.parametrize("what", ["push", "materialize", "apply", "compact"])
-def test_kill_9(tmp_path: Path, what: str) -> None:
-    kill_times(tmp_path, what, 2)
+def test_kill_9(killed: Killed, tmp_path: Path, what: str) -> None:
+    kill_times(killed, tmp_path, what, 5)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("what", ["push", "materialize", "apply", "compact"])
-def test_kill_9_many_times(tmp_path: Path, what: str) -> None:
-    kill_times(tmp_path, what, 200)
+def test_kill_9_many_times(killed: Killed, tmp_path: Path, what: str) -> None:
+    kill_times(killed, tmp_path, what, 200)
 
 
 # Streams
@@ -144,7 +185,7 @@ with FeatureStore(sys.argv[1]) as store, store.ingest("events", stream, most=7) 
 
 def test_a_stream_is_taken_in_once_whatever_is_killed(tmp_path: Path) -> None:
     repo = make_push_repo(tmp_path / "r")
-    for lines in (2, 5, 3, 400):
+    for lines in (3, 9, 400):
         child = subprocess.Popen([sys.executable, "-c", INGEST, str(repo)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         for _ in range(lines):
