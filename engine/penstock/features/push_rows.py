@@ -145,14 +145,15 @@ def _from_dicts(rows: Sequence[Any], where: str) -> dict[str, list[Any]]:
 def _array(name: Any, values: Any, where: str) -> pa.Array:
     if not isinstance(name, str):
         raise InvalidArgumentError(f"{where}: column name is {name!r}; expected a text")
-    if isinstance(values, pa.ChunkedArray):
-        return values.combine_chunks()
-    if isinstance(values, pa.Array):
-        return values
-    if type(values).__module__.partition(".")[0] in ("pandas", "polars") and hasattr(values, "to_list"):
-        values = values.to_list()
-    if not isinstance(values, list | tuple | np.ndarray):
-        values = [values]
+    if type(values) is not list:  # the usual one first: a push of one event is all overhead
+        if isinstance(values, pa.ChunkedArray):
+            return values.combine_chunks()
+        if isinstance(values, pa.Array):
+            return values
+        if type(values).__module__.partition(".")[0] in ("pandas", "polars") and hasattr(values, "to_list"):
+            values = values.to_list()
+        elif not isinstance(values, list | tuple | np.ndarray):
+            values = [values]
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
@@ -161,14 +162,15 @@ def _array(name: Any, values: Any, where: str) -> pa.Array:
 
 def _typed(column: pa.Array, dtype: str, what: str, framed: bool) -> pa.Array:
     """The column in the type that the log keeps."""
-    kind = column.type
+    kind, wanted = column.type, ARROW_TYPES[dtype]
+    if kind == wanted and dtype != "timestamp":
+        return column
     if pa.types.is_dictionary(kind):
         values = column.dictionary
         column = (values.cast(pa.string()) if is_text(values.type) else values).take(column.indices)
         kind = column.type
-    wanted = ARROW_TYPES[dtype]
-    if kind == wanted and dtype != "timestamp":
-        return column
+        if kind == wanted:
+            return column
     if pa.types.is_null(kind):
         return column.cast(wanted)
     try:
@@ -208,8 +210,11 @@ def _real(column: pa.Array, wanted: pa.DataType, what: str) -> pa.Array:
 
 def _times(column: pa.Array, what: str) -> pa.Array:
     if pa.types.is_integer(column.type):
-        ticks = column.cast(pa.int64())
-        valid = None if not ticks.null_count else ticks.is_valid().to_numpy(zero_copy_only=False)
+        ticks = column if column.type == pa.int64() else column.cast(pa.int64())
+        if not ticks.null_count:
+            _check_times(ticks.to_numpy(), what)
+            return ticks.view(ARROW_TYPES["timestamp"])
+        valid = ticks.is_valid().to_numpy(zero_copy_only=False)
         values = ticks.fill_null(0).to_numpy(zero_copy_only=False)
     else:
         if feature_dtype(column.type) not in ("timestamp", "string"):
