@@ -7,10 +7,8 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +17,11 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.errors import (
-    DefinitionError,
     InvalidArgumentError,
-    NotFoundError,
     PenstockError,
 )
 from penstock.features import materialize as writing
-from penstock.features import offline, retrieval, sql
+from penstock.features import offline, sql
 from penstock.features.changes import (
     Break,
     BundleFacts,
@@ -35,27 +31,25 @@ from penstock.features.changes import (
     declared,
     service_breaks,
 )
-from penstock.features.compute import NOT_FOUND, PRESENT, ViewComputer
+from penstock.features.compute import ViewComputer
 from penstock.features.definitions import (
     FeatureService,
     FeatureView,
-    RequestSource,
-    ViewProjection,
-    list_features,
 )
 from penstock.features.erase import erase_keys
 from penstock.features.event_log import EventLog
-from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
 from penstock.features.online import OnlineStore
 from penstock.features.online_adapter import OnlineAdapter
-from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.online_join import online_join
+from penstock.features.plan import ServicePlan
 from penstock.features.pushes import Committed, Pushes
 from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
+from penstock.features.service_plans import ServicePlans, view_dtypes
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.streams import Ingest, StreamSource
@@ -68,18 +62,6 @@ _MAX_PLANS = 256
 _READ_TRIES = 5
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
-
-
-@dataclass(frozen=True, eq=False)
-class AdHocList:
-    """A feature list that no service declares."""
-
-    features: Sequence[str]
-    aliases: Mapping[str, ViewProjection]
-    request: RequestSource | None
-    name: str = "features"
-    on_missing: str = "nan"
-    full_feature_names: bool = False
 
 
 class FeatureStore:
@@ -138,7 +120,7 @@ class FeatureStore:
         self._pushes.touched = self._reader_caches.touched
         self.epoch = 0
         self._writing = threading.Lock()  # one materialisation
-        self._plans: dict[Any, ServicePlan] = {}
+        self._plans = ServicePlans(self._repo, self.computer)
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -192,7 +174,7 @@ class FeatureStore:
         for name in services:
             service = self.services[name]
             try:
-                found[name] = self._compile_service(service, computers).fingerprint
+                found[name] = self._plans.compile(service, computers).fingerprint
             except PenstockError as error:
                 faults[name] = str(error)
         return found, faults
@@ -216,9 +198,9 @@ class FeatureStore:
         with self._writing, self._live.locked():
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
-            dtypes = {name: _dtypes(computer) for name, computer in computers.items()}
+            dtypes = {name: view_dtypes(computer) for name, computer in computers.items()}
             fingerprints = {
-                name: self._compile_service(service, computers).fingerprint
+                name: self._plans.compile(service, computers).fingerprint
                 for name, service in self.services.items()
             }
             self._live.adopt(fresh)
@@ -229,7 +211,7 @@ class FeatureStore:
             breaks = bundle_breaks(bundles, self.services, fingerprints, {})
             found = changes(self._registry.state, now, schemas, breaks)
             self._registry.record_applied({**now, "sources": schemas, "dtypes": dtypes})
-            self._plans = {}
+            self._plans.forget()
             numbers = self._live.numbers()
             for number in self._online.headers():
                 if number not in numbers:
@@ -248,66 +230,7 @@ class FeatureStore:
             NotFoundError: an unknown service, view or feature.
             FeatureNameCollisionError: two features with one name.
         """
-        if isinstance(features, str):
-            if features not in self.services:
-                known = ", ".join(sorted(self.services)) or "none"
-                raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
-            features = self.services[features]
-        service: FeatureService | AdHocList
-        if isinstance(features, FeatureService):
-            service = features
-            key: Any = (features.fingerprint(), full_feature_names)
-        else:
-            if not isinstance(features, Iterable):
-                raise InvalidArgumentError(
-                    f"features is {features!r}; expected a service or a list of 'view:feature'"
-                )
-            refs, aliases = list_features(features)
-            service = AdHocList(refs, aliases, self._request_of(refs))
-            described = json.dumps([alias.describe() for alias in aliases.values()])
-            key = (tuple(refs), described, full_feature_names)
-        plans = self._plans
-        if key not in plans:
-            owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
-            aliases = {**self._repo.projections, **service.aliases}
-            used = {aliases[name].view.name if name in aliases else name for name in owners}
-            computers = {view: self.computer(view) for view in used if view in self.views}
-            plan = self._compile_service(service, computers, full_feature_names)
-            if len(plans) >= _MAX_PLANS:
-                plans.clear()
-            plans[key] = plan
-            return plan
-        return plans[key]
-
-    def _compile_service(
-        self,
-        service: FeatureService | AdHocList,
-        computers: Mapping[str, ViewComputer],
-        full_feature_names: bool = False,
-    ) -> ServicePlan:
-        aliases = {**self._repo.projections, **service.aliases}
-        for alias in aliases.values():
-            if self.views.get(alias.view.name) is not alias.view:
-                raise InvalidArgumentError(f"'{alias.name}' is of a view that is not the repository's")
-        return compile_plan(
-            service.name,
-            service.features,
-            self.views,
-            computers,
-            service.request,
-            aliases=aliases,
-            full_feature_names=full_feature_names or service.full_feature_names,
-            on_missing=service.on_missing,
-        )
-
-    def _request_of(self, refs: Any) -> RequestSource | None:
-        owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))
-        used = [self._repo.requests[owner] for owner in owners if owner in self._repo.requests]
-        if len(used) > 1:
-            raise InvalidArgumentError(
-                f"features read the request sources '{used[0].name}' and '{used[1].name}'; expected one"
-            )
-        return used[0] if used else None
+        return self._plans.get(features, full_feature_names)
 
     # Sources
 
@@ -329,7 +252,7 @@ class FeatureStore:
         """
         changed = self._live.refresh()
         if changed:
-            self._plans = {}
+            self._plans.forget()
         return changed
 
     def reread(self) -> None:
@@ -340,7 +263,7 @@ class FeatureStore:
         """
         self._registry.reload()
         self._live.reread()
-        self._plans = {}
+        self._plans.forget()
 
     # Retrieval
 
@@ -479,41 +402,7 @@ class FeatureStore:
         """
         now_us = self._clock.now_us() if now is None else to_us(now, "now")
         plan = self.service_plan(features, full_feature_names=full_feature_names)
-        table, floats = retrieval.entity_row_table(entity_rows)
-        retrieval.check_names(plan, table)
-        n = table.num_rows
-        times = np.full(n, now_us, np.int64)
-        keys = [retrieval.key_column(table, name, dtype, floats=floats) for name, dtype in plan.entities]
-        columns: dict[str, tuple[NDArray[Any], NDArray[np.bool_] | None]] = {}
-        texts: dict[str, list[str]] = {}
-        for name, dtype in plan.inputs:
-            given = retrieval.input_column(table, name, dtype)
-            columns[f"{plan.request_name}:{name}"] = (given.values, given.valid)
-            texts[f"{plan.request_name}:{name}"] = given.dictionary or []
-        statuses: dict[str, NDArray[np.uint8]] = {}
-        event_time = np.empty((n, len(plan.views)), np.int64)
-        for at, (owner, view, positions) in enumerate(zip(plan.view_names, plan.views, plan.view_keys)):
-            live = self._current(view.name)
-            computer = live.computer
-            words, nulls = entity_keys([keys[i] for i in positions], n, self.key_seed)
-            rows, meta = self._load(live, words, times)
-            status = (rows[:, 0] & np.uint64(0xFF)).astype(np.uint8)
-            statuses[owner] = np.where(nulls, np.uint8(NOT_FOUND), status)
-            event_time[:, at] = np.where(nulls, np.iinfo(np.int64).min, meta[:, 2])
-            for (name, dtype), (values, valid) in zip(computer.schema, computer.row_schema.decode(rows)):
-                values = np.where(nulls, 0, values).astype(np.float64 if dtype in _FLOATS else np.int64)
-                columns[f"{owner}:{name}"] = (values, valid & ~nulls)
-            texts.update({f"{owner}:{name}": found for name, found in computer.dictionaries.items()})
-        outputs = [
-            (values, np.ones(n, np.bool_) if valid is None else valid)
-            for values, valid in plan.evaluate(columns, (times, None))
-        ]
-        present = np.full(n, PRESENT, np.uint8)
-        status = np.empty((n, len(plan.refs)), np.uint8)
-        for i, ref in enumerate(plan.refs):
-            status[:, i] = retrieval.cell_status(statuses.get(ref.split(":")[0], present), outputs[i][1])
-        entities = table.select([name for name, _ in plan.entities])
-        return OnlineResult(plan, now_us, entities, outputs, status, event_time, texts)
+        return online_join(plan, entity_rows, now_us, self.key_seed, self._current, self._load)
 
     def online_reader(
         self, features: str | FeatureService | Sequence[str], *, full_feature_names: bool = False
@@ -684,14 +573,3 @@ class FeatureStore:
     def first_stamp(self) -> int:
         """The least stamp of this epoch."""
         return self.epoch << _STAMP_BITS
-
-
-def _dtypes(computer: ViewComputer) -> dict[str, str]:
-    """The dtype of each feature of a view, request-time ones too; DefinitionError where one has none."""
-    view = computer.view
-    refs = [f"{view.name}:{name}" for name in view.features]
-    try:
-        plan = compile_plan(view.name, refs, {view.name: view}, {view.name: computer})
-    except DefinitionError as error:
-        raise DefinitionError(f"view '{view.name}': {error}") from error
-    return dict(zip(view.features, plan.output_dtypes))

@@ -26,12 +26,8 @@ from penstock.config import Config, ModelConfig, load_config
 from penstock.errors import (
     BundleError,
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
-    NotFoundError,
-    PenstockError,
     StoreError,
-    UnavailableError,
     from_wire,
 )
 from penstock.features.erase import sealed
@@ -42,9 +38,11 @@ from penstock.models.registry import ModelRegistry
 from penstock.monitoring.record_log import RecordLog
 from penstock.monitoring.served_log import ServedLog
 from penstock.serving import protocol
+from penstock.serving.filler import CacheFiller
 from penstock.serving.labels import Labels
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.lock import DataDirLock
+from penstock.serving.methods import call_method
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 from penstock.serving.refresher import Refresher
 from penstock.serving.telemetry import Telemetry
@@ -54,7 +52,6 @@ _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
-_REFILL_ROWS = 1024
 _PRECOMPUTE_PAUSE_S = 0.5
 
 
@@ -117,6 +114,7 @@ class Engine:
         self.live = LiveModels(config, self.core, self.store, self.served_log, self.clock, self.worker)
         self.trials = Trials(config, self.live, self.registry, self.clock)
         self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
+        self.filler = CacheFiller(self.live, self.clock, self._filling)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         self._prepare()
         self._deploy_all()
@@ -402,25 +400,10 @@ class Engine:
             end_us = self.clock.now_us() if end is None else protocol.to_micros(end, "end")
             report = store.materialize_incremental(end_us, views=views)
             for view, keys in report.keys.items():
-                self._refill(store, view, keys, end_us)
+                self.filler.refill(store, view, keys, end_us)
             for model in self.live.live.values():
                 self.live.precompute(model, now_us=end_us)
             return {"end_us": end_us, "rows": dict(report.rows)}
-
-    def _refill(self, store: FeatureStore, view: str, keys: NDArray[np.uint64], now_us: int) -> None:
-        """Bring the rows that the cache holds of `keys` up to `now_us`, so that no request waits for them."""
-        cache = self.live.caches.get(view)
-        if cache is None:
-            return
-        for start in range(0, len(keys), _REFILL_ROWS):
-            part = np.ascontiguousarray(keys[start : start + _REFILL_ROWS])
-            known = np.ascontiguousarray(part[cache.resident_many(part)])
-            if not len(known):
-                continue
-            stamp = store.stamp()
-            rows, meta = store.load_rows(view, known, np.full(len(known), now_us, np.int64))
-            with self._filling:
-                cache.put_many(known, rows, meta, stamp, self.clock.mono_ns(), self.live.cache_owner)
 
     def push(self, source: str, rows: Any) -> int:
         """Take in events of a push source; they are durable and served when this returns. How many they are.
@@ -448,18 +431,7 @@ class Engine:
 
     def _pushed(self, touched: Touched) -> None:
         """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
-        store = self._store()
-        for view, (keys, rows, meta) in touched.items():
-            cache = self.live.caches.get(view)
-            if cache is None or not len(keys):
-                continue
-            there = cache.resident_many(keys)
-            stamp, owner = store.stamp(), self.live.cache_owner
-            with self._filling:
-                if there.any():
-                    cache.put_many(keys[there], rows[there], meta[there], stamp, self.clock.mono_ns(), owner)
-                if not there.all():  # a load that began before the push must not leave its row here
-                    cache.discard_many(np.ascontiguousarray(keys[~there]), stamp, owner)
+        self.filler.put_pushed(self._store(), touched)
         self._hot_changed.set()
 
     def _run_precompute(self) -> None:
@@ -633,35 +605,7 @@ class Engine:
 
     def call(self, method: str, params: list[Any], *, admin: bool = True) -> Any:
         """Run a method of the wire that is not a predict call, with its decoded params."""
-        known = {
-            "label": (self.label, 2, 3),
-            "models": (self.models, 0, 0),
-            "health": (self.health, 0, 0),
-            "stats": (self.stats, 0, 0),
-            "drift": (self.drift, 0, 3),
-            "features": (self.features, 2, 3),
-            "push": (lambda source, columns: {"accepted": self.push(source, columns)}, 2, 2),
-            "materialize": (self.materialize, 0, 2),
-            "apply": (self.apply, 0, 0),
-            "erase": (self.erase, 2, 2),
-            "promote": (self.promote, 1, 2),
-            "rollback": (self.rollback, 1, 1),
-            "canary": (lambda model, share, version=None: self.canary(model, version, share=share), 2, 3),
-            "shadow": (lambda model, share, version=None: self.shadow(model, version, share=share), 2, 3),
-        }
-        if method not in known:
-            raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")
-        function, least, most = known[method]
-        if not least <= len(params) <= most:
-            raise InvalidArgumentError(f"{method} has {len(params)} params; expected {least} to {most}")
-        try:
-            return function(*params)  # type: ignore[operator]
-        except PenstockError:
-            raise
-        except OSError as error:
-            raise UnavailableError(f"{method} failed: {error}") from error
-        except Exception as error:
-            raise InternalError(f"{method} failed: {type(error).__name__}: {error}") from error
+        return call_method(self, method, params)
 
 
 def _no_rows(cache: _core.FeatureCache) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

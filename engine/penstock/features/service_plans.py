@@ -1,0 +1,125 @@
+"""The compiled plans of services and feature lists, kept for the next call that asks the same.
+
+Any thread; two that ask at once may compile twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.errors import DefinitionError, InvalidArgumentError, NotFoundError
+from penstock.features.compute import ViewComputer
+from penstock.features.definitions import FeatureService, RequestSource, ViewProjection, list_features
+from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.repo import Repo
+
+_MAX_PLANS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class AdHocList:
+    """A feature list that no service declares."""
+
+    features: Sequence[str]
+    aliases: Mapping[str, ViewProjection]
+    request: RequestSource | None
+    name: str = "features"
+    on_missing: str = "nan"
+    full_feature_names: bool = False
+
+
+class ServicePlans:
+    """Plans over the newest readings of a repository's views."""
+
+    def __init__(self, repo: Repo, computer: Callable[[str], ViewComputer]) -> None:
+        self._repo, self._computer = repo, computer
+        self._plans: dict[Any, ServicePlan] = {}
+
+    def forget(self) -> None:
+        """Compile again from now on: readings or distributions have changed."""
+        self._plans = {}
+
+    def get(
+        self, features: str | FeatureService | Sequence[str], full_feature_names: bool = False
+    ) -> ServicePlan:
+        """The plan of a service, by name or as an object, or of a list of "view:feature".
+
+        Raises:
+            NotFoundError: an unknown service, view or feature.
+            FeatureNameCollisionError: two features with one name.
+        """
+        if isinstance(features, str):
+            if features not in self._repo.services:
+                known = ", ".join(sorted(self._repo.services)) or "none"
+                raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
+            features = self._repo.services[features]
+        service: FeatureService | AdHocList
+        if isinstance(features, FeatureService):
+            service = features
+            key: Any = (features.fingerprint(), full_feature_names)
+        else:
+            if not isinstance(features, Iterable):
+                raise InvalidArgumentError(
+                    f"features is {features!r}; expected a service or a list of 'view:feature'"
+                )
+            refs, aliases = list_features(features)
+            service = AdHocList(refs, aliases, self._request_of(refs))
+            described = json.dumps([alias.describe() for alias in aliases.values()])
+            key = (tuple(refs), described, full_feature_names)
+        plans = self._plans
+        if key not in plans:
+            owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
+            aliases = {**self._repo.projections, **service.aliases}
+            used = {aliases[name].view.name if name in aliases else name for name in owners}
+            computers = {view: self._computer(view) for view in used if view in self._repo.views}
+            plan = self.compile(service, computers, full_feature_names)
+            if len(plans) >= _MAX_PLANS:
+                plans.clear()
+            plans[key] = plan
+            return plan
+        return plans[key]
+
+    def compile(
+        self,
+        service: FeatureService | AdHocList,
+        computers: Mapping[str, ViewComputer],
+        full_feature_names: bool = False,
+    ) -> ServicePlan:
+        """Compile over given computers, without keeping it."""
+        aliases = {**self._repo.projections, **service.aliases}
+        for alias in aliases.values():
+            if self._repo.views.get(alias.view.name) is not alias.view:
+                raise InvalidArgumentError(f"'{alias.name}' is of a view that is not the repository's")
+        return compile_plan(
+            service.name,
+            service.features,
+            self._repo.views,
+            computers,
+            service.request,
+            aliases=aliases,
+            full_feature_names=full_feature_names or service.full_feature_names,
+            on_missing=service.on_missing,
+        )
+
+    def _request_of(self, refs: Any) -> RequestSource | None:
+        owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))
+        used = [self._repo.requests[owner] for owner in owners if owner in self._repo.requests]
+        if len(used) > 1:
+            raise InvalidArgumentError(
+                f"features read the request sources '{used[0].name}' and '{used[1].name}'; expected one"
+            )
+        return used[0] if used else None
+
+
+def view_dtypes(computer: ViewComputer) -> dict[str, str]:
+    """The dtype of each feature of a view, request-time ones too; DefinitionError where one has none."""
+    view = computer.view
+    refs = [f"{view.name}:{name}" for name in view.features]
+    try:
+        plan = compile_plan(view.name, refs, {view.name: view}, {view.name: computer})
+    except DefinitionError as error:
+        raise DefinitionError(f"view '{view.name}': {error}") from error
+    return dict(zip(view.features, plan.output_dtypes))
