@@ -12,8 +12,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -345,20 +344,9 @@ class Engine:
             bundle = self.registry.get(name, version or "challenger")
             if bundle.version != live.bundle.version:
                 live = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            with self._published(live):
+            with self.live.publishing(live):
                 self.registry.promote(name, bundle.version)
             return {"model": name, "version": bundle.version}
-
-    @contextmanager
-    def _published(self, model: LiveModel) -> Iterator[None]:
-        """Publish a loaded version once the block has recorded the choice; else it is let go."""
-        try:
-            yield
-        except BaseException:
-            if all(model is not known for known in self.live.all()):
-                model.stop()
-            raise
-        self.live.publish(model)
 
     def rollback(self, name: str) -> dict[str, Any]:
         """Serve the champion before this one again. Ends a trial."""
@@ -366,7 +354,7 @@ class Engine:
             self.live.get(name)
             bundle = self.registry.get(name, "previous")
             model = self.live.warm(name, bundle.version) or self.live.load(bundle)
-            with self._published(model):
+            with self.live.publishing(model):
                 self.registry.rollback(name)
             return {"model": name, "version": bundle.version}
 

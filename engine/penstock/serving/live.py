@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -336,6 +337,17 @@ class LiveModels:
         self._core.put_on_trial(name, None)
         self._finish(trial.model)
         del self.trials[name]
+
+    @contextmanager
+    def publishing(self, model: LiveModel) -> Iterator[None]:
+        """Publish a loaded version once the block has recorded the choice; else it is let go."""
+        try:
+            yield
+        except BaseException:
+            if all(model is not known for known in self.all()):
+                model.stop()
+            raise
+        self.publish(model)
 
     def publish(self, model: LiveModel) -> None:
         """Make it live. Another live version than before ends the trial."""
