@@ -188,14 +188,18 @@ class Pushes:
             new = NewBatch(
                 source, sequence, arrival, table.num_rows, table.schema, message, dict(offsets or {})
             )
-            with self._order:
-                entry = _Entry(new, self._append(views, pushed, sequence))
-                with self._changed:
-                    self._queue.append(entry)
-                    self._begun += 1
-                    self._queued_bytes += len(message)
-                    self._start()
-                    self._changed.notify_all()
+            try:
+                with self._order:
+                    entry = _Entry(new, self._append(views, pushed, sequence))
+                    with self._changed:
+                        self._queue.append(entry)
+                        self._begun += 1
+                        self._queued_bytes += len(message)
+                        self._start()
+                        self._changed.notify_all()
+            except BaseException:
+                self._repair()  # one view may have taken the events before another refused them
+                raise
         return entry
 
     def wait(self, entry: _Entry | None) -> int:
@@ -361,18 +365,22 @@ class Pushes:
     # Materialisation beside pushes
 
     @contextlib.contextmanager
-    def writing(self, live: LiveView) -> Iterator[None]:
-        """While the rows of a view are materialised, pushes write theirs though it may have no header yet."""
+    def writing(self, live: LiveView) -> Iterator[LiveView]:
+        """While the rows of a view are materialised, pushes write theirs though it may have no header yet.
+
+        Gives the view's newest reading: what others have erased meanwhile is not in it.
+        """
         if live.source is None:
-            yield
+            yield live
             return
         self.catch_up(live)
         with self._live.locked():
             self._repair()
             self.settle()
+            live = self._live.view(live.computer.view.name)
             self._writing[live.number] = live.sequence
         try:
-            yield
+            yield live
         finally:
             self._writing.pop(live.number, None)
 
@@ -383,6 +391,9 @@ class Pushes:
         while True:
             with self._live.locked():
                 self._repair()
+                newest = self._live.view(live.computer.view.name)
+                if (newest.number, newest.tag) == (live.number, live.tag):
+                    live = newest  # a reading that was repaired still has what did not become durable
                 sequence = live.sequence
             failures = self.failures
             rows = live.computer.rows_at(keys, now_us)

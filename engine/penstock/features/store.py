@@ -667,8 +667,8 @@ class FeatureStore:
         with self._writing:
             keys = {}
             for name, live in {name: self._live.view(name) for name in names}.items():
-                with self._pushes.writing(live):
-                    keys[name] = write(self._online, live, self._pushes, end_us, progress)
+                with self._pushes.writing(live) as newest:
+                    keys[name] = write(self._online, newest, self._pushes, end_us, progress)
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:
