@@ -98,6 +98,7 @@ class Pushes:
 
     Attributes:
         committed: see `Committed`.
+        lost: told the rows of keys whose events did not become durable, as they are without them.
         touched: told a view and the keys whose rows have just changed, before a push returns or is durable.
     """
 
@@ -115,6 +116,7 @@ class Pushes:
         self._live, self._log, self._local, self._online = live, log, local, online
         self._registry, self._clock, self._settings = registry, clock, settings
         self.committed: Committed = lambda touched: None
+        self.lost: Committed = lambda touched: None
         self.touched: Callable[[LiveView, NDArray[np.uint64]], None] = lambda live, keys: None
         self.committing = threading.Lock()
         self._order = threading.Lock()
@@ -273,7 +275,7 @@ class Pushes:
                 rows = self._live.view(view).computer.rows_at(keys, np.full(len(keys), now_us, np.int64))
                 touched[view] = keys, rows.words(), rows.meta
         if touched:
-            self.committed(touched)
+            self.lost(touched)
 
     def _source_table(
         self, definition: PushSource, table: Any, arrival: NDArray[np.int64], views: list[LiveView]

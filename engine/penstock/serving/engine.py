@@ -126,7 +126,7 @@ class Engine:
             thread.start()
             self._threads.append(thread)
         if self.store is not None:
-            self.store.on_push(self._pushed)
+            self.store.on_push(self._pushed, self._lost)
             if self.config.caches.edge.precompute:
                 thread = threading.Thread(target=self._run_precompute, name="run_precompute", daemon=True)
                 thread.start()
@@ -446,7 +446,12 @@ class Engine:
             ]
             return sealed(receipt)
 
-    def _pushed(self, touched: Touched) -> None:
+    def _lost(self, touched: Touched) -> None:
+        """Events that were seen did not become durable. A load that saw them has the stamp of now, so the
+        rows without them get a later one."""
+        self._pushed(touched, later=1)
+
+    def _pushed(self, touched: Touched, later: int = 0) -> None:
         """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
         store = self._store()
         for view, (keys, rows, meta) in touched.items():
@@ -454,7 +459,7 @@ class Engine:
             if cache is None or not len(keys):
                 continue
             there = cache.resident_many(keys)
-            stamp, owner = store.stamp(), self.live.cache_owner
+            stamp, owner = store.stamp() + later, self.live.cache_owner
             with self._filling:
                 if there.any():
                     cache.put_many(keys[there], rows[there], meta[there], stamp, self.clock.mono_ns(), owner)
