@@ -225,10 +225,11 @@ class ViewComputer:
     def _columns_read(self) -> set[str]:
         """The source columns that the programs read, in one way or another."""
         found = set()
-        for name in [*self._raw, *(name for p in self._opaque.values() for name, _ in p.inputs)]:
+        raw = [name for name in self._raw if name not in self._opaque]
+        for name in [*raw, *(name for p in self._opaque.values() for name, _ in p.inputs)]:
             function = function_of(name)
             found.add(name if function is None else function.column)
-        return found - set(self._opaque)
+        return found
 
     def _raw_columns(self, table: SourceTable) -> list[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
         """The programs' input columns of a table, in order."""

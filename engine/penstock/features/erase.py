@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from penstock.errors import InvalidArgumentError
 from penstock.features import push_table, retrieval
 from penstock.features.compute import NOT_FOUND
 from penstock.features.event_log import EventLog
@@ -48,6 +49,10 @@ def erase_keys(
     target = live.view(view)
     definition = target.computer.view
     names = list(definition.join_keys)
+    if not names:  # one row of it would name every event
+        raise InvalidArgumentError(
+            f"view '{view}' has no join keys, so it names no entity; erase by a view that has some"
+        )
     table, floats = retrieval.entity_row_table(keys)
     columns = [
         retrieval.key_column(table, name, dtype, floats=floats)

@@ -289,9 +289,13 @@ class OnlineStore:
         return self._environment.write(work)
 
     def stamp(self) -> int:
-        """Number of the newest write transaction."""
-        with self._environment.gate.shared():
-            return int(self._environment.env.info()["last_txnid"])
+        """Number of the newest write transaction that a read which begins now sees.
+
+        Not `last_txnid` of LMDB's info: that is a transaction whose end still waits for the disk, which reads
+        do not see yet, so what they found would be taken for what it has written.
+        """
+        with self._environment.read() as txn:
+            return int(txn.id())
 
     def header(self, view: int) -> ViewHeader | None:
         """The header of a view; None if it has none."""

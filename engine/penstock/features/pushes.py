@@ -98,6 +98,7 @@ class Pushes:
 
     Attributes:
         committed: see `Committed`.
+        lost: told the rows of keys whose events did not become durable, as they are without them.
         touched: told a view and the keys whose rows have just changed, before a push returns or is durable.
     """
 
@@ -115,6 +116,7 @@ class Pushes:
         self._live, self._log, self._local, self._online = live, log, local, online
         self._registry, self._clock, self._settings = registry, clock, settings
         self.committed: Committed = lambda touched: None
+        self.lost: Committed = lambda touched: None
         self.touched: Callable[[LiveView, NDArray[np.uint64]], None] = lambda live, keys: None
         self.committing = threading.Lock()
         self._order = threading.Lock()
@@ -188,14 +190,18 @@ class Pushes:
             new = NewBatch(
                 source, sequence, arrival, table.num_rows, table.schema, message, dict(offsets or {})
             )
-            with self._order:
-                entry = _Entry(new, self._append(views, pushed, sequence))
-                with self._changed:
-                    self._queue.append(entry)
-                    self._begun += 1
-                    self._queued_bytes += len(message)
-                    self._start()
-                    self._changed.notify_all()
+            try:
+                with self._order:
+                    entry = _Entry(new, self._append(views, pushed, sequence))
+                    with self._changed:
+                        self._queue.append(entry)
+                        self._begun += 1
+                        self._queued_bytes += len(message)
+                        self._start()
+                        self._changed.notify_all()
+            except BaseException:
+                self._repair()  # one view may have taken the events before another refused them
+                raise
         return entry
 
     def wait(self, entry: _Entry | None) -> int:
@@ -269,7 +275,7 @@ class Pushes:
                 rows = self._live.view(view).computer.rows_at(keys, np.full(len(keys), now_us, np.int64))
                 touched[view] = keys, rows.words(), rows.meta
         if touched:
-            self.committed(touched)
+            self.lost(touched)
 
     def _source_table(
         self, definition: PushSource, table: Any, arrival: NDArray[np.int64], views: list[LiveView]
@@ -361,18 +367,22 @@ class Pushes:
     # Materialisation beside pushes
 
     @contextlib.contextmanager
-    def writing(self, live: LiveView) -> Iterator[None]:
-        """While the rows of a view are materialised, pushes write theirs though it may have no header yet."""
+    def writing(self, live: LiveView) -> Iterator[LiveView]:
+        """While the rows of a view are materialised, pushes write theirs though it may have no header yet.
+
+        Gives the view's newest reading: what others have erased meanwhile is not in it.
+        """
         if live.source is None:
-            yield
+            yield live
             return
         self.catch_up(live)
         with self._live.locked():
             self._repair()
             self.settle()
+            live = self._live.view(live.computer.view.name)
             self._writing[live.number] = live.sequence
         try:
-            yield
+            yield live
         finally:
             self._writing.pop(live.number, None)
 
@@ -383,6 +393,9 @@ class Pushes:
         while True:
             with self._live.locked():
                 self._repair()
+                newest = self._live.view(live.computer.view.name)
+                if (newest.number, newest.tag) == (live.number, live.tag):
+                    live = newest  # a reading that was repaired still has what did not become durable
                 sequence = live.sequence
             failures = self.failures
             rows = live.computer.rows_at(keys, now_us)

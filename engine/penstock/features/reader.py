@@ -9,6 +9,7 @@ the next read computes them anew; another reading of a source takes other caches
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,25 +40,25 @@ class ReaderCaches:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._caches: dict[str, tuple[LiveView, _core.FeatureCache]] = {}
+        # By reading: whoever prepares over one that was replaced must not take the cache of another.
+        self._caches: weakref.WeakKeyDictionary[LiveView, _core.FeatureCache] = weakref.WeakKeyDictionary()
         self.stamp = 0  # rises before a row that was touched may be read
 
     def of(self, live: LiveView) -> _core.FeatureCache:
         """The cache of a view's reading; another reading of the view gets a new one."""
-        name = live.computer.view.name
         with self._lock:
-            found = self._caches.get(name)
-            if found is None or found[0] is not live:
-                found = self._caches[name] = live, _core.FeatureCache(self._capacity, live.row_words)
-            return found[1]
+            found = self._caches.get(live)
+            if found is None:
+                found = self._caches[live] = _core.FeatureCache(self._capacity, live.row_words)
+            return found
 
     def touched(self, live: LiveView, keys: NDArray[np.uint64]) -> None:
         """Rows of these keys have changed: none that was read before is given any more."""
         with self._lock:
             self.stamp += 1
-            found = self._caches.get(live.computer.view.name)
-            if found is not None and found[0] is live and len(keys):
-                found[1].discard_many(np.ascontiguousarray(keys), self.stamp)
+            found = self._caches.get(live)
+            if found is not None and len(keys):
+                found.discard_many(np.ascontiguousarray(keys), self.stamp)
 
 
 class OnlineReader:

@@ -502,9 +502,13 @@ class FeatureStore:
             self._pushes, self._log, source, stream, consumer=consumer or source, most=most, idle_s=idle_s
         )
 
-    def on_push(self, told: Committed) -> None:
-        """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`."""
-        self._pushes.committed = told
+    def on_push(self, told: Committed, lost: Committed | None = None) -> None:
+        """Have `told` called with the rows of what was pushed, before it is acknowledged; see `Committed`.
+
+        `lost` (by default `told`) is called with the rows of events that reads saw and that did not become
+        durable, as they are without them. The stamp is then the same as while they were seen.
+        """
+        self._pushes.committed, self._pushes.lost = told, lost or told
 
     # Materialisation
 
@@ -556,8 +560,8 @@ class FeatureStore:
         with self._writing:
             keys = {}
             for name, live in {name: self._live.view(name) for name in names}.items():
-                with self._pushes.writing(live):
-                    keys[name] = write(self._online, live, self._pushes, end_us, progress)
+                with self._pushes.writing(live) as newest:
+                    keys[name] = write(self._online, newest, self._pushes, end_us, progress)
             return MaterializeReport({n: len(k) for n, k in keys.items()}, keys, self.stamp())
 
     def cursor(self, view: str) -> int | None:

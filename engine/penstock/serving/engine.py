@@ -123,7 +123,7 @@ class Engine:
             thread.start()
             self._threads.append(thread)
         if self.store is not None:
-            self.store.on_push(self._pushed)
+            self.store.on_push(self._pushed, self._lost)
             if self.config.caches.edge.precompute:
                 thread = threading.Thread(target=self._run_precompute, name="run_precompute", daemon=True)
                 thread.start()
@@ -417,9 +417,14 @@ class Engine:
             ]
             return sealed(receipt)
 
-    def _pushed(self, touched: Touched) -> None:
+    def _lost(self, touched: Touched) -> None:
+        """Events that were seen did not become durable. A load that saw them has the stamp of now, so the
+        rows without them get a later one."""
+        self._pushed(touched, later=1)
+
+    def _pushed(self, touched: Touched, later: int = 0) -> None:
         """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
-        self.filler.put_pushed(self._store(), touched)
+        self.filler.put_pushed(self._store(), touched, later)
         self._hot_changed.set()
 
     def _run_precompute(self) -> None:

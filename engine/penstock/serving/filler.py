@@ -44,14 +44,14 @@ class CacheFiller:
             with self.lock:
                 cache.put_many(known, rows, meta, stamp, self._clock.mono_ns(), self._live.cache_owner)
 
-    def put_pushed(self, store: FeatureStore, touched: Touched) -> None:
-        """Put the rows of pushed events in place of the older ones."""
+    def put_pushed(self, store: FeatureStore, touched: Touched, later: int = 0) -> None:
+        """Put the rows of pushed events in place of the older ones, with a stamp `later` than the store's."""
         for view, (keys, rows, meta) in touched.items():
             cache = self._live.caches.get(view)
             if cache is None or not len(keys):
                 continue
             there = cache.resident_many(keys)
-            stamp, owner = store.stamp(), self._live.cache_owner
+            stamp, owner = store.stamp() + later, self._live.cache_owner
             with self.lock:
                 if there.any():
                     now_ns = self._clock.mono_ns()

@@ -204,3 +204,17 @@ def test_another_reader_of_the_log_forgets_too(tmp_path: Path) -> None:
         store._pushes.compact("events")
         file = next((store.data_dir / "events/events").glob("*.parquet"))
         assert isinstance(table(file), pa.Table)
+
+
+@pytest.mark.parametrize("keys", [{}, [{}], [{}, {}]])
+def test_a_view_without_join_keys_names_nobody(tmp_path: Path, keys: Any) -> None:
+    repo = make_push_repo(tmp_path / "r")
+    view = 'FeatureView("all", entities=[], source=events, features={"m": count(window="1d")})'
+    with (repo / "features.py").open("a") as file:
+        file.write(f"everyone = {view}\n")
+    with FeatureStore(repo) as store:
+        store.push("events", columns([(HOUR, 1, "a", 1.0, "Rome")]))
+        with pytest.raises(InvalidArgumentError, match="'all' has no join keys, so it names no entity"):
+            store.erase("all", keys)
+        found = store.get_online_features(["all:m", "users:n"], {"user_id": [1]}, now=HOUR).to_dict()
+        assert (found["m"], found["n"]) == ([1], [1])

@@ -117,6 +117,26 @@ def test_the_stamp_grows_with_every_write(store: OnlineStore) -> None:
     assert store.stamp() == before + 1
 
 
+def test_a_read_sees_what_the_stamp_names_while_another_process_commits(store: OnlineStore) -> None:
+    """A commit that waits for the disk has written its number already."""
+    program = """
+import sys
+from pathlib import Path
+from penstock.features.online import OnlineStore, ViewHeader
+store = OnlineStore(Path(sys.argv[1]), b"i" * 16)
+for i in range(300):
+    store.put_header(1, ViewHeader("t", 3, i))
+"""
+    writer = subprocess.Popen([sys.executable, "-c", program, str(store._path)])
+    behind = 0
+    while writer.poll() is None:
+        for _ in range(100):
+            stamp = store.stamp()
+            with store.transaction() as txn:
+                behind += txn.id() < stamp
+    assert (writer.wait(), behind) == (0, 0)
+
+
 def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "_FIRST_MAP", 1 << 16)
     store = OnlineStore(tmp_path, IDENTITY)

@@ -27,7 +27,7 @@ FEATURES = ["users:n", "users:spend", "pairs:seen", "pairs:last"]
 PUSHER = """
 import os, sys, threading
 from penstock import FeatureStore
-import penstock.features.windows, pyarrow.parquet
+import penstock.features.compute, pyarrow.parquet
 def child(repo, start, what):
     store = FeatureStore(repo)
     lock = threading.Lock()

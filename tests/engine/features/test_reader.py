@@ -210,3 +210,17 @@ def test_a_push_is_read_at_once_on_every_thread(tmp_path: Path) -> None:
         assert not faults
         foreign._looked_ns = 0  # another store of the log looks now
         assert foreign.read({"user_id": [0, 3], "shop": ["a", "a"]}, now=HOUR).tolist() == [[15.0], [15.0]]
+
+
+def test_a_thread_that_prepares_late_does_not_take_the_cache_of_the_new_reading(tmp_path: Path) -> None:
+    repo = make_push_repo(tmp_path / "r", batch=some_events(5))
+    with FeatureStore(repo) as store:
+        old, _ = store._live.view("users"), store._live.view("pairs")
+        write_batch(repo, some_events(6))
+        assert store.refresh()
+        reader = store.online_reader(["users:n"])
+        before = reader.read({"user_id": [1]}, now=11 * HOUR)
+        store._reader_caches.of(old)  # as a thread does that took its views before the refresh
+        store.push("events", columns([(11 * HOUR, 1, "a", 1.0, "Rome")]))
+        assert np.nan_to_num(before).tolist() == [[0]]
+        assert reader.read({"user_id": [1]}, now=11 * HOUR).tolist() == [[1]]
