@@ -251,7 +251,8 @@ class FeatureStore:
         if isinstance(features, str):
             if features not in self.services:
                 known = ", ".join(sorted(self.services)) or "none"
-                raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
+                hint = "; give references as a list" if ":" in features else ""
+                raise NotFoundError(f"service '{features}' is unknown; the services are {known}{hint}")
             features = self.services[features]
         service: FeatureService | AdHocList
         if isinstance(features, FeatureService):

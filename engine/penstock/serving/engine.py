@@ -482,6 +482,7 @@ class Engine:
         """Record the definitions, fit distributions anew, and read sources that changed again.
 
         A model whose features are then no longer those of its training is not served any more ("retired").
+        "fingerprints" are those of the definitions that were read when the engine started.
         """
         store = self._store()
         with self._changing:
@@ -489,7 +490,16 @@ class Engine:
             self._refresh(store, always=True)
             retired = self.live.retire_strangers()
             self.trials.note_ended()
-            return {"views": changes.views, "services": changes.services, "retired": retired}
+            fingerprints = {
+                "views": {name: view.fingerprint() for name, view in store.views.items()},
+                "services": {name: service.fingerprint() for name, service in store.services.items()},
+            }
+            return {
+                "views": changes.views,
+                "services": changes.services,
+                "retired": retired,
+                "fingerprints": fingerprints,
+            }
 
     def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:
         if store.refresh() or always:
@@ -653,7 +663,8 @@ class Engine:
             raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")
         function, least, most = known[method]
         if not least <= len(params) <= most:
-            raise InvalidArgumentError(f"{method} has {len(params)} params; expected {least} to {most}")
+            wanted = str(least) if least == most else f"{least} to {most}"
+            raise InvalidArgumentError(f"{method} has {len(params)} params; expected {wanted}")
         try:
             return function(*params)  # type: ignore[operator]
         except PenstockError:
