@@ -226,9 +226,11 @@ class ViewComputer:
         """The source columns that the programs read, in one way or another."""
         found = set()
         for name in [*self._raw, *(name for p in self._opaque.values() for name, _ in p.inputs)]:
+            if name in self._opaque:  # the name of a result, not of a column
+                continue
             function = function_of(name)
             found.add(name if function is None else function.column)
-        return found - set(self._opaque)
+        return found
 
     def _raw_columns(self, table: SourceTable) -> list[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
         """The programs' input columns of a table, in order."""
