@@ -12,7 +12,7 @@ import pkgutil
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -129,6 +129,7 @@ def apply(
             if server is not None:
                 with holder_client(server) as client:
                     changes = client.apply()
+                _check_same(holder_name(server), changes.pop("fingerprints", {}), folder)
             else:
                 # A plan changes nothing, so it may look while a server holds the folder.
                 held = contextlib.nullcontext() if plan else alone(data)
@@ -141,6 +142,23 @@ def apply(
         typer.echo("\n".join(change_lines(changes)) or "nothing has changed")
     if plan and changes["breaks"]:
         raise typer.Exit(1)
+
+
+def _check_same(server: str, served: Mapping[str, Mapping[str, str]], folder: Path) -> None:
+    """Refuse a server whose definitions, read when it started, are no longer those of the repository."""
+    from penstock.features.repo import load_repo
+
+    repo = load_repo(folder)
+    others = []
+    for kind, found in (("view", repo.views), ("service", repo.services)):
+        now = {name: definition.fingerprint() for name, definition in found.items()}
+        then = served.get(f"{kind}s", now)
+        others += [f"{kind} {name}" for name in sorted(now.keys() | then) if now.get(name) != then.get(name)]
+    if others:
+        raise FailedPreconditionError(
+            f"{server} applied the definitions that it started with, no longer those of {folder} "
+            f"({', '.join(others)}); stop it, apply, and start it again"
+        )
 
 
 def materialize(

@@ -150,7 +150,12 @@ def _feature_rows(repo: Repo, state: RegistryState | None, view: str) -> list[di
 
 def _described(repo: Repo, state: RegistryState | None, name: str) -> list[dict[str, Any]]:
     """All that has the name."""
-    from penstock.features.describe import describe_service, describe_source, describe_view
+    from penstock.features.describe import (
+        describe_request,
+        describe_service,
+        describe_source,
+        describe_view,
+    )
 
     found: list[dict[str, Any]] = []
     if name in repo.views:
@@ -161,6 +166,9 @@ def _described(repo: Repo, state: RegistryState | None, name: str) -> list[dict[
     for source in {view.source.key: view.source for view in repo.views.values()}.values():
         if name in (source.name, source.key):
             found.append(describe_source(source, repo.views, _recorded(state, "sources", source.key)))
+    requests = {s.request.name: s.request for s in repo.services.values() if s.request is not None}
+    if name in requests:
+        found.append(describe_request(requests[name], repo.services))
     owner, _, short = name.partition(":")
     if owner in repo.views and short in repo.views[owner].features:
         found += [
@@ -173,7 +181,8 @@ def _described(repo: Repo, state: RegistryState | None, name: str) -> list[dict[
             if row["feature"] == name
         ]
     if not found:
-        known = ", ".join([*repo.views, *repo.services]) or "none"
+        sources = dict.fromkeys(view.source.name for view in repo.views.values())
+        known = ", ".join([*repo.views, *repo.services, *sources, *requests]) or "none"
         raise NotFoundError(f"'{name}' is no view, service, source or feature; there are {known}")
     return found
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penstock.cli_features import ConfigOption, DataOption, JsonFlag, RepoOption, _folders, _reporting
-from penstock.cli_holder import alone, holder, holder_client
-from penstock.errors import InvalidArgumentError, NotFoundError, PenstockError
+from penstock.cli_holder import alone, holder, holder_client, holder_name
+from penstock.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, PenstockError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,15 @@ def push(
                         accepted += store.push(source, part)
         except PenstockError as error:
             if accepted:
-                typer.echo(f"penstock: the first {accepted} events were taken in, the others not", err=True)
+                typer.echo(
+                    f"penstock: the first {accepted} events were taken in, the others not; "
+                    "rows are counted from there",
+                    err=True,
+                )
+            if server is not None and isinstance(error, NotFoundError):
+                raise FailedPreconditionError(
+                    f"{holder_name(server)} serves other definitions than {folder}: {error}; restart it"
+                ) from error
             raise error
     typer.echo(json.dumps({"accepted": accepted}) if as_json else f"{accepted} events of {source}")
 
@@ -130,6 +138,8 @@ def read_events(file: Path, source: PushSource) -> pa.Table:
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise InvalidArgumentError(f"FILE is '{file}'; expected one of {', '.join(_FORMATS)}")
+    if not file.is_file():
+        raise InvalidArgumentError(f"FILE '{file}' cannot be read: it is no file")
     try:
         if kind == "parquet":
             from pyarrow import parquet
@@ -137,29 +147,51 @@ def read_events(file: Path, source: PushSource) -> pa.Table:
             with parquet.ParquetFile(file) as opened:
                 return opened.read()
         if kind == "csv":
-            from pyarrow import csv
-
-            texts = {name: pa.string() for name, dtype in source.schema.items() if dtype == "string"}
-            options = csv.ConvertOptions(
-                null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False,
-                column_types=texts,
-            )  # fmt: skip
-            return csv.read_csv(file, convert_options=options)
-        with file.open(encoding="utf-8") as lines:
-            events = [json.loads(line) for line in lines if line.strip()]
-        return pa.table(_columns(events, file))
+            return _read_csv(file, source)
+        with file.open("rb") as lines:
+            return _table([_event(line, at, file) for at, line in enumerate(lines, 1) if line.strip()], file)
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
         raise InvalidArgumentError(f"FILE '{file}' cannot be read: {error}") from error
 
 
-def _columns(events: list[Any], file: Path) -> dict[str, list[Any]]:
-    for number, event in enumerate(events, 1):
-        if not isinstance(event, dict):
-            raise InvalidArgumentError(f"FILE '{file}': event {number} is {event!r}; expected an object")
-    names = dict.fromkeys(name for event in events for name in event)
-    return {name: [event.get(name) for event in events] for name in names}
+def _read_csv(file: Path, source: PushSource) -> pa.Table:
+    """The columns in the types of the schema, times as they come. One thread, so that errors name the row."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    plain = {"string": pa.string(), "float64": pa.float64(), "float32": pa.float32(), "bool": pa.bool_()}
+    options = csv.ConvertOptions(
+        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False,
+        column_types={name: plain[dtype] for name, dtype in source.schema.items() if dtype in plain},
+    )  # fmt: skip
+    table = csv.read_csv(file, read_options=csv.ReadOptions(use_threads=False), convert_options=options)
+    table.column_names  # noqa: B018  decodes the header, which Arrow leaves unchecked
+    return table
+
+
+def _event(line: bytes, number: int, file: Path) -> dict[str, Any]:
+    """One event of a file of JSON lines."""
+    try:
+        event = json.loads(line)
+    except ValueError as error:
+        raise InvalidArgumentError(f"FILE '{file}': line {number} is no JSON: {error}") from error
+    if not isinstance(event, dict):
+        raise InvalidArgumentError(f"FILE '{file}': line {number} is {event!r}; expected an object")
+    return event
+
+
+def _table(events: list[dict[str, Any]], file: Path) -> pa.Table:
+    import pyarrow as pa
+
+    columns = {}
+    for name in dict.fromkeys(name for event in events for name in event):
+        try:
+            columns[name] = pa.array([event.get(name) for event in events])
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise InvalidArgumentError(f"FILE '{file}': column '{name}': {error}") from error
+    return pa.table(columns)
 
 
 def _parts(table: pa.Table, rows: int) -> Iterator[pa.Table]:

@@ -43,7 +43,10 @@ def verify(
     if as_json:
         typer.echo(json.dumps([report.to_dict() for report in reports]))
     elif not reports:
-        typer.echo("no vectors are logged: no server of this data folder has sampled any")
+        typer.echo(
+            "no vectors are logged: no server of this data folder has sampled any; "
+            "monitoring.skew.share says how many it samples"
+        )
     for report in [] if as_json else reports:
         _show(report)
     if any(report.mismatches for report in reports):

@@ -179,6 +179,9 @@ def test_a_time_that_is_none(run: Any, shop: Path) -> None:
     done = run("materialize", "--end", "tomorrow")
     assert done.exit_code == 1
     assert "--end is 'tomorrow'; expected a time" in done.output
+    done = run("materialize", "--start", "2027-01-01", "--end", "2026-01-01")
+    assert done.exit_code == 1
+    assert "start is 2027-01-01T00:00:00+00:00, after end 2026-01-01T00:00:00+00:00" in done.output
 
 
 class Peer:

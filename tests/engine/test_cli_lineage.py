@@ -293,7 +293,15 @@ def test_describe(run: Any, home: Path) -> None:
     assert "definition: mean(col('x'), window='2h', every='30m')" in text
     assert "inputs: value float64, clicks int64" in run("features", "describe", "model").output
     assert "  n: int64, stored: count(window='1h')" in run("features", "describe", "users").output
+    cart = run("features", "describe", "cart", "--json")
+    assert json.loads(cart.output) == {
+        "kind": "request source",
+        "name": "cart",
+        "inputs": {"value": "float64", "clicks": "int64"},
+        "services": ["model"],
+    }
     wrong = run("features", "describe", "nobody")
+    assert "events.parquet, cart" in wrong.output  # sources are named too
     assert (wrong.exit_code, "'nobody' is no view, service, source or feature" in wrong.output) == (1, True)
     assert run("features", "describe").exit_code == 2
 

@@ -113,6 +113,8 @@ class FeatureView:
             raise DefinitionError(
                 f"{where}: source is {self.source!r}; expected a source such as ParquetSource(...)"
             )
+        if self.ttl is not None and not isinstance(self.ttl, timedelta):
+            raise DefinitionError(f"{where}: ttl is {self.ttl!r}; expected a datetime.timedelta, or None")
         if self.ttl is not None and self.ttl <= timedelta(0):
             raise DefinitionError(f"{where}: ttl is {self.ttl}; expected more than zero, or None")
         if not isinstance(self.as_known, bool):

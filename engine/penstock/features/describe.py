@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from penstock.features.aggregates import WindowAggregate
-from penstock.features.definitions import FeatureService, FeatureView
+from penstock.features.definitions import FeatureService, FeatureView, RequestSource
 from penstock.features.expressions import Expr
 from penstock.features.source_definitions import DuckDBSource, FileSource, Source
 
@@ -99,6 +99,16 @@ def describe_service(service: FeatureService) -> dict[str, Any]:
         "request": None if request is None else {"name": request.name, "inputs": dict(request.schema)},
         "on_missing": service.on_missing,
         "fingerprint": service.fingerprint(),
+    }
+
+
+def describe_request(request: RequestSource, services: Mapping[str, FeatureService]) -> dict[str, Any]:
+    """The inputs that come with a request."""
+    return {
+        "kind": "request source",
+        "name": request.name,
+        "inputs": dict(request.schema),
+        "services": [s.name for s in services.values() if s.request is not None and s.request == request],
     }
 
 

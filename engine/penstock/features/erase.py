@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _PAIR = np.dtype([("lo", np.uint64), ("hi", np.uint64)])
 KEPT = (
-    "bytes in free pages of the online store's LMDB file, until they are used again",
-    "the source's own files, and copies and backups of the data folder",
+    "bytes in free pages of the data folder's LMDB files, until they are used again",
+    "the source's own files, and copies and backups of the data folder and of Redis",
 )
 
 

@@ -145,7 +145,9 @@ def _collect(known: dict[str, Any], value: Any, file: str, origin: dict[int, str
         return
     if first is not None:
         kind = type(value).__name__
-        raise DefinitionError(f"{kind} '{value.name}' is defined twice: in {origin[id(first)]} and in {file}")
+        other = origin[id(first)]
+        places = f"both times in {file}" if other == file else f"in {other} and in {file}"
+        raise DefinitionError(f"{kind} '{value.name}' is defined twice: {places}")
     known[value.name] = value
     origin[id(value)] = file
 

@@ -54,7 +54,8 @@ class ServicePlans:
         if isinstance(features, str):
             if features not in self._repo.services:
                 known = ", ".join(sorted(self._repo.services)) or "none"
-                raise NotFoundError(f"service '{features}' is unknown; the services are {known}")
+                hint = "; give references as a list" if ":" in features else ""
+                raise NotFoundError(f"service '{features}' is unknown; the services are {known}{hint}")
             features = self._repo.services[features]
         service: FeatureService | AdHocList
         if isinstance(features, FeatureService):

@@ -309,4 +309,11 @@ def _parse_times(column: pa.ChunkedArray, what: str, one_kind: bool) -> pa.Chunk
     try:
         return texts.cast(pa.timestamp("us", "UTC"))
     except pa.ArrowInvalid as error:
+        for given, text in zip(column.drop_null(), texts.drop_null()):
+            try:
+                text.cast(pa.timestamp("us", "UTC"))
+            except pa.ArrowInvalid:
+                raise InvalidArgumentError(
+                    f"{what} has {given.as_py()!r}; expected ISO 8601 texts such as '2013-05-01T12:00:00Z'"
+                ) from error
         raise InvalidArgumentError(f"{what}: {error}; expected ISO 8601 texts") from error

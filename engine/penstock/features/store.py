@@ -53,7 +53,7 @@ from penstock.features.service_plans import ServicePlans, view_dtypes
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
 from penstock.features.streams import Ingest, StreamSource
-from penstock.features.times import Time, to_us
+from penstock.features.times import Time, iso, to_us
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -534,7 +534,9 @@ class FeatureStore:
         """
         start_us, end_us = to_us(start, "start"), to_us(end, "end")
         if start_us > end_us:
-            raise InvalidArgumentError(f"start is {start!r}, after end {end!r}; expected an earlier time")
+            raise InvalidArgumentError(
+                f"start is {iso(start_us)}, after end {iso(end_us)}; expected an earlier time"
+            )
         return self._materialize(writing.write_all, end_us, views, progress)
 
     def materialize_incremental(

@@ -252,6 +252,12 @@ class _Reader:
             specs = [message.message(1) for message in self._registry.messages(number)]
             return [spec for spec in specs if spec.text(2) in ("", self._config.project)]
 
+        found = [message.message(1).text(2) for message in self._registry.messages(6)]
+        if found and not {"", self._config.project} & set(found):
+            raise DefinitionError(
+                f"project is '{self._config.project}'; the registry has views of "
+                f"{', '.join(sorted(set(found)))} alone"
+            )
         for item in self._registry.messages(1):
             spec = item.message(1)
             if spec.text(9) in ("", self._config.project):

@@ -127,8 +127,8 @@ class ModelRegistry:
                 load_bundle(target)
                 if read_manifest(target) != manifest:
                     raise FailedPreconditionError(
-                        f"version '{version}' of model '{name}' is there with other content; "
-                        "save the bundle under another version"
+                        f"version '{version}' of model '{name}' is in {target} with other content than "
+                        f"{source.path}; save the bundle under another version"
                     )
             else:
                 self._copy(source.path, manifest, target)

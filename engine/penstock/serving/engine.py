@@ -447,6 +447,7 @@ class Engine:
         """Record the definitions, fit distributions anew, and read sources that changed again.
 
         A model whose features are then no longer those of its training is not served any more ("retired").
+        "fingerprints" are those of the definitions that were read when the engine started.
         """
         store = self._store()
         with self._changing:
@@ -454,7 +455,16 @@ class Engine:
             self._refresh(store, always=True)
             retired = self.live.retire_strangers()
             self.trials.note_ended()
-            return {"views": changes.views, "services": changes.services, "retired": retired}
+            fingerprints = {
+                "views": {name: view.fingerprint() for name, view in store.views.items()},
+                "services": {name: service.fingerprint() for name, service in store.services.items()},
+            }
+            return {
+                "views": changes.views,
+                "services": changes.services,
+                "retired": retired,
+                "fingerprints": fingerprints,
+            }
 
     def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:
         if store.refresh() or always:

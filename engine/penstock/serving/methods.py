@@ -38,7 +38,8 @@ def call_method(engine: Engine, method: str, params: list[Any]) -> Any:
         raise NotFoundError(f"method '{method}' is unknown; expected one of: {', '.join(sorted(known))}")
     function, least, most = known[method]
     if not least <= len(params) <= most:
-        raise InvalidArgumentError(f"{method} has {len(params)} params; expected {least} to {most}")
+        wanted = str(least) if least == most else f"{least} to {most}"
+        raise InvalidArgumentError(f"{method} has {len(params)} params; expected {wanted}")
     try:
         return function(*params)  # type: ignore[operator]
     except PenstockError:

@@ -107,6 +107,7 @@ def test_service_fingerprint_sees_each_change():
         (lambda: view(entities=[USER, d.Entity("other", ["user_id"])]), "join key 'user_id' is given twice"),
         (lambda: view(source="t.parquet"), "source"),
         (lambda: view(ttl=timedelta(0)), "ttl"),
+        (lambda: view(ttl="90 days"), "ttl is '90 days'; expected a datetime.timedelta"),
         (lambda: view(features={}), "no features"),
         (lambda: view(features={"user_id": col("x")}), "name of a join key"),
         (lambda: view(features={"__column_x": col("x")}), "feature name"),

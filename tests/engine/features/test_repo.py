@@ -96,6 +96,9 @@ def test_a_name_that_is_defined_twice(tmp_path: Path) -> None:
     other = text.replace('"user"', '"user2"').replace("user_id", "id2")
     with pytest.raises(DefinitionError, match=r"FeatureView 'v' is defined twice: in a\.py and in b\.py"):
         load_repo(write(tmp_path, a=text, b=other))
+    twice = VIEW.format(entity="user", name="v") + "u2 = Entity('user', join_keys=['id2'])\n"
+    with pytest.raises(DefinitionError, match=r"Entity 'user' is defined twice: both times in a\.py"):
+        load_repo(write(tmp_path, a=twice, b=""))
 
 
 def test_one_object_under_two_names(tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def test_a_registry_that_is_none_is_refused(feast_repo: Path) -> None:
         FeastRepository.open(feast_repo, definitions="x")
 
 
+def test_a_registry_of_another_project_is_refused(feast_repo: Path) -> None:
+    settings = feast_repo / "feature_store.yaml"
+    settings.write_text(settings.read_text().replace("project: rides", "project: ride"))
+    with pytest.raises(DefinitionError, match="project is 'ride'; the registry has views of rides alone"):
+        FeastRepository.open(feast_repo)
+
+
 def test_environment_variables_in_the_configuration(
     feast_repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,10 +94,13 @@ def test_same_bundle_again_changes_nothing(registry, bundles, tmp_path):
     assert (tmp_path / "registry" / "models.json").read_bytes() == before
 
 
-def test_other_bundle_under_the_same_version_is_refused(registry, bundles):
+def test_other_bundle_under_the_same_version_is_refused(registry, bundles, tmp_path):
     registry.add(bundles / "m" / "1")
-    with pytest.raises(FailedPreconditionError, match="version '1' of model 'm' is there with other content"):
+    with pytest.raises(FailedPreconditionError, match="version '1' of model 'm'") as refused:
         registry.add(bundles / "other" / "m" / "1")
+    assert f"is in {tmp_path / 'models/m/1'} with other content than {bundles / 'other/m/1'}" in str(
+        refused.value
+    )
     assert registry.get("m").metrics == {"auc": 0.5}
 
 
