@@ -28,7 +28,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "peers"))
 import data
 import ours
 from common import Absent, machine, rows_of, write
-from serving.lines import Book, row_of
+from serving.lines import Book, report
 from targets import (
     COLD,
     DURABLE,
@@ -462,21 +462,6 @@ def _push_rounds(run: Run, store: FeatureStore) -> None:
             run.book.add(OURS, DURABLE, float(np.percentile(durable, 99)))
 
 
-def report(run: Run) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=170)
-    table = Table(title="Targets of the feature store", show_lines=False)
-    for name in ("measure", "ours", "the peer's", "ratio", "target", "", "note"):
-        table.add_column(name)
-    for line in run.book.plain_lines():
-        table.add_row(*row_of(line))
-    console.print(table)
-    for text in run.book.absent:
-        console.print(f"left out: {text}", markup=False)
-
-
 PARTS: dict[str, tuple[Callable[[Run], None], tuple[str, ...]]] = {
     "joins": (joins, (COLD, WARM, FILES, LONG)),
     "online": (online, (ONE, MANY, WIDE, MATERIALIZE, OPS, MEMORY)),
@@ -500,7 +485,7 @@ def main() -> None:
                 continue
             work(run)
         target_lines(run.book, run.why)
-    report(run)
+    report(run.book, "Targets of the feature store")
     if options.only is not None:
         return
     settings: dict[str, Any] = {

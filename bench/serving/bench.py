@@ -26,7 +26,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "peers"))
 import in_process
 from common import RESULTS, Absent, machine, rows_of, write
 from forest import FEATURES, LEAVES, ROWS, TREES, onnx_model, onnx_score, train
-from lines import Book, attempt, kernel_lines, row_of
+from lines import Book, attempt, kernel_lines, report
 from overload import edge_lines, hung_line, open_loop_line, overload_lines, sustained_line
 from peers import PEERS, Peer
 from serve_echo import pattern
@@ -259,23 +259,6 @@ def without_a_socket(run: Run) -> None:
     )
 
 
-def report(run: Run) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=160)
-    table = Table(title="Targets of serving", show_lines=False)
-    for name in ("measure", "ours", "the peer's", "ratio", "target", "", "note"):
-        table.add_column(name)
-    for line in run.book.plain_lines():
-        table.add_row(*row_of(line))
-    console.print(table)
-    for text in run.book.absent:
-        console.print(f"left out: {text}", markup=False)
-    for who, count in run.book.failures.items():
-        console.print(f"{who}: {count} requests of the closed loops had no right answer", markup=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="about two minutes, figures of little weight")
@@ -318,7 +301,7 @@ def main() -> None:
             if column not in TABLE
         },
     }
-    report(run)
+    report(run.book, "Targets of serving")
     write(
         "serving-quick" if options.quick else "serving",
         rows_of({key: values for key, values in book.samples.items() if key[1] in TABLE}),

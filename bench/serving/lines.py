@@ -180,3 +180,21 @@ def row_of(line: dict[str, Any]) -> list[str]:
         verdict,
         line["note"],
     ]
+
+
+def report(book: Book, title: str) -> None:
+    """Print the lines as a table, and what was left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=170)
+    table = Table(title=title, show_lines=False)
+    for name in ("measure", "ours", "the peer's", "ratio", "target", "", "note"):
+        table.add_column(name)
+    for line in book.plain_lines():
+        table.add_row(*row_of(line))
+    console.print(table)
+    for text in book.absent:
+        console.print(f"left out: {text}", markup=False)
+    for who, count in book.failures.items():
+        console.print(f"{who}: {count} requests of the closed loops had no right answer", markup=False)
