@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def holder(data_dir: Path) -> dict[str, Any] | None:
     """Who holds the data folder ({"pid", "listen"}); None if nobody does."""
-    from penstock.serving.lock import lock_holder
+    from penstock.data_lock import lock_holder
 
     return lock_holder(data_dir)
 
@@ -24,7 +24,7 @@ def holder(data_dir: Path) -> dict[str, Any] | None:
 @contextmanager
 def alone(data_dir: Path) -> Iterator[None]:
     """Hold the data folder, if there is one; FailedPreconditionError if somebody came first."""
-    from penstock.serving.lock import DataDirLock
+    from penstock.data_lock import DataDirLock
 
     if not data_dir.is_dir():
         yield

@@ -57,7 +57,7 @@ def push(
                     for part in _parts(table, rows):
                         accepted += client.push(source, part)
             else:
-                with alone(data), FeatureStore(folder, data_dir=data) as store:
+                with alone(data), FeatureStore(folder, data_dir=data, holds_data_dir=True) as store:
                     for part in _parts(table, rows):
                         accepted += store.push(source, part)
         except PenstockError as error:
@@ -89,7 +89,7 @@ def erase(
     with _reporting():
         folder, data = _folders(repo, data_dir, config)
         server = holder(data)
-        with FeatureStore(folder, data_dir=data) as store:
+        with FeatureStore(folder, data_dir=data, holds_data_dir=server is None) as store:
             if view not in store.views:
                 known = ", ".join(sorted(store.views)) or "none"
                 raise NotFoundError(f"view '{view}' is unknown; the views are {known}")

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock import cli, cli_features
-from penstock.serving.lock import DataDirLock
+from penstock.data_lock import DataDirLock
 
 SHOP_FILES = [
     "feature_repo/data/prices.parquet",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from penstock.cli_holder import alone, holder
+from penstock.data_lock import DataDirLock
 from penstock.errors import FailedPreconditionError
-from penstock.serving.lock import DataDirLock
 
 
 def test_a_command_holds_the_folder_that_it_writes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from penstock import Engine, cli
 from penstock.config import load_config
+from penstock.data_lock import DataDirLock
 from penstock.errors import BundleError, FailedPreconditionError, InvalidArgumentError
 from penstock.features.aggregates import count, mean
 from penstock.features.changes import Break, BundleFacts
@@ -30,7 +31,6 @@ from penstock.features.expressions import col, now, where
 from penstock.features.source_definitions import ParquetSource
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import save_bundle
-from penstock.serving.lock import DataDirLock
 
 CITY = DEFINITIONS + 'cities = FeatureService("cities", features=["users:spend", "users:rank"])\n'
 

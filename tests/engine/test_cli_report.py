@@ -20,11 +20,11 @@ from sklearn.ensemble import RandomForestClassifier
 from typer.testing import CliRunner
 
 from penstock import cli, cli_report
+from penstock.data_lock import DataDirLock
 from penstock.models import save_bundle
 from penstock.models.registry import ModelRegistry
 from penstock.monitoring.report_data import check_data
 from penstock.serving.client import Client
-from penstock.serving.lock import DataDirLock
 
 NAMES = ["calm", "moved"]
 ROWS = 600

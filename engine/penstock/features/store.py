@@ -16,7 +16,9 @@ import numpy as np
 
 from penstock import _core
 from penstock.clock import SystemClock
+from penstock.data_lock import lock_holder
 from penstock.errors import (
+    FailedPreconditionError,
     InvalidArgumentError,
     PenstockError,
 )
@@ -81,6 +83,7 @@ class FeatureStore:
         *,
         data_dir: str | Path | None = None,
         clock: SystemClock | None = None,
+        holds_data_dir: bool = False,
     ) -> None:
         """Open a repository; `apply` need not have run.
 
@@ -89,6 +92,8 @@ class FeatureStore:
                 were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
+            holds_data_dir: the caller holds the folder's LOCK, as a server does. Else `push`, `ingest` and
+                `erase` are refused while somebody does, whose caches would not hear of them.
 
         Raises:
             ConfigError: there is no repository, or its `feature_store.yaml` is wrong.
@@ -119,6 +124,7 @@ class FeatureStore:
         self._reader_caches = ReaderCaches(self._repo.reader_rows)
         self._pushes.touched = self._reader_caches.touched
         self.epoch = 0
+        self._holder = holds_data_dir
         self._writing = threading.Lock()  # one materialisation
         self._plans = ServicePlans(self._repo, self.computer)
 
@@ -427,6 +433,14 @@ class FeatureStore:
 
     # Pushes
 
+    def _check_free(self) -> None:
+        found = None if self._holder else lock_holder(self.data_dir)
+        if found is not None:
+            where = f"at {', '.join(found['listen'])}" if found["listen"] else f"in process {found['pid']}"
+            raise FailedPreconditionError(
+                f"data_dir {self.data_dir} is served {where}; push and erase through that server"
+            )
+
     def push(self, source: str, rows: Any) -> int:
         """Take in events: reads see them at once, and they are durable when this returns.
 
@@ -444,10 +458,12 @@ class FeatureStore:
 
         Raises:
             NotFoundError: there is no such source.
+            FailedPreconditionError: a server holds the data folder; push through it.
             InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
             ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
             StoreError: the disk is full or failed; the events are gone from the reads again.
         """
+        self._check_free()
         return self._pushes.push(source, rows)
 
     def erase(self, view: str, keys: Any) -> dict[str, Any]:
@@ -470,6 +486,7 @@ class FeatureStore:
         """
         if not isinstance(view, str):
             raise InvalidArgumentError(f"view is {view!r}; expected a name")
+        self._check_free()
         with self._writing:
             return erase_keys(
                 self._live, self._log, self._online, self._pushes, view, keys, self.key_seed,
@@ -497,6 +514,7 @@ class FeatureStore:
         Returns:
             The loop: `start()` runs it on a thread until `stop()`; `step()` runs it once.
         """
+        self._check_free()
         self._live.fed_by(source)
         return Ingest(
             self._pushes, self._log, source, stream, consumer=consumer or source, most=most, idle_s=idle_s

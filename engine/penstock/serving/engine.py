@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.config import Config, ModelConfig, load_config
+from penstock.data_lock import DataDirLock
 from penstock.errors import (
     BundleError,
     FailedPreconditionError,
@@ -40,7 +41,6 @@ from penstock.serving import protocol
 from penstock.serving.filler import CacheFiller
 from penstock.serving.labels import Labels
 from penstock.serving.live import LiveModel, LiveModels
-from penstock.serving.lock import DataDirLock
 from penstock.serving.methods import call_method
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 from penstock.serving.refresher import Refresher
@@ -106,7 +106,10 @@ class Engine:
         config = self.config
         if config.feature_store.repo_path is not None:
             self.store = FeatureStore(
-                config.feature_store.repo_path, data_dir=config.data_dir, clock=self.clock
+                config.feature_store.repo_path,
+                data_dir=config.data_dir,
+                clock=self.clock,
+                holds_data_dir=True,
             )
         self.registry = ModelRegistry(config.data_dir / "models", config.data_dir / "registry")
         self._open_logs()

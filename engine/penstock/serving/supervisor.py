@@ -31,8 +31,8 @@ from types import FrameType
 
 from penstock import _core
 from penstock.config import Config
+from penstock.data_lock import DataDirLock
 from penstock.serving.listeners import Listener, reserve_all
-from penstock.serving.lock import DataDirLock
 from penstock.serving.worker import WorkerOrder
 from penstock.serving.worker_engine import CONTROL, OWNERS, WorkerSpec, arena_folder, control_address
 

@@ -39,13 +39,13 @@ from numpy.typing import NDArray
 
 from penstock import _core
 from penstock.config import Config
+from penstock.data_lock import DataDirLock
 from penstock.diskio import write_file
 from penstock.errors import FailedPreconditionError, PenstockError, UnavailableError
 from penstock.models.registry import Trial
 from penstock.serving.engine import Engine
 from penstock.serving.link import CallPool, Link, unknown_method
 from penstock.serving.live import LiveModel
-from penstock.serving.lock import DataDirLock
 from penstock.serving.protocol import ADMIN_METHODS
 from penstock.serving.telemetry import Telemetry
 from penstock.serving.worker_stats import merge_stats

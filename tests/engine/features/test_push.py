@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from store_repo import assert_online_is_offline
 
 from penstock import ParquetSource, PushSource
 from penstock.clock import ManualClock
+from penstock.data_lock import DataDirLock
 from penstock.errors import (
     DefinitionError,
     FailedPreconditionError,
@@ -41,6 +43,7 @@ from penstock.errors import (
 from penstock.features import materialize
 from penstock.features.online import OnlineStore
 from penstock.features.store import FeatureStore
+from penstock.features.streams import MemoryStream
 
 USERS, SHOPS = list(range(6)), ["a", "b"] * 3
 moments = st.one_of(st.integers(0, 24).map(lambda n: n * 30 * MINUTE), st.integers(0, 12 * HOUR))
@@ -619,3 +622,25 @@ def test_rows_that_another_process_erased_are_not_written_again(tmp_path: Path) 
         assert report.rows == {"users": 5}
         number = one._live.view("users").number
         assert sum(len(keys) for keys, _ in one._online.scan(number)) == 5
+
+
+def test_a_store_beside_a_server_reads_and_does_not_push(tmp_path: Path) -> None:
+    repo = make_push_repo(tmp_path / "r", batch=some_events(3))
+    with FeatureStore(repo) as store:
+        assert store.push("events", GOOD) == 2
+        lock = DataDirLock(store.data_dir)
+        lock.announce(["tcp://127.0.0.1:7064"])
+        for write in (
+            lambda: store.push("events", GOOD),
+            lambda: store.erase("users", {"user_id": [1]}),
+            lambda: store.ingest("events", MemoryStream(1)),
+        ):
+            with pytest.raises(FailedPreconditionError, match=r"served at tcp://127\.0\.0\.1:7064"):
+                write()
+        lock.announce([])
+        with pytest.raises(FailedPreconditionError, match=f"in process {os.getpid()}"):
+            store.push("events", GOOD)
+        with FeatureStore(repo, holds_data_dir=True) as server:  # as the holder itself does
+            assert server.push("events", GOOD) == 2
+        lock.release()
+        assert store.push("events", GOOD) == 2

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from penstock.data_lock import DataDirLock, lock_holder
 from penstock.errors import FailedPreconditionError
-from penstock.serving.lock import DataDirLock, lock_holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from penstock.serving.lock import DataDirLock
+from penstock.data_lock import DataDirLock
 lock = DataDirLock(Path(sys.argv[1]))
 lock.announce(["tcp://127.0.0.1:7064"])
 print("held", flush=True)
