@@ -365,7 +365,8 @@ def test_every_method_answers_over_the_socket(shop, serve, tmp_path, penstock, n
     assert raw.call("apply")["services"] == {"purchase": "added"}
     again = raw.call("apply")
     known = again.pop("fingerprints")
-    assert set(known["views"]) == {"user_features", "item_features"} and set(known["services"]) == {"purchase"}
+    assert set(known["views"]) == {"user_features", "item_features"}
+    assert set(known["services"]) == {"purchase"}
     assert again == {"views": {}, "services": {}, "retired": []}
     later = penstock("materialize", "--config", served.config, "--json")  # finds the server by the lock
     assert later.returncode == 0, later.stderr
