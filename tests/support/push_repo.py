@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from store_repo import bits
+from store_repo import assert_online_is_offline, bits
 
 from penstock.features.store import FeatureStore
 
 MINUTE = 60_000_000
 HOUR = 60 * MINUTE
+USERS, SHOPS = list(range(6)), ["a", "b"] * 3
 DEFINITIONS = """
 from datetime import timedelta
 from penstock import (Entity, FeatureService, FeatureView, ParquetSource, PushSource, RequestSource,
@@ -89,3 +90,7 @@ def online(store: FeatureStore, now: int, users: list[Any], shops: list[Any]) ->
     entities = pa.table({"user_id": pa.array(users, pa.int64()), "shop": pa.array(shops, pa.string())})
     table = store.get_online_features(FEATURES, entities, now=now).to_arrow(with_status=True)
     return {name: bits(table[name]) for name in table.column_names}
+
+
+def agree(store: FeatureStore, now: int) -> None:
+    assert_online_is_offline(store, now, USERS, SHOPS, FEATURES)

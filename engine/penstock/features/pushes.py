@@ -23,7 +23,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from penstock.features.event_log import EventLog, NewBatch
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.online import OnlineStore, header_in, put_header_in, put_rows
-from penstock.features.online_adapter import OnlineAdapter, ViewHeader
+from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
 from penstock.features.registry import Registry
 from penstock.features.source_definitions import PushSource
@@ -515,7 +515,7 @@ class Pushes:
         if self._writing.get(live.number) == first - 1:
             self._writing[live.number] = last
         if header is not None and header.sequence == first - 1:
-            put_header_in(txn, live.number, _with_sequence(header, last))
+            put_header_in(txn, live.number, replace(header, sequence=last))
 
     def _put_remote(
         self, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
@@ -529,7 +529,7 @@ class Pushes:
                 return
             advanced = None
             if header is not None and header.sequence == first - 1:
-                advanced = _with_sequence(header, last)
+                advanced = replace(header, sequence=last)
             self._online.put_many(live.number, keys, rows, meta, advanced, sequence=last, replace=True)
             if self._writing.get(live.number) == first - 1:
                 self._writing[live.number] = last
@@ -598,7 +598,3 @@ class Pushes:
             self._thread.join()
         with self._compacting:
             pass
-
-
-def _with_sequence(header: ViewHeader, sequence: int) -> ViewHeader:
-    return ViewHeader(header.tag, header.row_words, header.cursor_us, sequence)

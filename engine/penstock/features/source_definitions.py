@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from penstock.features.expressions import DTYPES, digest
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
 
 
-class Source:
+class Source(ABC):
     """Where a view's events come from. Equal descriptions mean equal events.
 
     Attributes:
@@ -33,9 +34,9 @@ class Source:
     deleted: str | None = None
     schema: Mapping[str, str] | None = None
 
+    @abstractmethod
     def describe(self) -> list[Any]:
         """All that decides its events, as JSON values."""
-        raise NotImplementedError
 
     @property
     def key(self) -> str:

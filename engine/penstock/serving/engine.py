@@ -42,6 +42,7 @@ from penstock.serving.filler import CacheFiller
 from penstock.serving.labels import Labels
 from penstock.serving.live import LiveModel, LiveModels
 from penstock.serving.methods import call_method
+from penstock.serving.precomputer import Precomputer
 from penstock.serving.protocol import Prediction, PredictionBatch, Time
 from penstock.serving.refresher import Refresher
 from penstock.serving.telemetry import Telemetry
@@ -51,7 +52,6 @@ _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
-_PRECOMPUTE_PAUSE_S = 0.5
 
 
 _open_engines: set[Engine] = set()
@@ -86,7 +86,6 @@ class Engine:
         self._generation = 0  # of the sources: rows read under an older one are read again
         self._filling = threading.Lock()
         self._closing = threading.Event()
-        self._hot_changed = threading.Event()  # by a push
         self.monitor_errors = self.refresh_errors = 0
         self.telemetry = self._new_telemetry()
         self._threads: list[threading.Thread] = []
@@ -117,6 +116,7 @@ class Engine:
         self.trials = Trials(config, self.live, self.registry, self.clock)
         self.labels = Labels(self.live, self.served_log, self.label_log, self.clock)
         self.filler = CacheFiller(self.live, self.clock, self._filling)
+        self.precomputer = Precomputer(self.live, self._changing)
         self.refresher = Refresher(self.live.caches, self._load_ahead, self.clock, self.live.cache_owner)
         self._prepare()
         self._deploy_all()
@@ -128,7 +128,8 @@ class Engine:
         if self.store is not None:
             self.store.on_push(self._pushed, self._lost)
             if self.config.caches.edge.precompute:
-                thread = threading.Thread(target=self._run_precompute, name="run_precompute", daemon=True)
+                run = self.precomputer.run
+                thread = threading.Thread(target=run, args=(self._closing,), name="precompute", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         self.telemetry.start()
@@ -428,23 +429,7 @@ class Engine:
     def _pushed(self, touched: Touched, later: int = 0) -> None:
         """Put the rows of pushed events into the caches in place of the older ones. On the push thread."""
         self.filler.put_pushed(self._store(), touched, later)
-        self._hot_changed.set()
-
-    def _run_precompute(self) -> None:
-        """After pushes, compute the most frequent inputs again, so that no request waits for them."""
-        while not self._closing.is_set():
-            if not self._hot_changed.wait(_LOADER_WAIT_S):
-                continue
-            self._hot_changed.clear()
-            try:
-                with self._changing:
-                    for model in self.live.live.values():
-                        if not self._closing.is_set():
-                            self.live.precompute(model)
-            except Exception:
-                self.refresh_errors += 1
-                _log.exception("inputs could not be computed ahead")
-            self._closing.wait(_PRECOMPUTE_PAUSE_S)  # one run for all pushes meanwhile
+        self.precomputer.note_change()
 
     def apply(self) -> dict[str, Any]:
         """Record the definitions, fit distributions anew, and read sources that changed again.
@@ -458,16 +443,10 @@ class Engine:
             self._refresh(store, always=True)
             retired = self.live.retire_strangers()
             self.trials.note_ended()
-            fingerprints = {
-                "views": {name: view.fingerprint() for name, view in store.views.items()},
-                "services": {name: service.fingerprint() for name, service in store.services.items()},
-            }
-            return {
-                "views": changes.views,
-                "services": changes.services,
-                "retired": retired,
-                "fingerprints": fingerprints,
-            }
+            found = {"views": changes.views, "services": changes.services, "retired": retired}
+            views = {name: view.fingerprint() for name, view in store.views.items()}
+            services = {name: service.fingerprint() for name, service in store.services.items()}
+            return {**found, "fingerprints": {"views": views, "services": services}}
 
     def _refresh(self, store: FeatureStore, *, always: bool = False) -> None:
         if store.refresh() or always:
@@ -535,7 +514,7 @@ class Engine:
             "models_memory": self.live.memory(),
             "caches": {name: cache.stats() for name, cache in self.live.caches.items()},
             "served_log": self.served_log.stats(),
-            "refresh": {**self.refresher.stats(), "errors": self.refresh_errors},
+            "refresh": {**self.refresher.stats(), "errors": self.refresh_errors + self.precomputer.errors},
             "monitor_errors": self.monitor_errors,
             **self.telemetry.stats(),
         }
