@@ -36,3 +36,4 @@ export PYTHONPATH="kernels${PYTHONPATH:+:$PYTHONPATH}"
 # The settings name an option of a plugin that is not needed here.
 "$python" -m pytest tests/gpu -q -W ignore::pytest.PytestConfigWarning
 "$python" bench/gpu/bench_counts.py "$@"
+"$python" bench/gpu/bench_programs.py "$@"

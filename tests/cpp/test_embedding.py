@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,12 +15,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_builds import build
 
 from penstock.models.bundle import load_bundle, save_bundle, score
 from penstock.models.manifest import Manifest, dump_manifest, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "cpp-embedding"  # kept, so that only the first run builds the library
 INPUTS = ["a", "b: not a key", 'c\'s "long" name ' + "word " * 30 + "#", "naïve\nline", "null", "1"]
 
 pytestmark = [
@@ -45,10 +44,11 @@ def configure(source: Path, build: Path, *options: str) -> None:
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix that the library is installed to."""
-    configure(ROOT, BUILD)
-    cmake("--build", BUILD, "--target", "core", "-j", str(os.cpu_count() or 1))
+    launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+    # A folder that is kept, so that only the first run builds the library.
+    made = build("cpp-embedding", "-DCMAKE_BUILD_TYPE=Release", *launcher, target="core")
     folder = tmp_path_factory.mktemp("prefix")
-    cmake("--install", BUILD, "--component", "cpp", "--prefix", folder)
+    cmake("--install", made, "--component", "cpp", "--prefix", folder)
     return folder
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from native_builds import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "csrc").glob("*/native_*.cc"))
@@ -17,18 +17,9 @@ PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "csrc").glob("*/native
 def sanitized(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """Build every program with one sanitizer; return its name and the folder of the programs."""
     sanitizer = request.param
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake is not on PATH")
-    build = ROOT / "build" / f"sanitize-{sanitizer}"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DPENSTOCK_TESTS=ON"]
-    if shutil.which("ninja"):
-        configure += ["-G", "Ninja"]
-    subprocess.run([*configure, f"-DPENSTOCK_SANITIZE={sanitizer}"], check=True, capture_output=True)
-    done = subprocess.run(
-        ["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1)], capture_output=True, text=True
+    return sanitizer, build(
+        f"sanitize-{sanitizer}", "-DPENSTOCK_TESTS=ON", f"-DPENSTOCK_SANITIZE={sanitizer}"
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return sanitizer, build
 
 
 LONG = {"native_arena_kill": ["1000"]}  # arguments of the long forms
@@ -47,8 +38,8 @@ def test_long_form_is_clean(sanitized: tuple[str, Path], program: str) -> None:
 
 
 def run_clean(sanitized: tuple[str, Path], program: str, arguments: list[str]) -> None:
-    sanitizer, build = sanitized
-    command = [str(build / program), *arguments]
+    sanitizer, folder = sanitized
+    command = [str(folder / program), *arguments]
     if sanitizer == "thread" and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # TSAN cannot map its shadow under some address-space layouts
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

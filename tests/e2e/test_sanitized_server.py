@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgpack
 import pytest
+from native_builds import build
 
 from penstock import Client
 
-ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = 300  # of each peer: tens of times slower than without the sanitizer
 
 # `penstock` with the core at argv[1] in place of the one that is installed.
@@ -35,16 +35,17 @@ main()
 def sanitized_core() -> Path:
     import pybind11
 
-    if shutil.which("cmake") is None or shutil.which("ninja") is None or shutil.which("setarch") is None:
-        pytest.skip("cmake, ninja and setarch are needed")
-    build = ROOT / "build" / "sanitize-binding"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DPENSTOCK_BINDING=ON"]
-    configure += ["-DPENSTOCK_SANITIZE=thread", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(build), "--target", "_core"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (made,) = build.glob("_core.*.so")
+    if shutil.which("ninja") is None or shutil.which("setarch") is None:
+        pytest.skip("ninja and setarch are needed")
+    folder = build(
+        "sanitize-binding",
+        "-DPENSTOCK_BINDING=ON",
+        "-DPENSTOCK_SANITIZE=thread",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        target="_core",
+    )
+    (made,) = folder.glob("_core.*.so")
     return made
 
 

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from native_builds import build
 
 ROOT = Path(__file__).resolve().parents[3]
 _CLANGS = ("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
 
 
-def _build(folder: str, target: str, *options: str) -> Path:
-    if shutil.which("cmake") is None:
-        pytest.skip("cmake is not on PATH")
-    build = ROOT / "build" / folder
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *options]
-    if shutil.which("ninja"):
-        configure += ["-G", "Ninja"]
-    done = subprocess.run(configure, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    command = ["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1), "--target", target]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return build / target
-
-
 @pytest.mark.long
 def test_1e8_mutated_bytes_through_a_connection() -> None:
-    program = _build(
-        "sanitize-address", "native_connection_fuzz", "-DPENSTOCK_TESTS=ON", "-DPENSTOCK_SANITIZE=address"
-    )
+    target = "native_connection_fuzz"
+    options = ("-DPENSTOCK_TESTS=ON", "-DPENSTOCK_SANITIZE=address")
+    program = build("sanitize-address", *options, target=target) / target
     done = subprocess.run([str(program), "100000000"], capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     print(done.stdout)
@@ -49,7 +34,8 @@ def test_libfuzzer_finds_nothing_in_60_seconds(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"{clang} lacks the runtime of libFuzzer: {done.stderr.splitlines()[-1:]}")
-    program = _build("fuzzer", "fuzz_session", "-DPENSTOCK_SANITIZE=fuzzer", f"-DCMAKE_CXX_COMPILER={clang}")
+    options = ("-DPENSTOCK_SANITIZE=fuzzer", f"-DCMAKE_CXX_COMPILER={clang}")
+    program = build("fuzzer", *options, target="fuzz_session") / "fuzz_session"
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i, frame in enumerate(sorted((ROOT / "tests" / "golden").glob("*.bin"))):

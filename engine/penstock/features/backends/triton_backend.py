@@ -6,6 +6,7 @@ compiled without contraction to FMA. Validity is a byte a row outside and a mask
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -150,12 +151,24 @@ def upper_bound(table, n, steps, x):
 """
 
 
+class _Negate(ast.NodeTransformer):
+    """-x as x * -1: before 3.9 Triton took it for 0 - x, whose zeros have another sign."""
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+            return ast.BinOp(node.operand, ast.Mult(), ast.UnaryOp(ast.USub(), ast.Constant(1)))
+        return node
+
+
 @functools.cache
 def _library() -> ModuleType:
     """Every operation as a Triton function."""
     functions = {**function_texts(float_math, SCALARS), **function_texts(operations, SCALARS)}
     parts = ["import triton\nimport triton.language as tl\n", _PRIMITIVES]
-    parts += [f"\n@triton.jit\n{text}\n" for text in functions.values()]
+    parts += [
+        f"\n@triton.jit\n{ast.unparse(_Negate().visit(ast.parse(text)))}\n" for text in functions.values()
+    ]
     return generated.load("triton", "\n".join(parts))
 
 
@@ -247,6 +260,7 @@ class TritonProgram:
             np.array(table_f or [0.0], np.float64),
             np.array(table_i or [0], np.int64),
         ]
+        self._on_device: dict[int, list[Any]] = {}  # the same, by device
 
     @property
     def inputs(self) -> list[tuple[str, str]]:
@@ -271,12 +285,12 @@ class TritonProgram:
             if len(values) != n or (valid is not None and len(valid) != n):
                 raise ValueError(f"column '{name}' has another length than {n} rows")
         xp = array_module(*[part for pair in inputs for part in pair if part is not None])
-        every = xp.ones(n, np.uint8)
+        every = xp.ones(n, np.uint8) if any(valid is None for _, valid in inputs) else None
         args: list[Any] = []
         for values, valid in inputs:
             mask = every if valid is None else xp.ascontiguousarray(valid).view(np.uint8)
             args += [xp.ascontiguousarray(values), mask]
-        args += [xp.asarray(part) for part in self._fixed]
+        args += self._fixed if xp is np else self._uploaded(xp)
         out = [
             (xp.empty(n, np.float64 if is_floating(dtype) else np.int64), xp.empty(n, np.uint8))
             for _, dtype, _ in self._program.outputs
@@ -285,6 +299,14 @@ class TritonProgram:
         with np.errstate(all="ignore"):
             launch(self._kernel, (-(-n // BLOCK),), (*args, n), {"BLOCK": BLOCK})
         return [(values, valid.view(np.bool_)) for values, valid in out]
+
+    def _uploaded(self, cupy: Any) -> list[Any]:
+        device = cupy.cuda.Device().id
+        if device not in self._on_device:
+            uploaded = [cupy.asarray(part) for part in self._fixed]
+            cupy.cuda.get_current_stream().synchronize()  # later runs may be on another stream
+            self._on_device[device] = uploaded
+        return self._on_device[device]
 
 
 def compile(
