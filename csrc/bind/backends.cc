@@ -112,6 +112,10 @@ class PythonCalls {
 
  private:
   Status call(size_t n) {
+    const struct Counted {
+      Counted() { g_python_runs.fetch_add(1, std::memory_order_relaxed); }
+      ~Counted() { g_python_runs.fetch_sub(1, std::memory_order_relaxed); }
+    } counted;
     const py::gil_scoped_acquire gil;
     try {
       held_->run(n);

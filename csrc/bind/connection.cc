@@ -1,11 +1,11 @@
-// Binding of engine/serving_core's Connection. The loop thread calls it, and holds the GIL.
+// Binding of engine/serving_core's Connection. The loop thread calls it with the GIL, and may let go of it inside received().
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "bind/bind.h"
+#include "bind/backends.h"
 #include "engine/serving_core.h"
 
 namespace penstock::bind {
@@ -29,7 +29,10 @@ void bind_connection(py::module_& m) {
           "received",
           [](Connection& self, size_t n) {
             std::vector<Connection::Call> others;
-            self.received(n, &others);
+            {
+              const GiveWay give_way;
+              self.received(n, &others);
+            }
             py::list calls(others.size());
             for (size_t i = 0; i < others.size(); ++i)
               calls[i] = py::make_tuple(others[i].msgid, others[i].method, py::bytes(others[i].params));

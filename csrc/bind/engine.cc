@@ -542,11 +542,12 @@ void bind_engine(py::module_& m) {
           py::arg("max_output_bytes"), py::keep_alive<0, 1>())
       .def_property_readonly("event_fd", &ServingCore::event_fd)
       .def_property_readonly("timer_fd", &ServingCore::timer_fd)
-      .def("wake", &ServingCore::wake,
+      .def("wake", &ServingCore::wake, py::call_guard<GiveWay>(),
            "event_fd is readable: run what reads left, encode replies of ended requests and send them. Ids "
            "of\n"
            "connections whose output somebody else must look after.")
-      .def("expire", &ServingCore::expire, "timer_fd is readable: answer what is due, then as wake.")
+      .def("expire", &ServingCore::expire, py::call_guard<GiveWay>(),
+           "timer_fd is readable: answer what is due, then as wake.")
       .def_property_readonly("unauthenticated", &ServingCore::unauthenticated)
       .def(
           "overdue",

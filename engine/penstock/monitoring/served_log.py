@@ -124,7 +124,9 @@ class ServedLog:
         scores: NDArray[np.float64],
         status: NDArray[np.uint8],
     ) -> None:
-        """Take served rows (copied); they are written by a later `flush`, or now if `flush_rows` wait.
+        """Take served rows; they are written by a later `flush`, or now if `flush_rows` wait.
+
+        The arrays are kept until then: the caller must not change them.
 
         Args:
             names: model inputs in order, [F]; a version keeps its names.
@@ -154,7 +156,7 @@ class ServedLog:
                 raise FailedPreconditionError("the log of served rows is closed")
             stream = self._stream(model, version, names)
             if n:
-                stream.pending.append((rid.copy(), now_us.copy(), status.copy(), scores.copy(), rows.copy()))
+                stream.pending.append((rid, now_us, status, scores, rows))
                 stream.n_pending += n
                 self._rows += n
             if stream.n_pending >= self._flush_rows:
@@ -241,10 +243,13 @@ class ServedLog:
         """Write the waiting rows as one message; on an error they are lost and the file is cut back."""
         import pyarrow as pa
 
-        rid, now_us, status, scores, rows = (
-            np.concatenate([part[i] for part in stream.pending]) for i in range(5)
-        )
-        columns = [rid, now_us, status, scores, *np.ascontiguousarray(rows.T)]
+        columns = [np.concatenate([part[i] for part in stream.pending]) for i in range(4)]
+        inputs = np.empty((len(stream.names), stream.n_pending), np.float32)
+        at = 0
+        for *_, rows in stream.pending:
+            inputs[:, at : at + len(rows)] = rows.T
+            at += len(rows)
+        columns += list(inputs)
         batch = pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=stream.schema)
         stream.pending, n, stream.n_pending = [], stream.n_pending, 0
         try:
