@@ -111,6 +111,26 @@ constexpr int64_t low_wait_bound(uint64_t n, int64_t longest_ns, const PolicyCon
 // 2019, 6.3.)
 bool worth_serving(size_t cut, size_t full, const RunTimeModel& model);
 
+// How long the thread that reads may run batches by itself, in one go: up to the limit. A batch that takes an
+// eighth of the limit at most costs less than handing it to the executor, with which the reading thread then
+// contends for the lane: of such, it runs up to eight limits' worth.
+class InlineBudget {
+ public:
+  explicit InlineBudget(int64_t limit_ns) : limit_ns_(limit_ns) {}
+
+  // May a batch run that should take this long? After a no, nothing more runs in this go.
+  bool take(int64_t predicted_ns) {
+    used_ns_ += predicted_ns;
+    const bool cheap = predicted_ns <= limit_ns_ / kCheap;
+    return used_ns_ <= (cheap ? kCheap * limit_ns_ : limit_ns_);
+  }
+
+ private:
+  static constexpr int64_t kCheap = 8;
+  const int64_t limit_ns_;
+  int64_t used_ns_ = 0;
+};
+
 // What a new request finds.
 struct Ahead {
   uint64_t rows = 0;          // of its own class that are served before it

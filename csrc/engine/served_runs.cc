@@ -9,9 +9,6 @@ namespace penstock {
 namespace {
 
 constexpr int64_t kStopLook = 1'000'000'000;  // how often stop() looks at a run that it waits for
-// A batch that runs in an eighth of the inline limit costs less than handing it to the executor, with which
-// the reading thread then contends for the lane: of such, one pump runs up to eight limits' worth.
-constexpr int64_t kCheapShare = 8;
 
 }  // namespace
 
@@ -148,14 +145,10 @@ void ServedModel::probe(std::unique_lock<std::mutex>& lock) {
 
 void ServedModel::pump() {
   std::unique_lock lock(mutex_);
-  const int64_t limit_ns = config_.inline_limit_ns;
-  int64_t used_ns = 0;
+  InlineBudget budget(config_.inline_limit_ns);
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
-    const int64_t predicted = lane_.run_time().predict(rows);
-    used_ns += predicted;
-    const bool cheap = predicted <= limit_ns / kCheapShare && used_ns <= limit_ns * kCheapShare;
-    if (held_ || (used_ns > limit_ns && !cheap) || !model_->inline_ok() ||
+    if (held_ || !budget.take(lane_.run_time().predict(rows)) || !model_->inline_ok() ||
         (edge_ != nullptr && edge_->precomputing)) {
       work_.notify_one();
       return;

@@ -222,6 +222,19 @@ void newcomers_find_room() {
   CHECK(alone > 4096 / 2);
 }
 
+void cheap_batches_run_on_the_reading_thread() {
+  InlineBudget dear(200'000);
+  CHECK(dear.take(100'000) && dear.take(100'000) && !dear.take(30'000));
+  CHECK(!InlineBudget(200'000).take(200'001));
+  InlineBudget cheap(200'000);
+  int batches = 0;
+  while (cheap.take(25'000)) ++batches;
+  CHECK(batches == 64);  // eight limits' worth
+  InlineBudget mixed(200'000);
+  CHECK(mixed.take(190'000) && mixed.take(25'000) && !mixed.take(25'001));
+  CHECK(!InlineBudget(0).take(1));
+}
+
 }  // namespace
 
 int main() {
@@ -240,5 +253,6 @@ int main() {
   admission_counts_the_other_class_as_it_is_served();
   the_bounds_are_what_they_say();
   newcomers_find_room();
+  cheap_batches_run_on_the_reading_thread();
   return 0;
 }
