@@ -13,20 +13,22 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
-from penstock.features.compute import ViewComputer, stored_texts
+from penstock.features.compute import ViewComputer, columns_of_view, stored_texts
 from penstock.features.definitions import FeatureView
 from penstock.features.event_log import EventLog
-from penstock.features.expressions import Expr, columns_read
-from penstock.features.fit import fit_key, fit_view, rank_arguments
+from penstock.features.fit import fit_key, fit_tables, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.push_table import push_stamp, read_file_source, read_push_source
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
 from penstock.features.source_definitions import PushSource
-from penstock.features.source_reading import source_stamp
+from penstock.features.source_reading import SourceTooLarge, source_stamp
 from penstock.features.sources import SourceTable
+from penstock.features.streamed import StreamedView
+from penstock.features.view_events import ViewEvents
 
 _READ_TRIES = 5
 
@@ -78,6 +80,7 @@ class LiveViews:
         self.settle: Callable[[], None] = lambda: None  # waits until what was pushed is in the log
         self._changing = threading.RLock()  # one thread reads sources or replaces readings
         self._live: dict[str, LiveView] = {}  # replaced, never changed in place
+        self._too_large: dict[str, str] = {}  # stamps of sources that a join reads in batches
 
     @property
     def readings(self) -> object:
@@ -105,6 +108,58 @@ class LiveViews:
             if name not in self._live:
                 self._live = {**self._live, name: self._build(self._repo.views[name])}
             return self._live[name]
+
+    def for_join(self, name: str) -> ViewComputer | StreamedView:
+        """A view for a historical join: as it is held, or what reads it in batches if it is too large.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: as `view`.
+        """
+        live, view = self._live.get(name), self._repo.views.get(name)
+        if live is not None or view is None:
+            return self.view(name).computer
+        with self._changing:
+            if name not in self._live and self._too_large.get(name) != self._stamp(view):
+                try:
+                    built = self._build(view, self._repo.join.memory_bytes)
+                    self._live = {**self._live, name: built}
+                except SourceTooLarge:
+                    self._too_large[name] = self._stamp(view)
+            if name in self._live:
+                return self._live[name].computer
+            return self._streamed(view)
+
+    def _streamed(self, view: FeatureView) -> StreamedView:
+        """A view that is read in batches; its distributions are in the registry then."""
+        opened = partial(self._open, view, self._registry.state.recorded("sources").get(view.source.key))
+        fitted = self._fitted(view)
+        if fitted is None:
+            made = fit_tables(view, opened().tables, self._repo.fit_until_us)
+            named = {fit_key(view, argument): distribution for argument, distribution in made.items()}
+            self._registry.record_fits(named, self._repo.fit_until_us, refit=False)
+            fitted = self._fitted(view) or {}
+        return StreamedView(
+            view, opened, partial(self._stamp, view), partial(self._extend, view), self._repo.join,
+            self._registry.seed, fitted,
+        )  # fmt: skip
+
+    def _open(self, view: FeatureView, recorded: Mapping[str, str] | None) -> ViewEvents:
+        if isinstance(view.source, PushSource):
+            self.settle()
+        return ViewEvents(
+            view, self._repo.path, self._log, self._registry.seed, self._given(view), recorded,
+            self._repo.join.memory_bytes,
+        )  # fmt: skip
+
+    def _given(self, view: FeatureView) -> dict[str, list[str]]:
+        """The codes that the registry has of a view's stored texts, by source column."""
+        known = self._registry.state.dictionaries.get(view.source.name, {})
+        plain = stored_texts(view)
+        return {name: texts for name, texts in known.items() if name in plain}
+
+    def _extend(self, view: FeatureView, texts: Mapping[str, list[str]]) -> bool:
+        with self._changing:
+            return self._registry.extend_dictionaries(view.source.name, texts)
 
     def numbers(self) -> set[int]:
         """The numbers of all views that are read."""
@@ -201,9 +256,9 @@ class LiveViews:
         self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
         self._live = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
 
-    def _build(self, view: FeatureView) -> LiveView:
+    def _build(self, view: FeatureView, most_bytes: int | None = None) -> LiveView:
         recorded = self._registry.state.recorded("sources").get(view.source.key)
-        table, tag, sequence = self._read(view, recorded)
+        table, tag, sequence = self._read(view, recorded, most_bytes=most_bytes)
         fitted = self._fitted(view)
         if fitted is None:
             made = fit_view(view, table, self._repo.fit_until_us)
@@ -234,31 +289,35 @@ class LiveViews:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
     def _read(
-        self, view: FeatureView, recorded: Mapping[str, str] | None, only_look: bool = False
+        self,
+        view: FeatureView,
+        recorded: Mapping[str, str] | None,
+        only_look: bool = False,
+        most_bytes: int | None = None,
     ) -> tuple[SourceTable, str, int]:
         """The view's source, held to the recorded schema, its stamp, and the newest pushed event's number.
 
-        The codes of its stored strings are in the registry then, but with `only_look`.
+        The codes of its stored strings are in the registry then, but with `only_look`. SourceTooLarge where
+        its columns take more than `most_bytes`.
         """
-        source, stored = view.source, view.stored
-        values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
-        columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
+        source = view.source
+        columns = columns_of_view(view)
         plain = stored_texts(view)
         if isinstance(source, PushSource):
             self.settle()
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
-            known = self._registry.state.dictionaries.get(source.name, {})
-            given = {name: texts for name, texts in known.items() if name in plain}
+            given = self._given(view)
             sequence = 0
             if isinstance(source, PushSource):
                 table, sequence = read_push_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed
+                    source, self._repo.path, self._log, given, columns, self._registry.seed, most_bytes
                 )
             else:
                 table = read_file_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded
-                )
+                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded,
+                    most_bytes,
+                )  # fmt: skip
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
