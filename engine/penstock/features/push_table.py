@@ -258,5 +258,8 @@ def erased_rows(table: SourceTable, erased: Erased, seed: bytes) -> NDArray[np.b
         digests = erased_digests([table.columns[name] for name in names], names, table.n_rows, seed)
         pairs, back = np.unique(digests, axis=0, return_inverse=True)
         until = np.array([moments.get(pair.tobytes(), -1) for pair in pairs], np.int64)[back.ravel()]
+        for column in (table.columns[name] for name in names):
+            if column.valid is not None:
+                until[~column.valid] = -1  # a null is no key, whatever stands in its place
         gone |= (until >= 0) & (np.minimum(table.event_time, table.known_at) <= until)
     return gone
