@@ -61,13 +61,17 @@ class LiveView:
 
 @dataclass(frozen=True)
 class Reading:
-    """A view over a new reading, with distributions that no registry knows yet, and the source's schema."""
+    """A view over a new reading, with distributions that no registry knows yet, and the source's schema.
+
+    Where the source is too large to be held, `computer` has no events and `held` is false.
+    """
 
     computer: ViewComputer
     tag: str
     sequence: int
     fits: dict[str, Distribution]
     schema: dict[str, str]
+    held: bool = True
 
 
 class LiveViews:
@@ -81,6 +85,7 @@ class LiveViews:
         self._changing = threading.RLock()  # one thread reads sources or replaces readings
         self._live: dict[str, LiveView] = {}  # replaced, never changed in place
         self._too_large: dict[str, str] = {}  # stamps of sources that a join reads in batches
+        self._not_held: set[int] = set()
 
     @property
     def readings(self) -> object:
@@ -143,6 +148,20 @@ class LiveViews:
             self._registry.seed, fitted,
         )  # fmt: skip
 
+    def _pass_over(self, view: FeatureView, only_look: bool) -> Reading:
+        """What a reading says of a source, its events aside. As `_read`, and errors too."""
+        for _ in range(_READ_TRIES):
+            stamp = self._stamp(view)
+            events = self._open(view, None)
+            fits = fit_tables(view, events.tables, self._repo.fit_until_us)
+            for _ in events.read():
+                pass
+            if self._stamp(view) == stamp and (only_look or self._extend(view, events.dictionaries)):
+                table = events.no_events()
+                computer = ViewComputer(view, table, self._registry.seed, fits)
+                return Reading(computer, stamp, 0, fits, table.found, False)
+        raise UnavailableError(f"source '{view.source.name}' changes while it is read")
+
     def _open(self, view: FeatureView, recorded: Mapping[str, str] | None) -> ViewEvents:
         if isinstance(view.source, PushSource):
             self.settle()
@@ -162,8 +181,8 @@ class LiveViews:
             return self._registry.extend_dictionaries(view.source.name, texts)
 
     def numbers(self) -> set[int]:
-        """The numbers of all views that are read."""
-        return {live.number for live in self._live.values()}
+        """The numbers of all views that are read, and of those that the last `adopt` could not hold."""
+        return {live.number for live in self._live.values()} | self._not_held
 
     def fed_by(self, source: str) -> list[LiveView]:
         """The views whose events are pushed to a source; those not read yet are read.
@@ -234,11 +253,17 @@ class LiveViews:
         """Read every view and fit its distributions anew, without any effect yet but on the dictionaries.
 
         The sources are not held to the schemas that were recorded, for it is `apply` that records them. With
-        `only_look` the codes of new strings are not recorded either.
+        `only_look` the codes of new strings are not recorded either. A view that is not read yet and whose
+        source is too large for a join is only passed over.
         """
         found = {}
         for name, view in self._repo.views.items():
-            table, tag, sequence = self._read(view, None, only_look)
+            most = None if name in self._live else self._repo.join.memory_bytes
+            try:
+                table, tag, sequence = self._read(view, None, only_look, most)
+            except SourceTooLarge:
+                found[name] = self._pass_over(view, only_look)
+                continue
             fits = fit_view(view, table, self._repo.fit_until_us)
             computer = ViewComputer(view, table, self._registry.seed, fits)
             found[name] = Reading(computer, tag, sequence, fits, table.found)
@@ -254,7 +279,10 @@ class LiveViews:
             for argument, distribution in reading.fits.items()
         }
         self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
-        self._live = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
+        numbered = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
+        self._live = {name: live for name, live in numbered.items() if fresh[name].held}
+        self._too_large = {name: reading.tag for name, reading in fresh.items() if not reading.held}
+        self._not_held = {numbered[name].number for name in self._too_large}
 
     def _build(self, view: FeatureView, most_bytes: int | None = None) -> LiveView:
         recorded = self._registry.state.recorded("sources").get(view.source.key)

@@ -121,7 +121,7 @@ class SourceBatches:
 
             with parquet.ParquetFile(path, buffer_size=_PAGE, pre_buffer=False) as file:
                 there = [name for name in names if name in file.schema_arrow.names]
-                for batch in file.iter_batches(batch_size=rows, columns=there):
+                for batch in file.iter_batches(batch_size=rows, columns=there, use_threads=False):
                     yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
 

@@ -122,6 +122,9 @@ class Spill:
                 f"so far): {error}"
             ) from error
 
+        del table, batch, message
+        pa.default_memory_pool().release_unused()
+
     def _write(self, file: IO[bytes], message: memoryview) -> None:
         while len(message):
             written = file.write(message)

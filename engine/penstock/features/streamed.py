@@ -68,7 +68,7 @@ class StreamedView:
         self.view = view
         self._opened, self._stamp, self._record = opened, stamp, record
         self._settings, self._seed = settings, seed
-        made = ViewComputer(view, opened().empty, seed, distributions)
+        made = ViewComputer(view, opened().no_events(), seed, distributions)
         self.schema, self.row_schema = made.schema, made.row_schema
         self.join_dtypes, self.distributions = made.join_dtypes, made.distributions
         self.dictionaries = made.dictionaries
@@ -147,10 +147,7 @@ class StreamedView:
                     else:
                         spill.add(rows.filter(pa.array(kept)), part_of(keys[kept], n_parts))
                     told()
-                texts, pushed = events.dictionaries, None
-                if events.has_pushed:
-                    pushed = events.pushed(texts)
-                    texts = {**texts, **{n: t for n, t in pushed.dictionaries.items() if n in texts}}
+                texts, pushed = events.dictionaries, events.pushed
                 if self._stamp() != stamp or not self._record(texts):
                     continue
                 for first, last, rows in spill.groups():

@@ -30,7 +30,7 @@ from penstock.features.source_batches import SourceBatches
 from penstock.features.source_definitions import PushSource
 from penstock.features.source_reading import source_bytes, where_of
 from penstock.features.source_schema import as_expected, feature_dtype, is_text
-from penstock.features.source_tables import concat_tables, take_rows
+from penstock.features.source_tables import concat_tables
 from penstock.features.sources import (
     SourceColumn,
     SourceTable,
@@ -54,8 +54,8 @@ class ViewEvents:
 
     Attributes:
         schema: of the tables that a pass gives: the columns that the view reads, without dictionaries.
-        empty: no events, with the columns that the view's computer takes.
         dictionaries: of stored texts, by source column: what was given, and what the last pass has met.
+        pushed: the pushed events, which come after those of the files, after a pass over a push source.
         expected_bytes: about the memory that all rows would take; 0: unknown.
     """
 
@@ -104,9 +104,7 @@ class ViewEvents:
         self.schema = self._batches.table_schema
         source_table(files, self.schema.empty_table(), self._batches.schema, self._names, given, recorded)
         self.schema = self._plain(self.schema.empty_table()).schema
-        self.empty = self.table(self.schema.empty_table(), given)
-        if self._push is not None:
-            self.empty = concat_tables(self.empty, take_rows(self.pushed(given), np.zeros(0, np.int64)))
+        self.pushed: SourceTable | None = None
         self.expected_bytes = source_bytes(files, base, self._names, 0)
         width = sum(16 if is_text(kind) else 8 for kind in self.schema.types)
         self._rows = max(_LEAST_ROWS, min(_MOST_ROWS, most_bytes // (_BATCHES * width)))
@@ -120,20 +118,17 @@ class ViewEvents:
             table = batch_events(self._push, table, self._asked)
         return without_erased(table, self._wanted, self._erased, self._seed)
 
-    def pushed(self, dictionaries: Mapping[str, list[str]]) -> SourceTable:
-        """The pushed events, which come after those of the files; of a push source alone."""
-        assert self._push is not None
-        return logged_table(self._push, self._logged, dictionaries, self._wanted)
-
-    @property
-    def has_pushed(self) -> bool:
-        """Whether the source takes pushes."""
-        return self._push is not None
+    def no_events(self) -> SourceTable:
+        """The table without rows, by the types of the source and with the dictionaries known by now."""
+        table = self.table(self.schema.empty_table(), self.dictionaries)
+        if self._push is not None:
+            table = concat_tables(table, logged_table(self._push, [], self.dictionaries, self._wanted))
+        return table
 
     def read(self) -> Iterator[tuple[pa.Table, NDArray[np.uint64], NDArray[np.bool_]]]:
         """A pass over the rows that have an event time, pushed events aside: rows, keys [n, 2], null keys.
 
-        After the last one `dictionaries` are whole.
+        After the last one `dictionaries` are whole, and `pushed` is there.
 
         Raises:
             InvalidArgumentError: a value that a reading of the source would refuse.
@@ -177,14 +172,19 @@ class ViewEvents:
             yield rows, keys, nulls
         if n_nulls and files.schema is not None:
             raise null_times(files, n_nulls, n_rows, first_null)
-        self.dictionaries = {**self._given, **{name: list(known) for name, known in codes.items()}}
+        found_texts = {**self._given, **{name: list(known) for name, known in codes.items()}}
+        if self._push is not None:
+            self.pushed = logged_table(self._push, self._logged, found_texts, self._wanted)
+            later = self.pushed.dictionaries
+            found_texts = {name: later.get(name, known) for name, known in found_texts.items()}
+        self.dictionaries = found_texts
 
     def tables(self) -> Iterator[SourceTable]:
         """A pass as events, the pushed ones last, with codes that hold for one table alone."""
         for rows, _, _ in self.read():
             yield self.table(rows, {})
-        if self._push is not None:
-            yield self.pushed({})
+        if self.pushed is not None:
+            yield self.pushed
 
     def _plain(self, raw: pa.Table) -> pa.Table:
         """The columns, typed by their use, in their order; texts without dictionaries, of any length."""
