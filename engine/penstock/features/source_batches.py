@@ -36,6 +36,7 @@ from penstock.features.source_reading import (
 )
 
 _PAGE = 1 << 20  # bytes that a Parquet column is read by
+_CSV_BLOCK = 1 << 20  # bytes; a line must fit, as in Arrow's own reading of a whole file
 
 
 class SourceBatches:
@@ -121,6 +122,7 @@ class SourceBatches:
 
             with parquet.ParquetFile(path, buffer_size=_PAGE, pre_buffer=False) as file:
                 there = [name for name in names if name in file.schema_arrow.names]
+                # Several threads would each keep the memory of what they have decoded.
                 for batch in file.iter_batches(batch_size=rows, columns=there, use_threads=False):
                     yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
@@ -149,9 +151,15 @@ def _csv_batches(path: Path, types: dict[str, pa.DataType], names: Sequence[str]
     if not there:
         there = list(types)[:1]  # Arrow takes no columns for all
     options = csv_options({name: types[name] for name in there}, there)
-    with csv.open_csv(path, convert_options=options) as opened:
+    with csv.open_csv(path, _csv_blocks(), convert_options=options) as opened:
         for batch in opened:
             yield pa.Table.from_batches([batch])
+
+
+def _csv_blocks() -> Any:
+    from pyarrow import csv
+
+    return csv.ReadOptions(block_size=_CSV_BLOCK)
 
 
 def csv_types(source: CSVSource, path: Path) -> dict[str, pa.DataType] | None:
@@ -167,7 +175,7 @@ def csv_types(source: CSVSource, path: Path) -> dict[str, pa.DataType] | None:
     from pyarrow import csv
 
     plain = csv_options({}, None)
-    with csv.open_csv(path, convert_options=plain) as opened:
+    with csv.open_csv(path, _csv_blocks(), convert_options=plain) as opened:
         names = opened.schema.names
     if len(set(names)) < len(names):
         return None
@@ -176,7 +184,7 @@ def csv_types(source: CSVSource, path: Path) -> dict[str, pa.DataType] | None:
     kept: dict[str, list[str]] = {name: [] for name in names}
     try:
         texts = csv_options(dict.fromkeys(names, pa.string()), None)
-        with csv.open_csv(path, convert_options=texts) as opened:
+        with csv.open_csv(path, _csv_blocks(), convert_options=texts) as opened:
             for batch in opened:
                 for name, column in zip(names, batch.columns):
                     if name not in declared:

@@ -16,7 +16,7 @@ from open_files import deleted_files
 
 import penstock as d
 from penstock.errors import ConfigError
-from penstock.features import store_settings
+from penstock.features import source_batches, store_settings
 from penstock.features.repo import load_repo
 from penstock.features.source_batches import csv_types
 from penstock.features.source_reading import whole_schema
@@ -27,7 +27,8 @@ US = pa.timestamp("us", "UTC")
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_types_of_a_csv_file_read_by_blocks_are_those_of_the_whole(tmp_path, seed):
+def test_types_of_a_csv_file_read_by_blocks_are_those_of_the_whole(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(source_batches, "_CSV_BLOCK", 3000)
     rng = random.Random(seed)
     pools = [["1", "0", "-5", "007"], ["0", "1", "true"], ["true", "false"], ["1.5", "nan", "1e9"],
              ["2024-01-01"], ["2024-01-01 00:00:00"], ["2024-01-01T00:00:00Z"], ["12:30:00"],
@@ -38,7 +39,7 @@ def test_types_of_a_csv_file_read_by_blocks_are_those_of_the_whole(tmp_path, see
         [rng.choice(rng.choices(pools, k=rng.choice([1, 1, 2, 3]))) for _ in range(4)] for _ in range(4)
     ]
     for at in range(4):
-        for _ in range(12_000):  # of one kind for long, so that blocks differ
+        for _ in range(1_000):  # of one kind for long, so that blocks differ
             lines.append(",".join(rng.choice([*columns[c][at], ""]) for c in range(4)))
     file = tmp_path / "x.csv"
     file.write_text("\n".join(lines) + "\n" + "pad,pad,pad,pad\n" * (seed % 2))

@@ -20,7 +20,7 @@ from pyarrow import csv
 
 import penstock as d
 from penstock.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from penstock.features import streamed
+from penstock.features import source_batches, streamed
 from penstock.features.expressions import col, now, percentile_rank
 from penstock.features.repo import Repo
 from penstock.features.source_batches import csv_types
@@ -205,11 +205,13 @@ def note(told: list[tuple[str, int, int]], *given: Any) -> None:
     told.append(given)
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 11))])
 @pytest.mark.parametrize("kind", ["parquet", "csv", "arrow", "query", "table", "push"])
-def test_a_join_in_parts_has_the_bits_of_one_that_holds_its_source(stores, spills, kind):
+def test_a_join_in_parts_has_the_bits_of_one_that_holds_its_source(stores, spills, monkeypatch, kind, seed):
+    monkeypatch.setattr(source_batches, "_CSV_BLOCK", 5000)
     if kind == "query":
         pytest.importorskip("duckdb")
-    rng = random.Random(kind)
+    rng = random.Random(f"{kind} {seed}")
     table = log(rng, 1600)
     source = write(kind, stores.folder, table, rng)
     held, parted = stores.open(views(source)), stores.open(views(source), TINY)
