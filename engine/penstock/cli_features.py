@@ -258,15 +258,7 @@ def _bars(as_json: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     if as_json or not _on_terminal():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from penstock.features.progress_bars import progress_bars
 
-    tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True)) as bars:
-
-        def show(view: str, done: int, total: int) -> None:
-            if view not in tasks:
-                tasks[view] = bars.add_task(view)
-            bars.update(tasks[view], completed=done, total=max(total, 1))
-
+    with progress_bars() as show:
         yield show

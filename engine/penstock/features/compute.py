@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -37,7 +37,7 @@ PRESENT, NULL, NOT_FOUND, EXPIRED, FUTURE = range(5)
 _THREADS = min(2, os.cpu_count() or 1)  # that share a build or a read of many rows
 _SAME_VALUE = ("first", "last", "top_k")  # aggregates whose result is one of the values
 
-__all__ = ["EXPIRED", "FUTURE", "NOT_FOUND", "NULL", "PRESENT", "ViewComputer", "ViewRows"]
+__all__ = ["EXPIRED", "FUTURE", "NOT_FOUND", "NULL", "PRESENT", "StoredView", "ViewComputer", "ViewRows"]
 
 
 @dataclass
@@ -69,6 +69,21 @@ class ViewRows:
         """Stored form, uint64[n, row_words]. A row whose events are all later is NOT_FOUND there."""
         status = np.where(self.status == FUTURE, np.uint8(NOT_FOUND), self.status)
         return self.row_schema.encode(self.columns, status)
+
+
+class StoredView(Protocol):
+    """What compiled plans and joins know of a view, whether its events are held or not."""
+
+    @property
+    def view(self) -> FeatureView: ...
+    @property
+    def schema(self) -> list[tuple[str, str]]: ...
+    @property
+    def join_dtypes(self) -> tuple[str, ...]: ...
+    @property
+    def dictionaries(self) -> dict[str, list[str]]: ...
+    @property
+    def distributions(self) -> dict[str, Distribution]: ...
 
 
 class ViewComputer:
@@ -442,6 +457,13 @@ def _recode(column: SourceColumn, texts: Sequence[str]) -> tuple[NDArray[np.int6
     at = {text: code for code, text in enumerate(texts)}
     codes = np.array([at.setdefault(text, len(at)) for text in own], np.int64)
     return codes[column.values], list(at)[len(texts) :]
+
+
+def columns_of_view(view: FeatureView) -> list[str]:
+    """The source columns that a view reads, its join keys first."""
+    values = (c.value if isinstance(c.value, Expr) else c.value.value for c in view.stored)
+    read = columns_read(*(value for value in values if value is not None))
+    return list(dict.fromkeys([*view.join_keys, *read]))
 
 
 def stored_texts(view: FeatureView) -> set[str]:

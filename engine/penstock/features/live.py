@@ -13,20 +13,22 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
-from penstock.features.compute import ViewComputer, stored_texts
+from penstock.features.compute import ViewComputer, columns_of_view, stored_texts
 from penstock.features.definitions import FeatureView
 from penstock.features.event_log import EventLog
-from penstock.features.expressions import Expr, columns_read
-from penstock.features.fit import fit_key, fit_view, rank_arguments
+from penstock.features.fit import fit_key, fit_tables, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.push_table import push_stamp, read_file_source, read_push_source
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo
 from penstock.features.source_definitions import PushSource
-from penstock.features.source_reading import source_stamp
+from penstock.features.source_reading import SourceTooLarge, source_stamp
 from penstock.features.sources import SourceTable
+from penstock.features.streamed import StreamedView
+from penstock.features.view_events import ViewEvents
 
 _READ_TRIES = 5
 
@@ -59,13 +61,17 @@ class LiveView:
 
 @dataclass(frozen=True)
 class Reading:
-    """A view over a new reading, with distributions that no registry knows yet, and the source's schema."""
+    """A view over a new reading, with distributions that no registry knows yet, and the source's schema.
+
+    Where the source is too large to be held, `computer` has no events and `held` is false.
+    """
 
     computer: ViewComputer
     tag: str
     sequence: int
     fits: dict[str, Distribution]
     schema: dict[str, str]
+    held: bool = True
 
 
 class LiveViews:
@@ -78,6 +84,8 @@ class LiveViews:
         self.settle: Callable[[], None] = lambda: None  # waits until what was pushed is in the log
         self._changing = threading.RLock()  # one thread reads sources or replaces readings
         self._live: dict[str, LiveView] = {}  # replaced, never changed in place
+        self._too_large: dict[str, str] = {}  # stamps of sources that a join reads in batches
+        self._not_held: set[int] = set()
 
     @property
     def readings(self) -> object:
@@ -106,9 +114,75 @@ class LiveViews:
                 self._live = {**self._live, name: self._build(self._repo.views[name])}
             return self._live[name]
 
+    def for_join(self, name: str) -> ViewComputer | StreamedView:
+        """A view for a historical join: as it is held, or what reads it in batches if it is too large.
+
+        Raises:
+            NotFoundError, InvalidArgumentError: as `view`.
+        """
+        live, view = self._live.get(name), self._repo.views.get(name)
+        if live is not None or view is None:
+            return self.view(name).computer
+        with self._changing:
+            if name not in self._live and self._too_large.get(name) != self._stamp(view):
+                try:
+                    built = self._build(view, self._repo.join.memory_bytes)
+                    self._live = {**self._live, name: built}
+                except SourceTooLarge:
+                    self._too_large[name] = self._stamp(view)
+            if name in self._live:
+                return self._live[name].computer
+            return self._streamed(view)
+
+    def _streamed(self, view: FeatureView) -> StreamedView:
+        """A view that is read in batches; its distributions are in the registry then."""
+        opened = partial(self._open, view, self._registry.state.recorded("sources").get(view.source.key))
+        fitted = self._fitted(view)
+        if fitted is None:
+            made = fit_tables(view, opened().tables, self._repo.fit_until_us)
+            named = {fit_key(view, argument): distribution for argument, distribution in made.items()}
+            self._registry.record_fits(named, self._repo.fit_until_us, refit=False)
+            fitted = self._fitted(view) or {}
+        return StreamedView(
+            view, opened, partial(self._stamp, view), partial(self._extend, view), self._repo.join,
+            self._registry.seed, fitted,
+        )  # fmt: skip
+
+    def _pass_over(self, view: FeatureView, only_look: bool) -> Reading:
+        """What a reading says of a source, its events aside. As `_read`, and errors too."""
+        for _ in range(_READ_TRIES):
+            stamp = self._stamp(view)
+            events = self._open(view, None)
+            fits = fit_tables(view, events.tables, self._repo.fit_until_us)
+            for _ in events.read():
+                pass
+            if self._stamp(view) == stamp and (only_look or self._extend(view, events.dictionaries)):
+                table = events.no_events()
+                computer = ViewComputer(view, table, self._registry.seed, fits)
+                return Reading(computer, stamp, 0, fits, table.found, False)
+        raise UnavailableError(f"source '{view.source.name}' changes while it is read")
+
+    def _open(self, view: FeatureView, recorded: Mapping[str, str] | None) -> ViewEvents:
+        if isinstance(view.source, PushSource):
+            self.settle()
+        return ViewEvents(
+            view, self._repo.path, self._log, self._registry.seed, self._given(view), recorded,
+            self._repo.join.memory_bytes,
+        )  # fmt: skip
+
+    def _given(self, view: FeatureView) -> dict[str, list[str]]:
+        """The codes that the registry has of a view's stored texts, by source column."""
+        known = self._registry.state.dictionaries.get(view.source.name, {})
+        plain = stored_texts(view)
+        return {name: texts for name, texts in known.items() if name in plain}
+
+    def _extend(self, view: FeatureView, texts: Mapping[str, list[str]]) -> bool:
+        with self._changing:
+            return self._registry.extend_dictionaries(view.source.name, texts)
+
     def numbers(self) -> set[int]:
-        """The numbers of all views that are read."""
-        return {live.number for live in self._live.values()}
+        """The numbers of all views that are read, and of those that the last `adopt` could not hold."""
+        return {live.number for live in self._live.values()} | self._not_held
 
     def fed_by(self, source: str) -> list[LiveView]:
         """The views whose events are pushed to a source; those not read yet are read.
@@ -179,11 +253,17 @@ class LiveViews:
         """Read every view and fit its distributions anew, without any effect yet but on the dictionaries.
 
         The sources are not held to the schemas that were recorded, for it is `apply` that records them. With
-        `only_look` the codes of new strings are not recorded either.
+        `only_look` the codes of new strings are not recorded either. A view that is not read yet and whose
+        source is too large for a join is only passed over.
         """
         found = {}
         for name, view in self._repo.views.items():
-            table, tag, sequence = self._read(view, None, only_look)
+            most = None if name in self._live else self._repo.join.memory_bytes
+            try:
+                table, tag, sequence = self._read(view, None, only_look, most)
+            except SourceTooLarge:
+                found[name] = self._pass_over(view, only_look)
+                continue
             fits = fit_view(view, table, self._repo.fit_until_us)
             computer = ViewComputer(view, table, self._registry.seed, fits)
             found[name] = Reading(computer, tag, sequence, fits, table.found)
@@ -199,11 +279,14 @@ class LiveViews:
             for argument, distribution in reading.fits.items()
         }
         self._registry.record_fits(named, self._repo.fit_until_us, refit=True)
-        self._live = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
+        numbered = {name: self._number(r.computer, r.tag, r.sequence) for name, r in fresh.items()}
+        self._live = {name: live for name, live in numbered.items() if fresh[name].held}
+        self._too_large = {name: reading.tag for name, reading in fresh.items() if not reading.held}
+        self._not_held = {numbered[name].number for name in self._too_large}
 
-    def _build(self, view: FeatureView) -> LiveView:
+    def _build(self, view: FeatureView, most_bytes: int | None = None) -> LiveView:
         recorded = self._registry.state.recorded("sources").get(view.source.key)
-        table, tag, sequence = self._read(view, recorded)
+        table, tag, sequence = self._read(view, recorded, most_bytes=most_bytes)
         fitted = self._fitted(view)
         if fitted is None:
             made = fit_view(view, table, self._repo.fit_until_us)
@@ -234,31 +317,35 @@ class LiveViews:
             raise UnavailableError(f"source '{view.source.name}' cannot be read: {error}") from error
 
     def _read(
-        self, view: FeatureView, recorded: Mapping[str, str] | None, only_look: bool = False
+        self,
+        view: FeatureView,
+        recorded: Mapping[str, str] | None,
+        only_look: bool = False,
+        most_bytes: int | None = None,
     ) -> tuple[SourceTable, str, int]:
         """The view's source, held to the recorded schema, its stamp, and the newest pushed event's number.
 
-        The codes of its stored strings are in the registry then, but with `only_look`.
+        The codes of its stored strings are in the registry then, but with `only_look`. SourceTooLarge where
+        its columns take more than `most_bytes`.
         """
-        source, stored = view.source, view.stored
-        values = (c.value if isinstance(c.value, Expr) else c.value.value for c in stored)
-        columns = [*view.join_keys, *columns_read(*(value for value in values if value is not None))]
+        source = view.source
+        columns = columns_of_view(view)
         plain = stored_texts(view)
         if isinstance(source, PushSource):
             self.settle()
         for _ in range(_READ_TRIES):
             stamp = self._stamp(view)
-            known = self._registry.state.dictionaries.get(source.name, {})
-            given = {name: texts for name, texts in known.items() if name in plain}
+            given = self._given(view)
             sequence = 0
             if isinstance(source, PushSource):
                 table, sequence = read_push_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed
+                    source, self._repo.path, self._log, given, columns, self._registry.seed, most_bytes
                 )
             else:
                 table = read_file_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded
-                )
+                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded,
+                    most_bytes,
+                )  # fmt: skip
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}

@@ -8,6 +8,7 @@ a time gets nulls, and of fully tied events the last in the source wins. Pure fu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from penstock.features.plan import ServicePlan
 from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
 from penstock.features.sources import SourceColumn, arrow_column, time_column
+from penstock.features.streamed import StreamedView
 from penstock.features.times import iso
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def time_column_name(table: pa.Table) -> str:
 def historical_join(
     entities: pa.Table,
     plan: ServicePlan,
-    computers: Mapping[str, ViewComputer],
+    computers: Mapping[str, ViewComputer | StreamedView],
     key_seed: bytes,
     *,
     filter_by_created_timestamp: bool = False,
@@ -148,7 +150,7 @@ def historical_join(
 
 
 def _rows(
-    computer: ViewComputer,
+    computer: ViewComputer | StreamedView,
     keys: NDArray[np.uint64],
     times: NDArray[np.int64],
     nulls: NDArray[np.bool_],
@@ -157,6 +159,9 @@ def _rows(
     progress: Progress | None,
 ) -> ViewRows:
     n = len(keys)
+    if isinstance(computer, StreamedView):
+        tell = None if progress is None else partial(progress, name)
+        return computer.rows_at(keys, times, nulls=nulls, known_by=known_by, progress=tell)
     if progress is None:
         return computer.rows_at(keys, times, nulls=nulls, known_by=known_by)
     parts = []
@@ -169,7 +174,7 @@ def _rows(
 
 
 def snapshot_entities(
-    plan: ServicePlan, computers: Mapping[str, ViewComputer], start_us: int | None, end_us: int
+    plan: ServicePlan, computers: Mapping[str, ViewComputer | StreamedView], start_us: int | None, end_us: int
 ) -> pa.Table:
     """An entity table of the keys that the plan's views know, each at `end_us`, ascending.
 
@@ -198,21 +203,30 @@ def snapshot_entities(
     order = [name for name, _ in plan.entities]
     tables = [] if keyed else [pa.table({"": pa.nulls(1)})]  # views without entities have one row
     for view, positions in keyed:
-        keys, columns = computers[view.name].entities()
-        newest = computers[view.name].newest_events(keys, end_us)
-        chosen = newest > INT_MIN if start_us is None else (newest > INT_MIN) & (newest >= start_us)
-        arrays = {}
-        for at, column in zip(positions, columns):
-            part = column.take(chosen)
-            array = _to_arrow(part.dtype, part.values, None, part.dictionary or [])
-            arrays[plan.entities[at][0]] = array.dictionary_decode() if part.dtype == "string" else array
-        tables.append(pa.table(arrays).select(order))
+        computer = computers[view.name]
+        held = [computer] if isinstance(computer, ViewComputer) else computer.computers()
+        tables += [_keys_at(part, plan, positions, start_us, end_us).select(order) for part in held]
     table = pa.concat_tables(tables)
     if keyed:
         table = table.group_by(order).aggregate([]).sort_by([(name, "ascending") for name in order])
     table = table.select(order)
     times = pa.array(np.full(table.num_rows, end_us), pa.int64()).cast(_UTC)
     return table.append_column("event_timestamp", times)
+
+
+def _keys_at(
+    computer: ViewComputer, plan: ServicePlan, positions: Sequence[int], start_us: int | None, end_us: int
+) -> pa.Table:
+    """The keys whose newest event by `end_us` is not before `start_us`."""
+    keys, columns = computer.entities()
+    newest = computer.newest_events(keys, end_us)
+    chosen = newest > INT_MIN if start_us is None else (newest > INT_MIN) & (newest >= start_us)
+    arrays = {}
+    for at, column in zip(positions, columns):
+        part = column.take(chosen)
+        array = _to_arrow(part.dtype, part.values, None, part.dictionary or [])
+        arrays[plan.entities[at][0]] = array.dictionary_decode() if part.dtype == "string" else array
+    return pa.table(arrays)
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from penstock.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from penstock.features.compute import ViewComputer
+from penstock.features.compute import StoredView
 from penstock.features.definitions import FeatureView, RequestSource, ViewProjection, check_unversioned
 from penstock.features.expressions import Expr, asks_about_text, col, columns_read, walk
 from penstock.features.program import Distribution, compile_program
@@ -88,7 +88,7 @@ def compile_plan(
     name: str,
     refs: Sequence[str],
     views: Mapping[str, FeatureView],
-    computers: Mapping[str, ViewComputer],
+    computers: Mapping[str, StoredView],
     request: RequestSource | None = None,
     *,
     aliases: Mapping[str, ViewProjection] | None = None,
@@ -219,7 +219,7 @@ def _feature(
     return renamed[view.request_time[name].fingerprint()]
 
 
-def _entities(keys: Mapping[str, Sequence[str]], computers: Mapping[str, ViewComputer]) -> dict[str, str]:
+def _entities(keys: Mapping[str, Sequence[str]], computers: Mapping[str, StoredView]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in keys:
         for key, dtype in zip(keys[name], computers[name].join_dtypes):
@@ -236,7 +236,7 @@ def _fingerprint(
     on_missing: str,
     inputs: Mapping[str, str],
     columns: Sequence[str],
-    computers: Mapping[str, ViewComputer],
+    computers: Mapping[str, StoredView],
     aliases: Sequence[ViewProjection],
 ) -> str:
     """Output names are left out: they decide no value. Dictionaries count where the plan reads them."""

@@ -47,6 +47,7 @@ def read_push_source(
     dictionaries: Mapping[str, list[str]],
     columns: Iterable[str],
     seed: bytes,
+    most_bytes: int | None = None,
 ) -> tuple[SourceTable, int]:
     """The history of a source, and the sequence number of its newest pushed event.
 
@@ -56,28 +57,22 @@ def read_push_source(
         dictionaries: codes given earlier, by column; new strings are appended to a copy.
         columns: the columns to keep besides the time columns.
         seed: of the key hash, by which erased keys are known.
+        most_bytes: the memory that the columns of its files may take.
 
     Raises:
         InvalidArgumentError: the files or the logged events do not fit the schema.
         StoreError: the log is corrupt.
+        SourceTooLarge: the columns take more than `most_bytes`.
     """
-    wanted = columns_of(source, columns)
-    for name in wanted:
-        if name not in source.schema:
-            known = ", ".join(source.schema)
-            raise InvalidArgumentError(
-                f"source '{source.name}' has no column '{name}'; expected one of {known}"
-            )
+    wanted = checked_columns(source, columns)
     logged, head = log.read(source.name)
     pushed = logged_table(source, logged, dictionaries, wanted)
     if source.batch is None:
         return pushed, head
     erased = log.erased(source.name)
-    named = [name for names in erased for name in names]
-    batch = _batch_table(source, base, dictionaries, list(dict.fromkeys([*wanted, *named])))
-    if erased:
-        batch = take_rows(batch, ~erased_rows(batch, erased, seed))
-        batch = replace(batch, columns={name: batch.columns[name] for name in wanted})
+    asked = [*wanted, *erased_names(erased, wanted)]
+    table = read_source(source.batch, base, dictionaries, asked, most_bytes=most_bytes)
+    batch = without_erased(batch_events(source, table, asked), wanted, erased, seed)
     return concat_tables(batch, pushed), head
 
 
@@ -89,16 +84,39 @@ def read_file_source(
     columns: Iterable[str],
     seed: bytes,
     recorded: Mapping[str, str] | None = None,
+    most_bytes: int | None = None,
 ) -> SourceTable:
     """The events of files without those that were erased. Arguments and errors as `read_push_source`."""
-    wanted = list(dict.fromkeys(columns))
+    wanted = list(dict.fromkeys([*source.own_columns, *columns]))
     erased = log.erased(source.name)
+    asked = [*wanted, *erased_names(erased, wanted)]
+    table = read_source(source, base, dictionaries, asked, recorded, most_bytes)
+    return without_erased(table, wanted, erased, seed)
+
+
+def erased_names(erased: Erased, wanted: Sequence[str]) -> list[str]:
+    """The columns besides those wanted by which erased rows are known."""
+    return list(dict.fromkeys(name for names in erased for name in names if name not in wanted))
+
+
+def without_erased(table: SourceTable, wanted: Sequence[str], erased: Erased, seed: bytes) -> SourceTable:
+    """Events of a source's files but for erased ones, with the wanted columns alone."""
     if not erased:
-        return read_source(source, base, dictionaries, wanted, recorded)
-    named = [name for names in erased for name in names if name not in wanted]
-    table = read_source(source, base, dictionaries, [*wanted, *named], recorded)
+        return table
     table = take_rows(table, ~erased_rows(table, erased, seed))
-    return replace(table, columns={n: c for n, c in table.columns.items() if n not in named})
+    return replace(table, columns={name: table.columns[name] for name in wanted})
+
+
+def checked_columns(source: PushSource, columns: Iterable[str]) -> list[str]:
+    """As `columns_of`; InvalidArgumentError where the source has no such column."""
+    wanted = columns_of(source, columns)
+    for name in wanted:
+        if name not in source.schema:
+            known = ", ".join(source.schema)
+            raise InvalidArgumentError(
+                f"source '{source.name}' has no column '{name}'; expected one of {known}"
+            )
+    return wanted
 
 
 def columns_of(source: PushSource, columns: Iterable[str]) -> list[str]:
@@ -197,11 +215,13 @@ def _as_schema(source: PushSource, schema: pa.Schema, table: pa.Table) -> pa.Tab
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _batch_table(
-    source: PushSource, base: Path, dictionaries: Mapping[str, list[str]], columns: Sequence[str]
-) -> SourceTable:
+def batch_events(source: PushSource, table: SourceTable, columns: Sequence[str]) -> SourceTable:
+    """Rows of a push source's files as events of that source.
+
+    Raises:
+        InvalidArgumentError: a column has another dtype than the source's schema says.
+    """
     assert source.batch is not None
-    table = read_source(source.batch, base, dictionaries, columns)
     for name in columns:
         found, expected = table.columns[name].dtype, source.schema[name]
         if found != expected:
@@ -238,5 +258,8 @@ def erased_rows(table: SourceTable, erased: Erased, seed: bytes) -> NDArray[np.b
         digests = erased_digests([table.columns[name] for name in names], names, table.n_rows, seed)
         pairs, back = np.unique(digests, axis=0, return_inverse=True)
         until = np.array([moments.get(pair.tobytes(), -1) for pair in pairs], np.int64)[back.ravel()]
+        for column in (table.columns[name] for name in names):
+            if column.valid is not None:
+                until[~column.valid] = -1  # a null is no key, whatever stands in its place
         gone |= (until >= 0) & (np.minimum(table.event_time, table.known_at) <= until)
     return gone

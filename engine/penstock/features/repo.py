@@ -25,15 +25,17 @@ from penstock.errors import ConfigError, DefinitionError
 from penstock.features.definitions import Entity, FeatureService, FeatureView, RequestSource, ViewProjection
 from penstock.features.source_definitions import DuckDBSource, PushSource, TableSource
 from penstock.features.store_settings import (
+    JoinSettings,
     OnlineStoreSettings,
     PushSettings,
+    join_settings,
     online_store_settings,
     push_settings,
 )
 from penstock.features.times import to_us
 
 CONFIG_NAME = "feature_store.yaml"
-_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store", "reader_rows")
+_KNOWN_KEYS = ("project", "data_dir", "fit_until", "push", "online_store", "reader_rows", "join")
 READER_ROWS = 100_000
 _loading = threading.RLock()
 
@@ -48,6 +50,7 @@ class Repo:
         data_dir: folder of the registry and the online store.
         push_settings, online_store: the sections `push` and `online_store` of `feature_store.yaml`.
         reader_rows: rows of a view that `online_reader` keeps in memory.
+        join: the section `join`.
         fit_until_us: distributions are fitted to rows known before this time; None: to all rows.
         entities, views, services, requests, projections: the definitions by name.
     """
@@ -64,6 +67,7 @@ class Repo:
     push_settings: PushSettings = field(default_factory=PushSettings)
     online_store: OnlineStoreSettings = field(default_factory=OnlineStoreSettings)
     reader_rows: int = READER_ROWS
+    join: JoinSettings = field(default_factory=JoinSettings)
 
     @property
     def push_sources(self) -> dict[str, PushSource]:
@@ -115,7 +119,7 @@ def load_repo(path: Path) -> Repo:
         {name: service.bound(found[ViewProjection]) for name, service in found[FeatureService].items()},
         found[RequestSource], found[ViewProjection],
         config.get("push", PushSettings()), config.get("online_store", OnlineStoreSettings()),
-        config.get("reader_rows", READER_ROWS),
+        config.get("reader_rows", READER_ROWS), config.get("join", JoinSettings()),
     )  # fmt: skip
 
 
@@ -203,6 +207,8 @@ def _setting(key: Any, value: Any) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"reader_rows is {value!r}; expected a whole number of at least 1")
         return value
+    if key == "join":
+        return join_settings(value)
     if key == "push":
         return push_settings(value)
     if key == "online_store":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.errors import DefinitionError, InvalidArgumentError, NotFoundError
-from penstock.features.compute import ViewComputer
+from penstock.features.compute import StoredView, ViewComputer
 from penstock.features.definitions import FeatureService, RequestSource, ViewProjection, list_features
 from penstock.features.plan import ServicePlan, compile_plan
 from penstock.features.repo import Repo
@@ -43,9 +43,14 @@ class ServicePlans:
         self._plans = {}
 
     def get(
-        self, features: str | FeatureService | Sequence[str], full_feature_names: bool = False
+        self,
+        features: str | FeatureService | Sequence[str],
+        full_feature_names: bool = False,
+        computer: Callable[[str], StoredView] | None = None,
     ) -> ServicePlan:
         """The plan of a service, by name or as an object, or of a list of "view:feature".
+
+        With `computer` over the views that it gives; it is kept only where these hold their events.
 
         Raises:
             NotFoundError: an unknown service, view or feature.
@@ -75,8 +80,11 @@ class ServicePlans:
             owners = {ref.split(":")[0] for ref in service.features if isinstance(ref, str)}
             aliases = {**self._repo.projections, **service.aliases}
             used = {aliases[name].view.name if name in aliases else name for name in owners}
-            computers = {view: self._computer(view) for view in used if view in self._repo.views}
+            of = computer or self._computer
+            computers = {view: of(view) for view in used if view in self._repo.views}
             plan = self.compile(service, computers, full_feature_names)
+            if not all(isinstance(each, ViewComputer) for each in computers.values()):
+                return plan  # texts may be missing yet, so its fingerprint is none
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans[key] = plan
@@ -86,7 +94,7 @@ class ServicePlans:
     def compile(
         self,
         service: FeatureService | AdHocList,
-        computers: Mapping[str, ViewComputer],
+        computers: Mapping[str, StoredView],
         full_feature_names: bool = False,
     ) -> ServicePlan:
         """Compile over given computers, without keeping it."""

@@ -32,6 +32,11 @@ ARROW_TYPES = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int
 _SUFFIXES = {"ParquetSource": (".parquet", ".pq"), "CSVSource": (".csv",),
              "ArrowSource": (".arrow", ".feather", ".ipc")}  # fmt: skip
 _CSV_TEXT = pa.string()
+_FOOTERS_FROM = 16  # files of a source are looked into where they may be so many times larger in memory
+
+
+class SourceTooLarge(Exception):
+    """The columns of a source take more memory than the caller wants them to; it is read in batches then."""
 
 
 def where_of(source: Source) -> str:
@@ -102,7 +107,7 @@ def source_stamp(source: Source, base: Path) -> str:
         facts = _file_facts(source_files(source, base))
     elif isinstance(source, DuckDBSource):
         files = sql.query_files(source.query, base, where_of(source))
-        facts = rows_digest(raw_table(source, base, None)[0]) if files is None else _file_facts(files)
+        facts = _query_digest(source, base) if files is None else _file_facts(files)
     elif isinstance(source, TableSource):
         facts = _table_digest(source)
     else:
@@ -123,15 +128,25 @@ def rows_digest(table: pa.Table) -> str:
 
     It guards against changes, not against people who want two tables to look alike.
     """
+    return _batches_digest(table.schema, table.to_batches())
+
+
+def _batches_digest(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> str:
     from penstock.features.digests import RowsDigest
 
     sink = RowsDigest()
-    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
-        writer.write_table(table)
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return sink.hexdigest()
 
 
-def _held(source: TableSource) -> pa.Table:
+def _query_digest(source: DuckDBSource, base: Path) -> str:
+    with sql.query_reader(source.query, base, where_of(source)) as reader:
+        return _batches_digest(reader.schema, reader)
+
+
+def held_table(source: TableSource) -> pa.Table:
     """The source's table as Arrow, converted once."""
     made = source.__dict__.get("_arrow")
     if made is None:
@@ -143,38 +158,83 @@ def _held(source: TableSource) -> pa.Table:
 def _table_digest(source: TableSource) -> str:
     made: str | None = source.__dict__.get("_digest")
     if made is None:
-        made = rows_digest(_held(source))
+        made = rows_digest(held_table(source))
         object.__setattr__(source, "_digest", made)
     return made
 
 
-def raw_table(source: Source, base: Path, wanted: Sequence[str] | None) -> tuple[pa.Table, pa.Schema]:
+def source_bytes(source: Source, base: Path, wanted: Sequence[str], most: int) -> int:
+    """About the bytes that columns of a source take in memory: at most `most`, if the answer says so.
+
+    Of Parquet by rows and width, of other files by their size. 0 for a query: only its rows tell.
+
+    Raises:
+        InvalidArgumentError: a missing or corrupt file.
+    """
+    if isinstance(source, TableSource):
+        table = held_table(source)
+        return sum(table[name].nbytes for name in set(wanted) if table.column_names.count(name) == 1)
+    if not isinstance(source, FileSource):
+        return 0
+    files = source_files(source, base)
+    on_disk = sum(path.stat().st_size for path in files)
+    if type(source).__name__ != "ParquetSource" or on_disk * _FOOTERS_FROM <= most:
+        return on_disk
+    from pyarrow import parquet
+
+    names = set(source.file_columns(wanted))
+    total = 0
+    for path in files:
+        with reading(source, path), parquet.ParquetFile(path) as file:
+            facts = file.metadata
+            for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types):
+                if name in names:
+                    total += facts.num_rows * (4 if pa.types.is_float32(kind) else 8)
+            for group in range(facts.num_row_groups):
+                for i in range(facts.num_columns):
+                    column = facts.row_group(group).column(i)
+                    if column.path_in_schema in names and column.physical_type == "BYTE_ARRAY":
+                        total += column.total_uncompressed_size
+    return total
+
+
+def raw_table(
+    source: Source, base: Path, wanted: Sequence[str] | None, most_bytes: int | None = None
+) -> tuple[pa.Table, pa.Schema]:
     """Read a source.
 
     Args:
         wanted: the columns that matter; the table may have others. All if None.
+        most_bytes: the memory that the table may take, by an estimate or as it is read.
 
     Returns:
         The table, and the schema of all columns that there are.
 
     Raises:
         InvalidArgumentError: a missing or corrupt file, files that do not go together, or a wrong query.
+        SourceTooLarge: it takes more than `most_bytes`.
     """
+    if most_bytes is not None and source_bytes(source, base, wanted or (), most_bytes) > most_bytes:
+        raise SourceTooLarge
     if isinstance(source, TableSource):
-        table = _held(source)
+        table = held_table(source)
         return table, table.schema
     if isinstance(source, DuckDBSource):
-        return sql.read_query(source.query, base, where_of(source), wanted)
+        return sql.read_query(source.query, base, where_of(source), wanted, most_bytes)
     assert isinstance(source, FileSource)
     tables, schemas = [], []
+    read = 0
     for path in source_files(source, base):
-        with _reading(source, path):
+        with reading(source, path):
             table, schema = _read_file(source, path, None if wanted is None else source.file_columns(wanted))
         if source.field_mapping:
-            table, schema = _renamed(source, table), _renamed(source, schema.empty_table()).schema
+            table, schema = renamed(source, table), renamed(source, schema.empty_table()).schema
+        read += table.nbytes if most_bytes is not None else 0
+        if most_bytes is not None and read > most_bytes:
+            raise SourceTooLarge
         tables.append(table)
         schemas.append(schema)
-    return _joined(source, tables), _joined(source, [schema.empty_table() for schema in schemas]).schema
+    return joined(source, tables), joined(source, [schema.empty_table() for schema in schemas]).schema
 
 
 def raw_schema(source: Source, base: Path) -> pa.Schema:
@@ -190,12 +250,12 @@ def raw_schema(source: Source, base: Path) -> pa.Schema:
         return raw_table(source, base, [])[1]
     empty = []
     for path in source_files(source, base):
-        with _reading(source, path):
-            empty.append(_renamed(source, _file_schema(source, path).empty_table()))
-    return _joined(source, empty).schema
+        with reading(source, path):
+            empty.append(renamed(source, whole_schema(source, path).empty_table()))
+    return joined(source, empty).schema
 
 
-class _reading:
+class reading:
     """Turns what Arrow and the system say of a file into one error that names it."""
 
     def __init__(self, source: FileSource, path: Path) -> None:
@@ -216,7 +276,7 @@ def _read_file(source: FileSource, path: Path, wanted: Sequence[str] | None) -> 
         return table, table.schema
     if isinstance(source, ArrowSource):
         with pa.OSFile(str(path)) as file:
-            table = _arrow_reader(file).read_all()
+            table = arrow_reader(file).read_all()
         return table, table.schema
     from pyarrow import parquet
 
@@ -230,32 +290,49 @@ def _read_file(source: FileSource, path: Path, wanted: Sequence[str] | None) -> 
 def _read_csv(source: CSVSource, path: Path) -> pa.Table:
     from pyarrow import csv
 
+    return csv.read_csv(path, convert_options=csv_options(source, None))
+
+
+def csv_options(types: CSVSource | dict[str, pa.DataType], columns: Sequence[str] | None) -> Any:
+    """How cells become values: of columns of given types, or of those that a source declares as text."""
+    from pyarrow import csv
+
     # Only an empty unquoted cell is null: "NA" and "null" are texts that people use. What is declared as text
     # is read as text, so that "007" keeps its zeros.
-    texts = [name for name, dtype in (source.schema or {}).items() if dtype == "string"]
-    declared = dict.fromkeys(source.file_columns(texts), _CSV_TEXT)
-    options = csv.ConvertOptions(
-        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, column_types=declared
-    )
-    return csv.read_csv(path, convert_options=options)
+    if isinstance(types, CSVSource):
+        texts = [name for name, dtype in (types.schema or {}).items() if dtype == "string"]
+        types = dict.fromkeys(types.file_columns(texts), _CSV_TEXT)
+    return csv.ConvertOptions(
+        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, column_types=types,
+        include_columns=columns,
+    )  # fmt: skip
 
 
-def _arrow_reader(file: Any) -> Any:
+def whole_file(source: FileSource, path: Path) -> pa.Table:
+    """All columns of a file, by the file's names."""
+    return _read_file(source, path, None)[0]
+
+
+def arrow_reader(file: Any) -> Any:
+    """A reader of an Arrow IPC file or stream."""
     magic = file.read(6)
     file.seek(0)
     return pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
 
 
-def _file_schema(source: FileSource, path: Path) -> pa.Schema:
+def whole_schema(source: FileSource, path: Path) -> pa.Schema:
+    """The schema of a file, by the file's names; a CSV file is read for it."""
+    if isinstance(source, CSVSource):
+        return _read_csv(source, path).schema
     if isinstance(source, ArrowSource):
         with pa.OSFile(str(path)) as file:
-            return _arrow_reader(file).schema.remove_metadata()
+            return arrow_reader(file).schema.remove_metadata()
     from pyarrow import parquet
 
     return parquet.read_schema(path).remove_metadata()
 
 
-def _renamed(source: FileSource, table: pa.Table) -> pa.Table:
+def renamed(source: FileSource, table: pa.Table) -> pa.Table:
     """The table with the names of `field_mapping`."""
     if not source.field_mapping:
         return table
@@ -264,7 +341,7 @@ def _renamed(source: FileSource, table: pa.Table) -> pa.Table:
     return table.select(list(renames)).rename_columns(list(renames.values()))
 
 
-def _joined(source: FileSource, tables: list[pa.Table]) -> pa.Table:
+def joined(source: FileSource, tables: list[pa.Table]) -> pa.Table:
     """One table of all files."""
     for table in tables:
         repeated(table.column_names, where_of(source))

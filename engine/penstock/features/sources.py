@@ -7,7 +7,7 @@ dropped and counted. Tables are immutable; any thread may read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,7 @@ def read_source(
     dictionaries: Mapping[str, list[str]] | None = None,
     columns: Iterable[str] | None = None,
     recorded: Mapping[str, str] | None = None,
+    most_bytes: int | None = None,
 ) -> SourceTable:
     """Read a source.
 
@@ -111,24 +112,42 @@ def read_source(
         dictionaries: codes given earlier, by column; new strings are appended to a copy.
         columns: the columns to keep besides the source's own; all that have a feature type if None.
         recorded: the schema that `apply` recorded; None: it is not held to one.
+        most_bytes: the memory that its columns may take, by an estimate or as they are read.
 
     Raises:
         InvalidArgumentError: a missing or corrupt file, a missing column, one whose type does not fit, a row
             that the declared schema forbids, or a wrong query.
         FailedPreconditionError: a column has another type than `recorded` says.
+        SourceTooLarge: they take more than `most_bytes`.
     """
-    own = source.own_columns
-    wanted = None if columns is None else list(dict.fromkeys([*own, *columns]))
-    table, schema = raw_table(source, base, wanted)
+    wanted = None if columns is None else list(dict.fromkeys([*source.own_columns, *columns]))
+    table, schema = raw_table(source, base, wanted, most_bytes)
+    return source_table(source, table, schema, wanted, dictionaries, recorded)
+
+
+def source_table(
+    source: Source,
+    table: pa.Table,
+    schema: pa.Schema,
+    wanted: Sequence[str] | None,
+    dictionaries: Mapping[str, list[str]] | None = None,
+    recorded: Mapping[str, str] | None = None,
+) -> SourceTable:
+    """The events of rows of a source.
+
+    Args:
+        table: the rows, with the types that all rows of the source have.
+        schema: of all columns of the source.
+        wanted: the columns to keep, the source's own among them; all if None.
+        dictionaries, recorded: as of `read_source`, and the errors too.
+    """
     where = where_of(source)
-    check_columns(source, schema, wanted or own)
+    check_columns(source, schema, wanted or source.own_columns)
     check_declared(source, schema)
     used = wanted or list(dict.fromkeys(schema.names))
     if recorded is not None:
         check_recorded(source, schema, recorded, used)
-    by_use = {name: dtype for name, dtype in ((source.event_id, "int64"), (source.deleted, "bool")) if name}
-    expected = {**by_use, **(recorded or {}), **(source.schema or {})}
-    table = as_expected(source, table, expected, used)
+    table = as_expected(source, table, expected_types(source, recorded), used)
     times = [name for name in (source.timestamp, source.created) if name is not None]
     converted: dict[str, SourceColumn] = {}
     unsupported: dict[str, str] = {}
@@ -146,10 +165,7 @@ def read_source(
     if present is not None:
         dropped = int(np.count_nonzero(~present))
         if source.schema is not None:
-            raise InvalidArgumentError(
-                f"{where}: column '{source.timestamp}' is null in {dropped} of {len(present)} rows, first in "
-                f"row {int(np.argmin(present))}; expected a time in each, as a schema is declared"
-            )
+            raise null_times(source, dropped, len(present), int(np.argmin(present)))
         converted = {name: column.take(present) for name, column in converted.items()}
     event_time = converted[source.timestamp].values
     known_at = event_time
@@ -163,6 +179,20 @@ def read_source(
         converted, len(event_time), event_time, known_at, unsupported, dropped, event_id, deleted,
         found_schema(source, schema),
     )  # fmt: skip
+
+
+def expected_types(source: Source, recorded: Mapping[str, str] | None) -> dict[str, str]:
+    """The dtype of columns whose own type may not tell it: by their use, as recorded, or as declared."""
+    by_use = {name: dtype for name, dtype in ((source.event_id, "int64"), (source.deleted, "bool")) if name}
+    return {**by_use, **(recorded or {}), **(source.schema or {})}
+
+
+def null_times(source: Source, nulls: int, rows: int, first: int) -> InvalidArgumentError:
+    """The error of rows without a time in a source that declares a schema."""
+    return InvalidArgumentError(
+        f"{where_of(source)}: column '{source.timestamp}' is null in {nulls} of {rows} rows, first in "
+        f"row {first}; expected a time in each, as a schema is declared"
+    )
 
 
 def _versions(

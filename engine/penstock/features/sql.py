@@ -63,7 +63,7 @@ def query_table(query: str, base: Path, what: str) -> pa.Table:
 
 
 def read_query(
-    query: str, base: Path, what: str, columns: Sequence[str] | None
+    query: str, base: Path, what: str, columns: Sequence[str] | None, most_bytes: int | None = None
 ) -> tuple[pa.Table, pa.Schema]:
     """Run a query.
 
@@ -72,6 +72,7 @@ def read_query(
         base: folder from which relative paths count.
         what: names the query in errors.
         columns: those to keep; a name that the query does not give is left out. All if None.
+        most_bytes: the memory that the rows may take.
 
     Returns:
         The rows, and the schema of all columns that the query gives.
@@ -79,18 +80,43 @@ def read_query(
     Raises:
         InvalidArgumentError: it is something else, or DuckDB refuses it, in DuckDB's words.
         FailedPreconditionError: DuckDB is not installed.
+        SourceTooLarge: the rows take more than `most_bytes`.
     """
     import pyarrow as pa
 
-    with _session(what) as connection:
-        relation = connection.sql(analyse(query, base, what, connection).text)
-        reader = relation.to_arrow_reader(_BATCH_ROWS)
-        kept = [i for i, name in enumerate(reader.schema.names) if columns is None or name in columns]
+    from penstock.features.source_reading import SourceTooLarge
+
+    with query_reader(query, base, what) as reader:
+        kept, batches, read = _kept(reader.schema, columns), [], 0
+        for batch in reader:
+            batches.append(batch.select(kept))
+            if most_bytes is not None:
+                read += batches[-1].nbytes
+                if read > most_bytes:
+                    raise SourceTooLarge
         schema = pa.schema([reader.schema.field(i) for i in kept])
-        batches = [
-            pa.RecordBatch.from_arrays([batch.column(i) for i in kept], schema=schema) for batch in reader
-        ]
         return pa.Table.from_batches(batches, schema), reader.schema
+
+
+def query_batches(
+    query: str, base: Path, what: str, columns: Sequence[str], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a query in batches of about `rows`. Arguments and errors as `read_query`."""
+    with query_reader(query, base, what, rows) as reader:
+        kept = _kept(reader.schema, columns)
+        for batch in reader:
+            yield batch.select(kept)
+
+
+@contextmanager
+def query_reader(query: str, base: Path, what: str, rows: int = _BATCH_ROWS) -> Iterator[Any]:
+    """An Arrow reader of a query's rows. Arguments and errors as `read_query`."""
+    with _session(what) as connection:
+        yield connection.sql(analyse(query, base, what, connection).text).to_arrow_reader(rows)
+
+
+def _kept(schema: pa.Schema, columns: Sequence[str] | None) -> list[int]:
+    return [i for i, name in enumerate(schema.names) if columns is None or name in columns]
 
 
 def query_schema(query: str, base: Path, what: str) -> pa.Schema:

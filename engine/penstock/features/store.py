@@ -46,6 +46,7 @@ from penstock.features.online import OnlineStore
 from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.online_join import online_join
 from penstock.features.plan import ServicePlan
+from penstock.features.progress_bars import progress_bars
 from penstock.features.pushes import Committed, Pushes
 from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry
@@ -54,10 +55,12 @@ from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.service_plans import ServicePlans, view_dtypes
 from penstock.features.source_reading import raw_schema
 from penstock.features.source_schema import check_declared, found_schema, schema_of
+from penstock.features.streamed import StreamedView
 from penstock.features.streams import Ingest, StreamSource
 from penstock.features.times import Time, iso, to_us
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
 
 _MAX_PLANS = 256
@@ -285,9 +288,14 @@ class FeatureStore:
         known_by: NDArray[np.int64] | None = None,
         with_status: bool = False,
         with_age: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> RetrievalJob:
         """Features as they were at each row's time.
+
+        A source that takes more memory than `join.memory_bytes` of `feature_store.yaml` (by default a quarter
+        of the machine's) is not held: the job reads it in batches, keeps the rows whose keys are asked for,
+        and joins these part by part, by way of a file in `join.spill_dir` where they do not fit either. The
+        result is the same in every bit. A view that is in memory already is used as it is.
 
         Args:
             entity_df: pandas, Arrow or polars table of N rows with `event_timestamp` (or one time column),
@@ -301,7 +309,8 @@ class FeatureStore:
             known_by: int64[N], microseconds; leave out events that became known after these times instead.
             with_status: append `<feature>__status` to each feature.
             with_age: append `<feature>__age`, microseconds from the event behind the cell to the row's time.
-            progress: called with a view, and the rows joined and to join, while the job runs.
+            progress: called with a view, and the rows joined and to join, while the job runs (with none
+                joined while a source is read in batches); or true, for bars on standard error.
 
         Returns:
             A job; `to_df()`, `to_arrow()` and `to_polars()` give the N rows in order, with the features.
@@ -311,8 +320,15 @@ class FeatureStore:
         """
         if not features:
             raise InvalidArgumentError("features is empty; expected a service or a list of 'view:feature'")
-        plan = self.service_plan(features, full_feature_names=full_feature_names)
-        computers = {view.name: self.computer(view.name) for view in plan.views}
+        used: dict[str, ViewComputer | StreamedView] = {}
+
+        def of(view: str) -> ViewComputer | StreamedView:
+            if view not in used:
+                used[view] = self._live.for_join(view)
+            return used[view]
+
+        plan = self._plans.get(features, full_feature_names, of)
+        computers = {view.name: of(view.name) for view in plan.views}
         if entity_df is None:
             end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
             start_us = None if start_date is None else to_us(start_date, "start_date")
@@ -325,8 +341,9 @@ class FeatureStore:
             table = offline.entity_table(sql.query_table(entity_df, self._repo.path, "entity_df"))
         else:
             table = offline.entity_table(entity_df)
-        return RetrievalJob(
-            lambda: offline.historical_join(
+
+        def join(told: Progress | None) -> pa.Table:
+            return offline.historical_join(
                 table,
                 plan,
                 computers,
@@ -335,9 +352,17 @@ class FeatureStore:
                 known_by=known_by,
                 with_status=with_status,
                 with_age=with_age,
-                progress=progress,
+                progress=told,
             )
-        )
+
+        def join_with_bars() -> pa.Table:
+            with progress_bars() as told:
+                return join(told)
+
+        if progress is True:
+            return RetrievalJob(join_with_bars)
+        told = progress or None
+        return RetrievalJob(lambda: join(told))
 
     def load_rows(
         self, view: str, keys: NDArray[np.uint64], now_us: NDArray[np.int64]

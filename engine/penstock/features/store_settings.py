@@ -1,4 +1,4 @@
-"""Settings of `feature_store.yaml` that are sections of their own: the push path and the online store."""
+"""Settings of `feature_store.yaml` that are sections of their own: pushes, the online store, and joins."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import difflib
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _ZERO = ("stale_ms",)  # 0 turns it off
+_LEAST_JOIN_BYTES = 1 << 20
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,51 @@ class OnlineStoreSettings:
     breaker_open_ms: int = 1000
     stale_ms: int = 0
     stale_rows: int = 100_000
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may have at most: the machine's, or its container's if less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CGROUP_LIMITS:
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        found += [int(text)] if text.isdigit() else []
+    return min(found)
+
+
+@dataclass(frozen=True)
+class JoinSettings:
+    """Bounds of the historical join.
+
+    Attributes:
+        memory_bytes: of the columns of one source that a join holds at once; by default a quarter of the
+            machine's memory. A source that has more is read in batches, of which only the keys that are
+            asked for are kept, and these part by part. The indexes over what is held come on top, and so do
+            the entity table, its features, and the texts that are feature values.
+        spill_dir: absolute path of a folder for what does not fit, in files without a name, which go with the
+            process; by default the system's folder for temporary files.
+    """
+
+    memory_bytes: int = field(default_factory=lambda: max(machine_memory() // 4, _LEAST_JOIN_BYTES))
+    spill_dir: str = ""
+
+
+def join_settings(given: Any) -> JoinSettings:
+    """The section `join`; a ValueError says what is wrong with it."""
+    _check("join", given, asdict(JoinSettings()))
+    made = JoinSettings(**given)
+    if made.memory_bytes < _LEAST_JOIN_BYTES:
+        raise ValueError(
+            f"join.memory_bytes is {made.memory_bytes}; expected at least {_LEAST_JOIN_BYTES} (1 MiB)"
+        )
+    folder = Path(made.spill_dir)
+    if made.spill_dir and not (folder.is_absolute() and folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"join.spill_dir is {made.spill_dir!r}; expected the absolute path of a folder that is writable"
+        )
+    return made
 
 
 def push_settings(given: Any) -> PushSettings:

@@ -10,14 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from acceptance import T, World, ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from push_repo import FEATURES, HOUR, MINUTE, columns, make_push_repo, online, some_events, write_batch
 from redis_server import BINARY, RedisServer
 from store_repo import assert_online_is_offline, make_repo
 
+import penstock as d
 from penstock.clock import ManualClock
 from penstock.errors import InvalidArgumentError, NotFoundError, StoreError
+from penstock.features.expressions import col
 from penstock.features.online import OnlineStore
 from penstock.features.store import FeatureStore
 
@@ -115,6 +118,22 @@ def test_no_byte_of_the_key_is_left_in_the_log(tmp_path: Path) -> None:
         assert set(again["removed"].values()) == {0}
         assert len(receipt["digest"]) == 64
         assert receipt["digest"] != again["digest"]
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_rows_whose_key_is_null_are_nobodys(tmp_path: Path, first: str) -> None:
+    world = World(tmp_path)
+    data = {"u": [1, 1, 2, None], "s": [first, None, "a", "b"], "t": [T] * 4, "x": [1.0, 2.0, 3.0, 4.0]}
+    features = {"x": col("x"), "n": d.count(window="1h")}
+    users = world.view("users", data, features)
+    shops = d.FeatureView("shops", [d.Entity("shop", ["s"])], users.source, features)
+    with world.open(users, shops) as store:
+        store.erase("shops", {"s": [first]})
+        got = store.get_historical_features(ask([1, 2], s=["a", "b"]), ["users:x", "users:n"]).to_arrow()
+        assert got["x"].to_pylist() == [2.0, None if first == "a" else 3.0]  # the row without a shop stays
+        store.erase("users", {"u": [0]})  # what stands in a null integer's place
+        got = store.get_historical_features(ask([1], s=["b"]), ["shops:x"]).to_arrow()
+        assert got["x"].to_pylist() == [None if first == "b" else 4.0]
 
 
 def test_entities_of_a_file_source(tmp_path: Path) -> None:
