@@ -59,15 +59,16 @@ class DataDirLock:
 
 def lock_holder(data_dir: Path) -> dict[str, Any] | None:
     """Who holds `data_dir`: {"pid", "listen"}, or None when nobody does."""
-    path = data_dir / LOCK_NAME
     try:
-        with path.open("r", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return _read(file.fileno())
+        file = os.open(f"{data_dir}/{LOCK_NAME}", os.O_RDONLY | os.O_CLOEXEC)  # before each push: no objects
     except FileNotFoundError:
-        pass
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(file)
+    finally:
+        os.close(file)
     return None
 
 
