@@ -595,6 +595,10 @@ class PushedRows(metaclass=_NativeType):
     """
     Events of one push, checked and coded.
     """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
     @property
     def bytes(self) -> int:
         """

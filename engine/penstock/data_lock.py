@@ -59,8 +59,11 @@ class DataDirLock:
 
 def lock_holder(data_dir: Path) -> dict[str, Any] | None:
     """Who holds `data_dir`: {"pid", "listen"}, or None when nobody does."""
+    path = f"{data_dir}/{LOCK_NAME}"
+    if not os.access(path, os.F_OK):  # asked before each push, so without an exception
+        return None
     try:
-        file = os.open(f"{data_dir}/{LOCK_NAME}", os.O_RDONLY | os.O_CLOEXEC)  # before each push: no objects
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:

@@ -32,12 +32,14 @@ class PushCoding:
         source: its definition.
         views: the views that it feeds, each over the reading that the codes fit.
         readings: see `LiveViews.readings`; with other ones a new coding is needed.
+        schema: the Arrow schema of the logged events.
     """
 
     def __init__(
         self, source: PushSource, views: Sequence[LiveView], readings: object, key_seed: bytes
     ) -> None:
         self.source, self.views, self.readings = source, list(views), readings
+        self.schema = push_schema(source)
         self._names = columns_of(source, source.schema)
         self._native: _core.PushCoder | None = None
         self._texts: list[tuple[int, int, str]] = []  # view, its raw column, name: where that is a string
@@ -122,6 +124,5 @@ class PushCoding:
             mask = None if valid is None else ~valid
             made = pa.array(values, mask=mask)
             arrays.append(made.view(kind) if dtype in ("timestamp", "duration") else made)
-        schema = push_schema(self.source)
-        message: bytes = pa.RecordBatch.from_arrays(arrays, schema=schema).serialize().to_pybytes()
+        message: bytes = pa.RecordBatch.from_arrays(arrays, schema=self.schema).serialize().to_pybytes()
         return message

@@ -86,7 +86,6 @@ class _Entry:
 
     batch: NewBatch
     touched: dict[str, NDArray[np.uint64]]
-    size: int
     pack: Callable[[], bytes] | None = None
     done: threading.Lock = field(default_factory=threading.Lock)
     error: BaseException | None = None
@@ -212,12 +211,12 @@ class Pushes:
             sequence = max(live.sequence for live in views) + 1
             arrivals = np.full(table.num_rows, arrival, np.int64)
             pushed = self._source_table(definition, table, arrivals, views)
-            new = NewBatch(
-                source, sequence, arrival, table.num_rows, table.schema, message, dict(offsets or {})
-            )
+            keys_of = [self._keys_of(live, pushed) for live in views]
             entry = self._enter(
-                new, views, [self._keys_of(live, pushed) for live in views],
-                lambda i: views[i].computer.append(pushed), len(message), None,
+                views, keys_of, sequence, lambda i: views[i].computer.append(pushed), len(message),
+                lambda: NewBatch(
+                    source, sequence, arrival, table.num_rows, table.schema, message, offsets or {}
+                ),
             )  # fmt: skip
             if views == coding.views:
                 coding.sync()
@@ -250,22 +249,23 @@ class Pushes:
                 return None
             arrival = self._clock.now_us()
             sequence = max(live.sequence for live in views) + 1
-            schema = push_rows.push_schema(coding.source)
-            new = NewBatch(name, sequence, arrival, rows.n, schema, b"", dict(offsets or {}))
             return self._enter(
-                new, views, [coding.keys(i, rows) for i in range(len(views))],
-                lambda i: coding.append(i, rows, arrival), rows.bytes, lambda: coding.message(rows),
+                views, [coding.keys(i, rows) for i in range(len(views))], sequence,
+                lambda i: coding.append(i, rows, arrival), rows.bytes,
+                lambda: NewBatch(name, sequence, arrival, rows.n, coding.schema, b"", offsets or {}),
+                lambda: coding.message(rows),
             )  # fmt: skip
 
     def _enter(
-        self, batch: NewBatch, views: list[LiveView], keys: list[NDArray[np.uint64]],
-        append: Callable[[int], object], size: int, pack: Callable[[], bytes] | None,
+        self, views: list[LiveView], keys: list[NDArray[np.uint64]], sequence: int,
+        append: Callable[[int], object], size: int, batch: Callable[[], NewBatch],
+        pack: Callable[[], bytes] | None = None,
     ) -> _Entry:  # fmt: skip
         """Append a batch to its views and queue it; under `locked`."""
         try:
             with self._order:
-                touched = self._append(views, keys, append, batch.sequence)
-                entry = _Entry(batch, touched, size, pack)
+                touched = self._append(views, keys, append, sequence)
+                entry = _Entry(batch(), touched, pack)
                 with self._changed:
                     self._queue.append(entry)
                     self._begun += 1
