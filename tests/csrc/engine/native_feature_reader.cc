@@ -132,7 +132,7 @@ void readers_beside_a_writer() {
 
 void garbled_params() {
   const auto words = static_cast<uint32_t>(row_of(1).size());
-  const FeatureReader reader(make_plan(make_cache(words)));
+  const FeatureReader reader(make_plan(make_cache(words)), {});
   const auto good = params_of({1, 2, 3});
   FeatureReader::Work work;
   for (int i = 0; i < 20000; ++i) {
