@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   penstock::bind::bind_engine(m);
   penstock::bind::bind_load(m);
   penstock::bind::bind_reader(m);
+  penstock::bind::bind_push(m);
 }

@@ -127,14 +127,14 @@ struct Table {
 using WindowTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
 using AggregateTuple = std::tuple<uint8_t, int32_t, uint32_t, int64_t>;
 
-std::unique_ptr<Table> make(const py::object& plain, std::vector<uint32_t> plain_inputs,
+std::shared_ptr<Table> make(const py::object& plain, std::vector<uint32_t> plain_inputs,
                             const py::object& values, std::vector<uint32_t> value_inputs,
                             const std::vector<WindowTuple>& windows,
                             const std::vector<AggregateTuple>& aggregates,
                             const std::vector<std::tuple<bool, uint32_t, bool>>& features, int64_t ttl,
                             int64_t tick, bool as_known, bool tiles, const py::dict& events,
                             const py::list& raw, const Texts& texts, unsigned threads) {
-  auto self = std::make_unique<Table>();
+  auto self = std::make_shared<Table>();
   ViewSpec spec;
   spec.plain = program_of(plain);
   spec.plain_inputs = std::move(plain_inputs);
@@ -218,8 +218,14 @@ Keys append(Table& self, const py::dict& events, const py::list& raw, const Text
 
 }  // namespace
 
+std::shared_ptr<EventTable> event_table_of(const py::handle& given) {
+  const auto table = given.cast<std::shared_ptr<Table>>();
+  return {table, table->table.get()};
+}
+
 void bind_events(py::module_& m) {
-  py::class_<Table>(m, "EventTable", "The events of a view by key, and its stored rows at any time.")
+  py::class_<Table, std::shared_ptr<Table>>(m, "EventTable",
+                                            "The events of a view by key, and its stored rows at any time.")
       .def(
           py::init(&make), py::kw_only(), py::arg("plain"), py::arg("plain_inputs"), py::arg("values"),
           py::arg("value_inputs"), py::arg("windows"), py::arg("aggregates"), py::arg("features"),

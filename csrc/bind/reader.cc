@@ -84,10 +84,27 @@ void add_loaded(const FeatureReader& reader, const py::list& loaded, const std::
   }
 }
 
-constexpr int kTries = 16;  // a row may leave its cache between two reads
+constexpr int kTries = 16;       // a row may leave its cache between two reads
+constexpr size_t kHoldGil = 16;  // rows that are computed without letting go of the interpreter
+constexpr unsigned kThreads = 2;
+
+py::object compute(const FeatureReader& self, int64_t now_us, int64_t mono_ns, uint64_t stamp,
+                   const py::object& out, float* to, FeatureReader::Work& work) {
+  for (int i = 0; i < kTries; ++i) {
+    if (work.misses.size() <= kHoldGil) {
+      self.compute(now_us, mono_ns, stamp, 1, i == 0, work);
+    } else {
+      const py::gil_scoped_release released;
+      self.compute(now_us, mono_ns, stamp, kThreads, i == 0, work);
+    }
+    require(self.read(now_us, mono_ns, &work.computed, work, to));
+    if (work.misses.empty()) return out;
+  }
+  throw std::runtime_error("rows leave their cache faster than they are read");
+}
 
 py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_us, int64_t mono_ns,
-                const py::object& given, const py::object& load) {
+                const py::object& given, uint64_t stamp, const py::object& load) {
   FeatureReader::Work& work = thread_work;
   const auto bytes = static_cast<std::string_view>(params);
   const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
@@ -100,6 +117,7 @@ py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_
   float* to = rows_of(out, rows, features);
   require(self.read(now_us, mono_ns, nullptr, work, to));
   if (work.misses.empty()) return out;
+  if (self.has_tables()) return compute(self, now_us, mono_ns, stamp, out, to, work);
   Overlay overlay;
   overlay.index.assign(self.plan().n_views() * rows, -1);
   for (int i = 0; i < kTries; ++i) {
@@ -118,16 +136,36 @@ py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_
 void bind_reader(py::module_& m) {
   py::class_<FeatureReader, std::shared_ptr<FeatureReader>>(
       m, "FeatureReader", "Reads a feature service into float32 rows through feature caches.")
-      .def(py::init(
-               [](const py::dict& plan) { return std::make_shared<FeatureReader>(service_plan_of(plan)); }),
-           py::arg("plan"), "plan: as ServingCore.load takes it. Raises ValueError.")
+      .def(
+          py::init([](const py::dict& plan, const py::list& tables) {
+            std::vector<std::shared_ptr<const EventTable>> found;
+            for (const py::handle& table : tables) found.push_back(event_table_of(table));
+            auto made = service_plan_of(plan);
+            if (!found.empty() && found.size() != made->n_views()) {
+              throw py::value_error("tables has " + std::to_string(found.size()) +
+                                    " event tables; the plan has " + std::to_string(made->n_views()) +
+                                    " views");
+            }
+            for (size_t v = 0; v < found.size(); ++v) {
+              if (found[v]->n_features() != made->row_schema(v).fields().size())
+                throw py::value_error("the event table of view '" + made->view(v).name +
+                                      "' has other features");
+            }
+            return std::make_shared<FeatureReader>(std::move(made), std::move(found));
+          }),
+          py::arg("plan"), py::arg("tables") = py::list(),
+          "plan: as ServingCore.load takes it. tables: the EventTable of each of its views, from which rows\n"
+          "are computed that no cache has, or none. Raises ValueError.")
       .def("read", &read, py::arg("params"), py::arg("now_us"), py::arg("mono_ns"), py::arg("out"),
-           py::arg("load"),
+           py::arg("stamp"), py::arg("load"),
            "params: MessagePack [any text, entities, inputs or nil]. Fills out float32[rows, features] (a "
            "new\n"
-           "array if None) and returns it. load(keys) is asked for rows that no cache has: given keys\n"
-           "uint64[k, 2] by view, it returns (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises\n"
-           "ValueError naming the column, row or array, and what load raises.");
+           "array if None) and returns it. Rows that no cache has are computed, and put into it under\n"
+           "`stamp`. Without tables, load(keys) is asked for them: given keys uint64[k, 2] by view, it "
+           "returns\n"
+           "(rows uint64[k, row_words], meta int64[k, 4]) by view. Raises ValueError naming the column, row "
+           "or\n"
+           "array, and what load raises.");
 }
 
 }  // namespace penstock::bind

@@ -1,6 +1,7 @@
 // Reads features of entity rows into float32 for a program in this process: what serving does before a model
-// runs, and nothing else. Any thread may read, each with its own Work; nothing is allocated once a Work has
-// met its largest call. The caches are filled by the caller, who loads what a read reports as misses.
+// runs, and nothing else. Rows that no cache has are computed from the views' event tables, where the reader
+// was given them, or else by the caller, who loads what a read reports as misses. Any thread may read, each
+// with its own Work; a read without misses allocates nothing once a Work has met its largest call.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,7 @@
 
 #include "base/status.h"
 #include "engine/service_plan.h"
+#include "features/event_table.h"
 #include "wire/rpc.h"
 
 namespace penstock {
@@ -21,11 +23,24 @@ class FeatureReader {
     ServicePlan::Scratch scratch;
     GatheredRows rows;
     std::vector<FeatureMiss> misses;
+    Overlay computed;
+    // Of the misses of one view.
+    std::vector<uint32_t> asked;
+    std::vector<uint64_t> keys, words;
+    std::vector<int64_t> now, meta;
+    std::vector<uint8_t> status;
+    std::vector<std::vector<Word>> values;
+    std::vector<std::unique_ptr<bool[]>> valid;
+    size_t n_valid = 0;
   };
 
-  explicit FeatureReader(std::shared_ptr<const ServicePlan> plan) : plan_(std::move(plan)) {}
+  // `tables`: the event table of each view of the plan, or none at all.
+  FeatureReader(std::shared_ptr<const ServicePlan> plan,
+                std::vector<std::shared_ptr<const EventTable>> tables);
 
   const ServicePlan& plan() const { return *plan_; }
+  // Whether compute() may be called.
+  bool has_tables() const { return !tables_.empty(); }
 
   // Takes the params of a predict call (one MessagePack array of model, entities, inputs); the model is not
   // looked at. The bytes must outlive the reads of `work`.
@@ -35,8 +50,17 @@ class FeatureReader {
   // stand for misses of the read before.
   Status read(int64_t now_us, int64_t mono_ns, const Overlay* loaded, Work& work, float* out) const;
 
+  // Computes the rows that the read before has missed, puts them into their caches under a stamp taken
+  // before that read, and adds them to `work.computed`, which `reset` empties first.
+  void compute(int64_t now_us, int64_t mono_ns, uint64_t stamp, unsigned threads, bool reset,
+               Work& work) const;
+
  private:
+  void compute_view(size_t view, int64_t now_us, int64_t mono_ns, uint64_t stamp, unsigned threads,
+                    Work& work) const;
+
   std::shared_ptr<const ServicePlan> plan_;
+  std::vector<std::shared_ptr<const EventTable>> tables_;
 };
 
 }  // namespace penstock

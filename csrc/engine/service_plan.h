@@ -92,6 +92,7 @@ class ServicePlan {
   size_t n_views() const { return spec_.views.size(); }
   const PlanView& view(size_t index) const { return spec_.views[index]; }
   uint32_t row_words(size_t view) const { return schemas_[view].row_words(); }
+  const RowSchema& row_schema(size_t view) const { return schemas_[view]; }
 
   // Fills `out` for every row of the call at request time now_us. With misses, only `misses` means anything.
   // use_cache false: every row that the overlay does not hold is a miss.

@@ -80,6 +80,12 @@ Status EventTable::create(ViewSpec spec, const EventRows& rows, std::vector<RawC
         fold = group.folds[group.add(fold)];
       }
     }
+    uint32_t first = 0;
+    while (first < a && (own.aggregates[first].window != aggregate.window ||
+                         !table->folds_[first].same_as(fold) || fold.kind == FoldKind::kSet)) {
+      ++first;
+    }
+    table->first_of_.push_back(first);
     table->folds_.push_back(fold);
     table->sets_.push_back(set);
   }

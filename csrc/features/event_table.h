@@ -99,6 +99,7 @@ class EventTable {
   void keys(std::vector<Key128>* keys) const;
   size_t n_events() const;
   size_t n_keys() const;
+  size_t n_features() const { return spec_.features.size(); }
   // One row of the source for each key that it has events of, but erased ones.
   void source_rows(std::vector<int64_t>* rows) const;
   // The time of the newest event by `now` of keys [n, 2], as far as it counts without a cut, or kTimeMin.
@@ -144,8 +145,9 @@ class EventTable {
   std::unique_ptr<History> open_history(uint32_t key) const;
 
   ViewSpec spec_;
-  std::vector<Fold> folds_;     // of each aggregate, with its words in the tiles of its group
-  std::vector<uint32_t> sets_;  // of each aggregate of a set of values, which of its group's it reads
+  std::vector<Fold> folds_;         // of each aggregate, with its words in the tiles of its group
+  std::vector<uint32_t> first_of_;  // of each aggregate, the first of its window that reads the same fold
+  std::vector<uint32_t> sets_;      // of each aggregate of a set of values, which of its group's it reads
   std::vector<TileGroup> groups_;
   std::vector<std::vector<uint32_t>> by_window_;  // aggregates of each window
   HistoryShape shape_;

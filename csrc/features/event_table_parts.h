@@ -25,6 +25,7 @@ struct EventTable::Scratch {
   std::vector<RowOrder> order, spare;
   std::vector<uint8_t> registers;
   ValueCounter counter;
+  std::vector<Word> totals;   // of the aggregates: kMaxFoldWords each
   std::vector<Word> results;  // of the aggregates
   std::vector<uint8_t> results_valid;
 

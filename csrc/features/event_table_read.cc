@@ -159,7 +159,12 @@ void EventTable::aggregate_row(const Found& found, int64_t now, const int64_t* k
         scratch->results_valid[a] = valid ? 1 : 0;
         continue;
       }
-      Word total[kMaxFoldWords];
+      Word* total = &scratch->totals[kMaxFoldWords * first_of_[a]];
+      if (first_of_[a] != a) {
+        *value = fold_result(aggregate, total, &valid);
+        scratch->results_valid[a] = valid ? 1 : 0;
+        continue;
+      }
       fold_identity(fold, total);
       for (const Segment& segment : scratch->segments) {
         if (segment.tile_from < segment.tile_to) {
@@ -326,6 +331,7 @@ void EventTable::rows_at(const RowsAsked& asked, const RowsFound& found, unsigne
   const unsigned parts = parts_of(asked.n, threads);
   in_parts(parts, [&](unsigned part) {
     Scratch scratch(spec_.plain.get());
+    scratch.totals.resize(kMaxFoldWords * spec_.aggregates.size());
     scratch.results.resize(spec_.aggregates.size());
     scratch.results_valid.resize(spec_.aggregates.size());
     const size_t stop = asked.n * (part + 1) / parts;

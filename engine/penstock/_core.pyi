@@ -407,9 +407,10 @@ class FeatureReader(metaclass=_NativeType):
     """
     Reads a feature service into float32 rows through feature caches.
     """
-    def __init__(self, plan: dict) -> None:
+    def __init__(self, plan: dict, tables: list = ...) -> None:
         """
-        plan: as ServingCore.load takes it. Raises ValueError.
+        plan: as ServingCore.load takes it. tables: the EventTable of each of its views, from which rows
+        are computed that no cache has, or none. Raises ValueError.
         """
     def read(
         self,
@@ -417,13 +418,15 @@ class FeatureReader(metaclass=_NativeType):
         now_us: typing.SupportsInt | typing.SupportsIndex,
         mono_ns: typing.SupportsInt | typing.SupportsIndex,
         out: typing.Any,
+        stamp: typing.SupportsInt | typing.SupportsIndex,
         load: typing.Any,
     ) -> typing.Any:
         """
         params: MessagePack [any text, entities, inputs or nil]. Fills out float32[rows, features] (a new
-        array if None) and returns it. load(keys) is asked for rows that no cache has: given keys
-        uint64[k, 2] by view, it returns (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises
-        ValueError naming the column, row or array, and what load raises.
+        array if None) and returns it. Rows that no cache has are computed, and put into it under
+        `stamp`. Without tables, load(keys) is asked for them: given keys uint64[k, 2] by view, it returns
+        (rows uint64[k, row_words], meta int64[k, 4]) by view. Raises ValueError naming the column, row or
+        array, and what load raises.
         """
 
 class HistogramCounts(metaclass=_NativeType):
@@ -519,6 +522,92 @@ class FeatureProgram(metaclass=_NativeType):
     def outputs(self) -> list[tuple[str, str]]:
         """
         (name, dtype) of each output column.
+        """
+
+class PushCoder(metaclass=_NativeType):
+    """
+    Codes the pushes of one source. Any thread.
+    """
+    def __init__(
+        self,
+        *,
+        columns: collections.abc.Sequence[tuple[str, str, bool]],
+        time: typing.SupportsInt | typing.SupportsIndex,
+        created: typing.SupportsInt | typing.SupportsIndex,
+        event_id: typing.SupportsInt | typing.SupportsIndex,
+        deleted: typing.SupportsInt | typing.SupportsIndex,
+        seed: bytes,
+        views: collections.abc.Sequence[
+            tuple[
+                typing.Any,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                typing.SupportsInt | typing.SupportsIndex,
+            ]
+        ],
+    ) -> None:
+        """
+        columns: (name, dtype, whether it must not be null). time, created, event_id, deleted: which of
+        them, -1: none. seed: of the key hash. views: (EventTable, its key columns, its raw columns, how
+        many value columns it has). ValueError where they do not fit.
+        """
+    def add_texts(
+        self,
+        view: typing.SupportsInt | typing.SupportsIndex,
+        raw: typing.SupportsInt | typing.SupportsIndex,
+        texts: collections.abc.Sequence[str],
+    ) -> None:
+        """
+        Further texts of a raw column of a view, in the order of their codes.
+        """
+    def append(
+        self,
+        view: typing.SupportsInt | typing.SupportsIndex,
+        rows: PushedRows,
+        arrival_us: typing.SupportsInt | typing.SupportsIndex,
+    ) -> bool:
+        """
+        Append to a view's table; whether it has new keys. ValueError if the table is full.
+        """
+    def code(self, rows: typing.Any) -> typing.Any:
+        """
+        rows: dict of columns as lists, tuples or scalars. PushedRows; None where anything is wrong or not
+        of the plain kinds: int, float, bool, str and None, times as int microseconds, known texts.
+        """
+    def column(self, at: typing.SupportsInt | typing.SupportsIndex, rows: PushedRows) -> tuple:
+        """
+        (values, valid bool[n] or None) of a column: a list of str, or an array of its dtype.
+        """
+    def keys(
+        self, view: typing.SupportsInt | typing.SupportsIndex, rows: PushedRows
+    ) -> numpy.typing.NDArray[numpy.uint64]:
+        """
+        Entity keys uint64[n, 2] of a view.
+        """
+    def n_texts(
+        self, view: typing.SupportsInt | typing.SupportsIndex, raw: typing.SupportsInt | typing.SupportsIndex
+    ) -> int:
+        """
+        Texts known of a raw column of a view.
+        """
+
+class PushedRows(metaclass=_NativeType):
+    """
+    Events of one push, checked and coded.
+    """
+    def __init__(self, *args: object, **kwargs: object) -> typing.Never:
+        """
+        TypeError: only the core makes them.
+        """
+    @property
+    def bytes(self) -> int:
+        """
+        About their size in the log.
+        """
+    @property
+    def n(self) -> int:
+        """
+        How many.
         """
 
 class RowSchema(metaclass=_NativeType):

@@ -59,15 +59,19 @@ class DataDirLock:
 
 def lock_holder(data_dir: Path) -> dict[str, Any] | None:
     """Who holds `data_dir`: {"pid", "listen"}, or None when nobody does."""
-    path = data_dir / LOCK_NAME
+    path = f"{data_dir}/{LOCK_NAME}"
+    if not os.access(path, os.F_OK):  # asked before each push, so without an exception
+        return None
     try:
-        with path.open("r", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return _read(file.fileno())
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        pass
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(file)
+    finally:
+        os.close(file)
     return None
 
 

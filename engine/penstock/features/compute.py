@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -301,6 +301,11 @@ class ViewComputer:
         return arrays
 
     @property
+    def events(self) -> _core.EventTable:
+        """The native table, for those who compute rows without Python."""
+        return self._events
+
+    @property
     def keys(self) -> NDArray[np.uint64]:
         """The distinct keys uint64[m, 2], ascending."""
         return self._events.keys()
@@ -350,15 +355,42 @@ class ViewComputer:
                 known = self._events.n_keys
                 touched = self._events.append(self._arrays(table), raw, new_texts)
                 if self._events.n_keys > known:
-                    joins = [table.columns[name] for name in self.view.join_keys]
-                    self._joins = [*self._joins, joins]
+                    self._joins.append([table.columns[name] for name in self.view.join_keys])
                 return touched
             except Exception:
                 self.dictionaries, self._texts = before
                 raise
 
+    def raw_columns(self) -> list[str] | None:
+        """The columns that the native table takes of an event, in order; None: not all are the source's."""
+        if self._opaque or any(function_of(name) is not None for name in self._raw):
+            return None
+        return list(self._raw)
+
+    @property
+    def n_values(self) -> int:
+        """Distinct aggregated expressions."""
+        return len(self._value_texts)
+
+    def texts(self, column: str) -> list[str]:
+        """The texts of a string column that the programs read, by code. Not to be changed."""
+        return self._texts[column]
+
+    def append_coded(self, append: Callable[[], bool], column: Callable[[str], SourceColumn]) -> None:
+        """Add events whose texts are all known.
+
+        Args:
+            append: adds them to `events`, and says whether there are new keys.
+            column: a join key of them.
+        """
+        with self._appending:
+            if append():
+                self._joins.append([column(name) for name in self.view.join_keys])
+
     def entities(self) -> tuple[NDArray[np.uint64], list[SourceColumn]]:
         """The distinct keys uint64[m, 2] that have events, and the m values of each join key."""
+        if not self.join_dtypes:  # the one key that a view without entities has
+            return entity_keys([], min(1, self._events.n_events), self._key_seed)[0], []
         rows = self._events.source_rows()
         parts = [[column.take(rows) for column in self._joins[0]]]
         for joins in self._joins[1:]:
@@ -366,8 +398,7 @@ class ViewComputer:
                                            *(c.valid for c in joins if c.valid is not None)])  # fmt: skip
             parts.append([column.take(valid) for column in joins])
         columns = [_joined([part[i] for part in parts]) for i in range(len(self.join_dtypes))]
-        n = len(columns[0].values) if columns else min(1, len(rows))
-        keys, _ = entity_keys(columns, n, self._key_seed)
+        keys, _ = entity_keys(columns, len(columns[0].values), self._key_seed)
         if len(parts) > 1:
             _, first = np.unique(keys, axis=0, return_index=True)
             keys, columns = keys[first], [column.take(first) for column in columns]

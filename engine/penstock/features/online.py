@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import struct
@@ -49,6 +50,8 @@ _FIRST_MAP = 16 << 20
 _MAX_READERS = 1024
 _CHUNK = 16_384  # rows of one write transaction
 _IDENTITY = struct.pack(">II", 0, 0)
+_TXNID_AT = 144  # of a transaction's number in a meta page
+_WORD = struct.Struct("<Q")
 _EMPTY = 2**64 - 1  # the root of a tree without pages
 
 
@@ -147,8 +150,21 @@ class _Environment:
                 str(self.path), map_size=self.map_size, max_readers=_MAX_READERS, readahead=False
             )
             self.env.reader_check()  # frees the slots of processes that were killed
+            self._map_metas()
         except (lmdb.Error, OSError) as error:
             raise StoreError(f"online store '{self.path}' cannot be opened: {error}") from error
+
+    def _map_metas(self) -> None:
+        """Map the two pages of which one names the newest transaction."""
+        page = self.env.stat()["psize"]
+        with self.file.open("rb") as stream:
+            self._metas = mmap.mmap(stream.fileno(), 2 * page, access=mmap.ACCESS_READ)
+        self._newest_at = (_TXNID_AT, page + _TXNID_AT)
+
+    def newest(self) -> int:
+        """Number of the newest transaction whose end is written, though perhaps not yet on the disk."""
+        first, second = self._newest_at
+        return max(_WORD.unpack_from(self._metas, first)[0], _WORD.unpack_from(self._metas, second)[0])
 
     @contextlib.contextmanager
     def read(self) -> Iterator[lmdb.Transaction]:
@@ -296,6 +312,13 @@ class OnlineStore:
         """
         with self._environment.read() as txn:
             return int(txn.id())
+
+    def newest(self) -> int:
+        """As `stamp`, at once, but also of a transaction whose end still waits for the disk.
+
+        Where it is what `stamp` once said, nothing has been written since.
+        """
+        return self._environment.newest()
 
     def header(self, view: int) -> ViewHeader | None:
         """The header of a view; None if it has none."""

@@ -46,13 +46,19 @@ def empty_batch(source: PushSource) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
+def required_columns(source: PushSource, keys: Collection[str]) -> set[str]:
+    """The columns that must not be null, `keys` among them."""
+    roles = (source.timestamp, source.event_id, source.deleted)
+    return {*keys, *(role for role in roles if role is not None)}
+
+
 def read_rows(source: PushSource, rows: Any, keys: Collection[str]) -> pa.Table:
     """Check pushed rows.
 
     Args:
         source: its schema decides.
         rows: dict of columns (or scalars: one row), list of dicts, pandas, polars or Arrow table.
-        keys: columns that must not be null, beside the time and the event id.
+        keys: see `required_columns`.
 
     Returns:
         The rows with the columns of `push_schema`, in one chunk.
@@ -77,7 +83,7 @@ def read_rows(source: PushSource, rows: Any, keys: Collection[str]) -> pa.Table:
                 f"{where}: column '{name}' has {len(column)} rows; column '{first}' has {count}"
             )
     arrays = []
-    required = {*keys, source.timestamp} | ({source.event_id} if source.event_id else set())
+    required = required_columns(source, keys)
     for name, dtype in source.schema.items():
         what = f"{where}: column '{name}'"
         if name not in given:
@@ -86,7 +92,7 @@ def read_rows(source: PushSource, rows: Any, keys: Collection[str]) -> pa.Table:
                 continue
             raise InvalidArgumentError(f"{what} is missing; expected {dtype}")
         column = _typed(given[name], dtype, what, framed)
-        if column.null_count and (name in required or name == source.deleted):
+        if column.null_count and name in required:
             row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
             raise InvalidArgumentError(f"{what} is null in row {row}; expected {dtype}")
         arrays.append(column)

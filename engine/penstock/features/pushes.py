@@ -43,6 +43,7 @@ from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.online import OnlineStore, header_in, put_header_in, put_rows
 from penstock.features.online_adapter import OnlineAdapter
+from penstock.features.push_coding import PushCoding
 from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
 from penstock.features.registry import Registry
 from penstock.features.source_definitions import PushSource
@@ -53,6 +54,8 @@ from penstock.features.text_codes import TextCodes
 if TYPE_CHECKING:
     import lmdb
     from numpy.typing import NDArray
+
+    from penstock import _core
 
 _log = logging.getLogger("penstock.features")
 _RETRY_MS = 50
@@ -73,12 +76,25 @@ class _ConflictError(StoreError):
 
 @dataclass(eq=False)
 class _Entry:
-    """A push on its way to the disk."""
+    """A push on its way to the disk.
+
+    Attributes:
+        batch: what to log; its message may be empty until `pack` has made it.
+        touched: the keys of its rows, by view.
+        done: held until it is durable or has failed.
+    """
 
     batch: NewBatch
     touched: dict[str, NDArray[np.uint64]]
-    done: threading.Event = field(default_factory=threading.Event)
+    pack: Callable[[], bytes] | None = None
+    done: threading.Lock = field(default_factory=threading.Lock)
     error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.done.acquire()
+
+    def packed(self) -> NewBatch:
+        return self.batch if self.pack is None else replace(self.batch, message=self.pack())
 
 
 @dataclass(eq=False)
@@ -129,6 +145,7 @@ class Pushes:
         self.failures = 0
         self._thread: threading.Thread | None = None
         self._texts = TextCodes(registry)
+        self._codings: dict[str, PushCoding] = {}
         self._pending: dict[str, dict[tuple[int, int], int]] = {}  # pushes on their way, by view and key
         self._pending_lock = threading.Lock()
         self._writing: dict[int, int] = {}  # see `writing`
@@ -168,9 +185,16 @@ class Pushes:
         """Make events visible and queue them; `wait` for them to be durable."""
         if not isinstance(source, str):
             raise InvalidArgumentError(f"source is {source!r}; expected the name of a push source")
-        self._live.fed_by(source)  # a name that is unknown is told first; the views are read outside the lock
-        definition = self._live.push_sources()[source]
-        keys = {key for live in self._live.fed_by(source) for key in live.computer.view.join_keys}
+        while True:
+            coding = self._coding(source)  # a name that is unknown is told first
+            coded = coding.code(rows)
+            if coded is None:
+                break
+            entry = self._begin_coded(coding, coded, offsets)
+            if entry is not None:
+                return entry
+        definition = coding.source
+        keys = {key for live in coding.views for key in live.computer.view.join_keys}
         table = push_rows.read_rows(definition, rows, keys)
         if not table.num_rows and not offsets:
             return None
@@ -180,35 +204,85 @@ class Pushes:
         with self._live.locked():
             self._repair()
             self._check_room(len(message))
-            views = self._live.fed_by(source)
-            for live in views:
+            for live in self._live.fed_by(source):
                 self._catch_up(live)
+            views = self._live.fed_by(source)  # other readings, where others have erased
             arrival = self._clock.now_us()
             sequence = max(live.sequence for live in views) + 1
             arrivals = np.full(table.num_rows, arrival, np.int64)
             pushed = self._source_table(definition, table, arrivals, views)
-            new = NewBatch(
-                source, sequence, arrival, table.num_rows, table.schema, message, dict(offsets or {})
-            )
-            try:
-                with self._order:
-                    entry = _Entry(new, self._append(views, pushed, sequence))
-                    with self._changed:
-                        self._queue.append(entry)
-                        self._begun += 1
-                        self._queued_bytes += len(message)
-                        self._start()
-                        self._changed.notify_all()
-            except BaseException:
-                self._repair()  # one view may have taken the events before another refused them
-                raise
+            keys_of = [self._keys_of(live, pushed) for live in views]
+            entry = self._enter(
+                views, keys_of, sequence, lambda i: views[i].computer.append(pushed), len(message),
+                lambda: NewBatch(
+                    source, sequence, arrival, table.num_rows, table.schema, message, offsets or {}
+                ),
+            )  # fmt: skip
+            if views == coding.views:
+                coding.sync()
+        return entry
+
+    def _coding(self, source: str) -> PushCoding:
+        """How a source's pushes are coded, over the newest readings of its views."""
+        coding = self._codings.get(source)
+        if coding is None or coding.readings is not self._live.readings:
+            self._live.fed_by(source)  # the views are read outside the lock
+            with self._live.locked():
+                views, readings = self._live.fed_by(source), self._live.readings
+                definition = self._live.push_sources()[source]
+                coding = PushCoding(definition, views, readings, self._registry.seed)
+            self._codings[source] = coding
+        return coding
+
+    def _begin_coded(
+        self, coding: PushCoding, rows: _core.PushedRows, offsets: Mapping[tuple[str, int], int] | None
+    ) -> _Entry | None:
+        """As `begin`; None if the codes no longer fit. What a reader must wait for comes before the rest."""
+        views, name = coding.views, coding.source.name
+        with self._live.locked():
+            if self._broken:
+                self._repair()
+            self._check_room(rows.bytes)
+            for live in views:
+                self._catch_up(live)
+            if coding.readings is not self._live.readings:
+                return None
+            arrival = self._clock.now_us()
+            sequence = max(live.sequence for live in views) + 1
+            return self._enter(
+                views, [coding.keys(i, rows) for i in range(len(views))], sequence,
+                lambda i: coding.append(i, rows, arrival), rows.bytes,
+                lambda: NewBatch(name, sequence, arrival, rows.n, coding.schema, b"", offsets or {}),
+                lambda: coding.message(rows),
+            )  # fmt: skip
+
+    def _enter(
+        self, views: list[LiveView], keys: list[NDArray[np.uint64]], sequence: int,
+        append: Callable[[int], object], size: int, batch: Callable[[], NewBatch],
+        pack: Callable[[], bytes] | None = None,
+    ) -> _Entry:  # fmt: skip
+        """Append a batch to its views and queue it; under `locked`."""
+        try:
+            with self._order:
+                touched = self._append(views, keys, append, sequence)
+                entry = _Entry(batch(), touched, pack)
+                with self._changed:
+                    self._queue.append(entry)
+                    self._begun += 1
+                    self._queued_bytes += size
+                    self._start()
+                    self._changed.notify_all()
+        except BaseException:
+            self._repair()  # one view may have taken the events before another refused them
+            raise
         return entry
 
     def wait(self, entry: _Entry | None) -> int:
         """Wait until a push is durable. Returns its rows."""
         if entry is None:
             return 0
-        entry.done.wait()
+        with entry.done:
+            pass
         if entry.error is not None:
             with self._live.locked():
                 self._repair()
@@ -226,21 +300,25 @@ class Pushes:
                 )
 
     def _append(
-        self, views: list[LiveView], pushed: SourceTable, sequence: int
+        self,
+        views: list[LiveView],
+        keys: list[NDArray[np.uint64]],
+        append: Callable[[int], object],
+        sequence: int,
     ) -> dict[str, NDArray[np.uint64]]:
         touched: dict[str, NDArray[np.uint64]] = {}
         try:
-            for live in views:
-                view = live.computer.view
+            for i, live in enumerate(views):
+                name = live.computer.view.name
                 # Before they are visible: who sees them, or a row made of them, sees that the row waits.
-                touched[view.name] = self._keys_of(live, pushed)
-                self._mark(view.name, touched[view.name], 1)
+                touched[name] = keys[i]
+                self._mark(name, keys[i], 1)
                 live.sequence = sequence
-                live.computer.append(pushed)
-                self.touched(live, touched[view.name])
+                append(i)
+                self.touched(live, keys[i])
         except BaseException:
-            for name, keys in touched.items():
-                self._mark(name, keys, -1)
+            for name, marked in touched.items():
+                self._mark(name, marked, -1)
             with self._changed:
                 self._break(views[0].source or "", touched)
             raise
@@ -331,8 +409,11 @@ class Pushes:
 
     def _look(self, source: str) -> None:
         """Learn the head of the log, if anything was written that is not known to be of this store."""
+        seen = self._seen.get(source)
+        if seen is not None and seen == self._local.newest():
+            return
         stamp = self._local.stamp()
-        if self._seen.get(source) != stamp:
+        if seen != stamp:
             head = self._log.head(source)
             self._durable[source] = max(head, self._durable.get(source, 0))
             self._seen[source] = stamp
@@ -478,13 +559,14 @@ class Pushes:
             firsts.setdefault(entry.batch.source, entry.batch.sequence)
             lasts[entry.batch.source] = entry.batch.sequence
         embedded = self._online is self._local
+        batches = [entry.packed() for entry in group.entries]
 
         def work(txn: lmdb.Transaction) -> int:
             for source, first in firsts.items():
                 if event_log.head_in(txn, source) != first - 1:
                     raise _ConflictError(f"another process has pushed to '{source}' meanwhile")
-            for entry in group.entries:
-                event_log.put_batch(txn, entry.batch)
+            for batch in batches:
+                event_log.put_batch(txn, batch)
             for live, keys, rows, meta in group.rows if embedded else ():
                 assert live.source is not None
                 self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
@@ -557,7 +639,7 @@ class Pushes:
             self._ended += len(entries)
             self._changed.notify_all()
         for entry in entries:
-            entry.done.set()
+            entry.done.release()
         self._compact_due()
 
     def _release(self, entries: list[_Entry]) -> None:

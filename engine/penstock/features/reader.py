@@ -1,9 +1,10 @@
 """A feature list read again and again into float32 rows: the fast form of `get_online_features`.
 
 A reader keeps the rows that it has read in feature caches of its store (`ReaderCaches`), one a view, which
-all readers share. A hit never leaves the native core. A push empties its keys there before it is visible, so
-the next read computes them anew; another reading of a source takes other caches. The bits are those of
-`get_online_features(...).to_numpy()`. Any thread may read.
+all readers share. A push empties its keys there once it is visible, so the next read computes them anew;
+another reading of a source takes other caches. Rows that no cache has are computed by the native core from
+the views' events; where the rows lie in a store on another machine, they are asked for there first. The bits
+are those of `get_online_features(...).to_numpy()`. Any thread may read.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ class OnlineReader:
     """
 
     def __init__(
-        self, plan: Callable[[], ServicePlan], live: LiveViews, caches: ReaderCaches, load: Load,
+        self, plan: Callable[[], ServicePlan], live: LiveViews, caches: ReaderCaches, load: Load | None,
         look: Callable[[LiveView], object], clock: SystemClock, seed: bytes,
     ) -> None:  # fmt: skip
+        """`load` is asked for rows that no cache has; None: they are computed."""
         self._plan_of, self._live, self._caches, self._load_rows = plan, live, caches, load
         self._look, self._clock, self._seed = look, clock, seed
         self._looked_ns = 0
@@ -110,7 +112,9 @@ class OnlineReader:
             entity_rows = _columns(entity_rows)
         params = self._pack(prepared, entity_rows)
         try:
-            return prepared.native.read(params, now_us, mono_ns, out, prepared.loader(self, now_us, mono_ns))
+            stamp = self._caches.stamp  # before the rows are computed: a push meanwhile has a greater one
+            load = None if self._load_rows is None else prepared.loader(self, now_us, mono_ns)
+            return prepared.native.read(params, now_us, mono_ns, out, stamp, load)
         except ValueError as error:
             if isinstance(error, InvalidArgumentError):
                 raise
@@ -145,12 +149,14 @@ class OnlineReader:
             views = [self._live.view(view.name) for view in plan.views]
             if readings is self._live.readings:
                 break
-        self._prepared = prepared = _Prepared(plan, views, readings, self._caches, self._seed)
+        computes = self._load_rows is None
+        self._prepared = prepared = _Prepared(plan, views, readings, self._caches, self._seed, computes)
         return prepared
 
     def _load(
         self, prepared: _Prepared, keys: list[NDArray[np.uint64]], now_us: int, mono_ns: int
     ) -> list[Loaded]:
+        assert self._load_rows is not None
         loaded: list[Loaded] = []
         for live, cache, asked in zip(prepared.views, prepared.caches, keys):
             if not len(asked):
@@ -167,8 +173,9 @@ class _Prepared:
     """A plan over one reading of its views, in native form."""
 
     def __init__(
-        self, plan: ServicePlan, views: list[LiveView], readings: object, caches: ReaderCaches, seed: bytes
-    ) -> None:
+        self, plan: ServicePlan, views: list[LiveView], readings: object, caches: ReaderCaches, seed: bytes,
+        computes: bool,
+    ) -> None:  # fmt: skip
         self.plan, self.views, self.readings = plan, views, readings
         self.caches = [caches.of(live) for live in views]
         self.pushed = [live for live in views if live.source is not None]
@@ -193,7 +200,8 @@ class _Prepared:
                 "program": plan.program,
                 "key_seed": seed,
                 "error_on_missing": False,
-            }
+            },
+            [live.computer.events for live in views] if computes else [],
         )
 
     def loader(

@@ -452,8 +452,8 @@ class FeatureStore:
             return self.service_plan(features, full_feature_names=full_feature_names)
 
         return OnlineReader(
-            plan, self._live, self._reader_caches, self._load, self._pushes.catch_up, self._clock,
-            self.key_seed,
+            plan, self._live, self._reader_caches, None if self._online is self._local else self._load,
+            self._pushes.catch_up, self._clock, self.key_seed,
         )  # fmt: skip
 
     # Pushes

@@ -55,7 +55,7 @@ const RowMeta kMeta{0, 2000, 5, 5};
 void misses_then_loaded_then_hits() {
   const auto words = static_cast<uint32_t>(row_of(1).size());
   const auto cache = make_cache(words);
-  const FeatureReader reader(make_plan(cache));
+  const FeatureReader reader(make_plan(cache), {});
   for (const size_t n : {1, 2, 63, 64, 65, 200}) {  // blocks of 64
     std::vector<int64_t> keys;
     for (size_t i = 0; i < n; ++i) keys.push_back(static_cast<int64_t>(1000 * n + i));
@@ -93,7 +93,7 @@ void misses_then_loaded_then_hits() {
 void readers_beside_a_writer() {
   const auto words = static_cast<uint32_t>(row_of(1).size());
   const auto cache = make_cache(words);
-  const FeatureReader reader(make_plan(cache));
+  const FeatureReader reader(make_plan(cache), {});
   std::vector<int64_t> keys;
   for (int64_t key = 0; key < 80; ++key) {
     keys.push_back(key);
@@ -132,7 +132,7 @@ void readers_beside_a_writer() {
 
 void garbled_params() {
   const auto words = static_cast<uint32_t>(row_of(1).size());
-  const FeatureReader reader(make_plan(make_cache(words)));
+  const FeatureReader reader(make_plan(make_cache(words)), {});
   const auto good = params_of({1, 2, 3});
   FeatureReader::Work work;
   for (int i = 0; i < 20000; ++i) {

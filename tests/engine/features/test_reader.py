@@ -16,6 +16,7 @@ from push_repo import FEATURES, HOUR, columns, make_push_repo, some_events, writ
 from store_repo import HOUR as STORE_HOUR
 from store_repo import make_repo, some_rows
 
+from penstock import _core
 from penstock.clock import ManualClock
 from penstock.errors import InvalidArgumentError, NotFoundError, StoreError
 from penstock.features.online import OnlineStore
@@ -32,6 +33,16 @@ def same(store: FeatureStore, reader: Any, features: Any, rows: Any, now: int) -
     assert found.view(np.uint32).tolist() == expected.view(np.uint32).tolist()
 
 
+class Elsewhere:
+    """The store of the data folder as if it were on another machine: its rows are asked for."""
+
+    def __init__(self, store: OnlineStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -42,14 +53,17 @@ def same(store: FeatureStore, reader: Any, features: Any, rows: Any, now: int) -
         max_size=14,
     ),
     st.integers(0, 99),
+    st.booleans(),
 )  # fmt: skip
 def test_it_gives_the_bits_of_the_slow_path(
-    tmp_path_factory: pytest.TempPathFactory, steps: Any, seed: int
+    tmp_path_factory: pytest.TempPathFactory, steps: Any, seed: int, elsewhere: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("reader")
     batch = some_events(30, users=5, seed=seed)
     clock = ManualClock(us=5 * HOUR, ns=1)
     with FeatureStore(make_push_repo(folder / "r", batch=batch), clock=clock) as store:
+        if elsewhere:
+            store._online = Elsewhere(store._local)  # type: ignore[assignment]
         readers = [store.online_reader(FEATURES), store.online_reader(["users:city", "users:n"])]
         for i, (step, now, users) in enumerate(steps):
             clock.us = now
@@ -156,6 +170,8 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
 
 def test_a_store_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FeatureStore(make_push_repo(tmp_path / "r", batch=some_events(50))) as store:
+        computing = store.online_reader(["users:n"])
+        store._online = Elsewhere(store._local)  # type: ignore[assignment]
         reader = store.online_reader(["users:n"])
         before = reader.read({"user_id": [1]}, now=5 * HOUR)
 
@@ -166,6 +182,42 @@ def test_a_store_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(StoreError, match="cannot be read"):
             reader.read({"user_id": [1, 9]}, now=5 * HOUR)
         assert (reader.read({"user_id": [1]}, now=5 * HOUR) == before).all()  # that row it has
+        assert computing.read({"user_id": [1, 9]}, now=5 * HOUR)[0] == before[0]  # needs no store
+
+
+def test_many_rows_at_once_are_computed_as_one_by_one(tmp_path: Path) -> None:
+    with FeatureStore(make_push_repo(tmp_path / "r", batch=some_events(400, users=150))) as store:
+        whole, one = store.online_reader(FEATURES), store.online_reader(FEATURES)
+        users = [*range(150), None, 3, 3]
+        rows = {"user_id": users, "shop": [("a", "b", "c")[i % 3] for i in range(len(users))]}
+        for now in (HOUR, 5 * HOUR, 20 * HOUR):
+            found = whole.read(rows, now=now)
+            store._reader_caches._caches.clear()
+            one._prepared = None
+            asked = [dict(zip(rows, row)) for row in zip(*rows.values())]
+            single = [one.read(row, now=now)[0] for row in asked]
+            assert found.view(np.uint32).tolist() == np.array(single).view(np.uint32).tolist()
+            whole._prepared = None
+
+
+def test_tables_of_other_views_are_refused(tmp_path: Path) -> None:
+    with FeatureStore(make_push_repo(tmp_path / "r", batch=some_events(9))) as store:
+        reader = store.online_reader(["users:n"])
+        prepared = reader._prepared
+        assert prepared is not None
+        plan = {
+            "entities": [("user_id", "int64")], "inputs": [], "request_source": "", "error_on_missing": False,
+            "key_seed": store.key_seed, "program": prepared.plan.program,
+            "views": [
+                {"name": "users", "rows_of": "users", "cache": prepared.caches[0], "key_columns": [0],
+                 "fields": store.computer("users").schema}
+            ],
+        }  # fmt: skip
+        _core.FeatureReader(plan, [store.computer("users").events])
+        with pytest.raises(ValueError, match="tables has 2 event tables; the plan has 1 views"):
+            _core.FeatureReader(plan, [store.computer("users").events] * 2)
+        with pytest.raises(ValueError, match="the event table of view 'users' has other features"):
+            _core.FeatureReader(plan, [store.computer("pairs").events])
 
 
 def test_a_push_is_read_at_once_on_every_thread(tmp_path: Path) -> None:
