@@ -162,15 +162,15 @@ class FeatureStore:
         used = {bundle.service for bundle in bundles} & self.services.keys()
         if used:
             with self._writing, self._live.locked():
-                fingerprints, faults = self._would_be(sorted(name for name in used if name is not None))
-            breaks += bundle_breaks(bundles, self.services, fingerprints, faults)
+                plans, faults = self._would_be(sorted(name for name in used if name is not None))
+            breaks += bundle_breaks(bundles, self.services, plans, faults)
         else:
             breaks += bundle_breaks(bundles, self.services, {}, {})
         return changes(self._registry.state, self._declared(), schemas, breaks)
 
-    def _would_be(self, services: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Fingerprints of services as `apply` would make them, and why others cannot be made."""
-        found: dict[str, str] = {}
+    def _would_be(self, services: Sequence[str]) -> tuple[dict[str, ServicePlan], dict[str, str]]:
+        """Plans of services as `apply` would make them, and why others cannot be made."""
+        found: dict[str, ServicePlan] = {}
         try:
             fresh = self._live.rebuild(only_look=True)
             computers = {name: reading.computer for name, reading in fresh.items()}
@@ -180,7 +180,7 @@ class FeatureStore:
         for name in services:
             service = self.services[name]
             try:
-                found[name] = self._plans.compile(service, computers).fingerprint
+                found[name] = self._plans.compile(service, computers)
             except PenstockError as error:
                 faults[name] = str(error)
         return found, faults
@@ -205,16 +205,13 @@ class FeatureStore:
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
             dtypes = {name: view_dtypes(computer) for name, computer in computers.items()}
-            fingerprints = {
-                name: self._plans.compile(service, computers).fingerprint
-                for name, service in self.services.items()
-            }
+            plans = {name: self._plans.compile(service, computers) for name, service in self.services.items()}
             self._live.adopt(fresh)
             self._registry.reload()
             sources = {name: self.views[name].source for name in fresh}
             schemas = {s.key: schema_of(s, fresh[name].schema) for name, s in sources.items()}
             now = self._declared()
-            breaks = bundle_breaks(bundles, self.services, fingerprints, {})
+            breaks = bundle_breaks(bundles, self.services, plans, {})
             found = changes(self._registry.state, now, schemas, breaks)
             self._registry.record_applied({**now, "sources": schemas, "dtypes": dtypes})
             self._plans.forget()
@@ -237,6 +234,17 @@ class FeatureStore:
             FeatureNameCollisionError: two features with one name.
         """
         return self._plans.get(features, full_feature_names)
+
+    def fitting_plan(
+        self, service: str, fingerprint: str | None, text_counts: Mapping[tuple[str, str], int] | None
+    ) -> ServicePlan | None:
+        """The plan of a service, if it fits; see `ServicePlan.fits`. Errors as `service_plan`."""
+        plan = self.service_plan(service)
+        if not plan.fits(fingerprint, text_counts):
+            for view in plan.views:  # another process may have pushed texts that are not read yet
+                self._current(view.name)
+            plan = self.service_plan(service)
+        return plan if plan.fits(fingerprint, text_counts) else None
 
     # Sources
 

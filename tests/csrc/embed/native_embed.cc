@@ -72,11 +72,13 @@ std::string write_bundle(const std::string& parent, int version) {
   std::ofstream(folder + "/reference.arrow") << "reference";
   std::ofstream(folder + "/model.yaml")
       << "schema_version: 1\nname: m\nversion: '" << version
-      << "'\nformat: trees\nservice: null\nfingerprint: null\ninputs:\n- name: a\n  dtype: float32\n"
+      << "'\nformat: trees\nservice: s\nfingerprint: " << std::string(64, 'a')
+      << "\ninputs:\n- name: a\n  dtype: float32\n"
          "- name: 'b: ''c'''\n  dtype: int64\n- name: \"d\\\n    \\ e\\xE9\"\n  dtype: bool\n"
          "output:\n  kind: value\n  classes: []\nfiles:\n"
       << entry("trees.bin", trees) << entry("reference.arrow", "reference")
-      << "training:\n  anything: &a [1,\n    2]\n- x\nmetrics: {}\n";
+      << "training:\n  anything: &a [1,\n    2]\n- x\nmetrics: {}\n"
+      << "dictionaries:\n- source: data/e.parquet\n  column: 'c: d'\n  texts: 3\n";
   return folder;
 }
 
