@@ -7,8 +7,8 @@ disk before one transaction names it and deletes the batches, so an event is in 
 file that no transaction names is what a killed process left; it is removed later.
 
 Keys begin with a number that no view has: batches (source, sequence), Arrow schemas (source, number), the
-head (the newest sequence), segments (source, last sequence), offsets (consumer, partition), and what was
-erased (source, digest). Any thread and process may read; `Write`s are serialised by LMDB.
+head (the newest sequence), segments (source, last sequence), offsets (consumer, partition), what was erased
+(source, digest), and the newest arrival. Arrivals never go back, whatever the wall clock does. Any thread and process may read; `Write`s are serialised by LMDB.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from penstock.features.online import OnlineStore
 
-_BATCH, _SCHEMA, _HEAD, _SEGMENT, _OFFSET, _ERASED, _CUT = (0xFFFF_FF00 + i for i in range(7))
+_BATCH, _SCHEMA, _HEAD, _SEGMENT, _OFFSET, _ERASED, _CUT, _ARRIVED = (0xFFFF_FF00 + i for i in range(8))
 _HEADER = struct.Struct("<IqII")  # schema number, arrival, rows, CRC-32 of the Arrow message
 _ORPHAN_S = 600.0
 _READ_TRIES = 20
@@ -119,6 +119,16 @@ class EventLog:
         """The sequence number of the last erasure; a reading from before it must be made again."""
         with self._store.transaction() as txn:
             return _number(txn.get(_key(_CUT, source)))
+
+    def newest_arrival(self, source: str) -> int:
+        """When the newest durable event of a source arrived, int64 microseconds; 0 before the first."""
+        with self._store.transaction() as txn:
+            found = txn.get(_key(_ARRIVED, source))
+            if found is not None or not head_in(txn, source):
+                return _number(found)
+        # A log that an earlier build wrote.
+        parts = self.read(source)[0]
+        return max((max(part.arrival_us.to_pylist(), default=0) for part in parts), default=0)
 
     def read(self, source: str, after: int = 0) -> tuple[list[Logged], int]:
         """The events behind a sequence number in order, and the head that they lead up to.
@@ -409,6 +419,8 @@ def put_batch(txn: lmdb.Transaction, batch: NewBatch) -> None:
     for (consumer, partition), offset in batch.offsets.items():
         txn.put(_key(_OFFSET, consumer, partition), struct.pack(">Q", offset))
     put_head(txn, batch.source, max(batch.sequence, head_in(txn, batch.source)))
+    key = _key(_ARRIVED, batch.source)
+    txn.put(key, struct.pack(">Q", max(batch.arrival_us, _number(txn.get(key)), 0)))
 
 
 def delete_batches(txn: lmdb.Transaction, source: str, last: int) -> None:

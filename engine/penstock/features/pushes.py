@@ -134,6 +134,8 @@ class Pushes:
         self._writing: dict[int, int] = {}  # see `writing`
         self._durable: dict[str, int] = {}  # head of the log, by source, as last seen
         self._seen: dict[str, int] = {}  # stamp of the store when that was
+        self._arrived: dict[str, int] = {}  # newest arrival, by source
+        self._arriving = threading.Lock()  # guards that
         self._compacting = threading.Lock()
         self._uncompacted: dict[str, int] = {}
         live.settle = self.settle
@@ -183,7 +185,7 @@ class Pushes:
             views = self._live.fed_by(source)
             for live in views:
                 self._catch_up(live)
-            arrival = self._clock.now_us()
+            arrival = self._arrival(source)
             sequence = max(live.sequence for live in views) + 1
             arrivals = np.full(table.num_rows, arrival, np.int64)
             pushed = self._source_table(definition, table, arrivals, views)
@@ -203,6 +205,18 @@ class Pushes:
                 self._repair()  # one view may have taken the events before another refused them
                 raise
         return entry
+
+    def _arrival(self, source: str) -> int:
+        """When an event arrives: now, but never before those that came earlier.
+
+        It is the event's known-at where it names none, so a clock that was set back would make a correction
+        lose to what it corrects.
+        """
+        with self._arriving:
+            known = self._arrived.get(source)
+            newest = self._log.newest_arrival(source) if known is None else known
+            self._arrived[source] = newest = max(self._clock.now_us(), newest)
+            return newest
 
     def wait(self, entry: _Entry | None) -> int:
         """Wait until a push is durable. Returns its rows."""
@@ -336,6 +350,9 @@ class Pushes:
             head = self._log.head(source)
             self._durable[source] = max(head, self._durable.get(source, 0))
             self._seen[source] = stamp
+            with self._arriving:
+                if source in self._arrived:  # others may have pushed
+                    self._arrived[source] = max(self._arrived[source], self._log.newest_arrival(source))
 
     def _catch_up(self, live: LiveView) -> None:
         """As `catch_up`, under `locked`."""
