@@ -7,6 +7,7 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from penstock.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     PenstockError,
+    StoreError,
 )
 from penstock.features import materialize as writing
 from penstock.features import offline, sql
@@ -38,7 +40,7 @@ from penstock.features.definitions import (
     FeatureService,
     FeatureView,
 )
-from penstock.features.erase import erase_keys
+from penstock.features.erase import erase_keys, finish_erasures
 from penstock.features.event_log import EventLog
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
@@ -60,8 +62,7 @@ from penstock.features.times import Time, iso, to_us
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MAX_PLANS = 256
-_READ_TRIES = 5
+_log = logging.getLogger("penstock.features")
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
 
@@ -116,6 +117,10 @@ class FeatureStore:
 
             self._online = RedisStore(self._repo.online_store, identity)
         self._log = EventLog(self._local, self.data_dir / "events")
+        try:
+            finish_erasures(self._log, self._online)
+        except StoreError as error:  # Redis, which may be away for now
+            _log.warning("an erasure could not be ended: %s", error)
         self._live = LiveViews(self._repo, self._registry, self._log)
         self._pushes = Pushes(
             self._live, self._log, self._local, self._online, self._registry, self._clock,
