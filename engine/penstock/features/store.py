@@ -93,8 +93,8 @@ class FeatureStore:
                 were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
-            holds_data_dir: the caller holds the folder's LOCK, as a server does. Else `push`, `ingest` and
-                `erase` are refused while somebody does, whose caches would not hear of them.
+            holds_data_dir: the caller holds the folder's LOCK, as a server does. Else `push`, `ingest`,
+                `erase` and `materialize` are refused while somebody does, whose caches would not hear of it.
 
         Raises:
             ConfigError: there is no repository, or its `feature_store.yaml` is wrong.
@@ -451,7 +451,7 @@ class FeatureStore:
         if found is not None:
             where = f"at {', '.join(found['listen'])}" if found["listen"] else f"in process {found['pid']}"
             raise FailedPreconditionError(
-                f"data_dir {self.data_dir} is served {where}; push and erase through that server"
+                f"data_dir {self.data_dir} is served {where}; push, erase and materialize through that server"
             )
 
     def push(self, source: str, rows: Any) -> int:
@@ -475,6 +475,8 @@ class FeatureStore:
             InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
             ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
             StoreError: the disk is full or failed; the events are gone from the reads again.
+            InternalError: they are durable, but who was to be told of them (`on_push`) failed, and is told
+                again until it does not. Do not push them again.
         """
         self._check_free()
         return self._pushes.push(source, rows)
@@ -561,6 +563,7 @@ class FeatureStore:
             progress: called as the work goes on.
 
         Raises:
+            FailedPreconditionError: a server holds the data folder; materialize through it.
             StoreError: the disk is full or the store failed; the cursor stays where it was.
         """
         start_us, end_us = to_us(start, "start"), to_us(end, "end")
@@ -579,6 +582,7 @@ class FeatureStore:
         row that holds no longer than to `end`. Without a cursor, every key.
 
         Raises:
+            FailedPreconditionError: a server holds the data folder; materialize through it.
             InvalidArgumentError: `end` is before the cursor of a view.
             StoreError: the disk is full or the store failed; the cursor stays where it was.
         """
@@ -589,6 +593,7 @@ class FeatureStore:
     ) -> MaterializeReport:
         if isinstance(views, str):
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
+        self._check_free()
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
             keys = {}

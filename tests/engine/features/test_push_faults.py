@@ -209,6 +209,8 @@ def test_a_store_beside_a_server_reads_and_does_not_push(tmp_path: Path) -> None
             lambda: store.push("events", GOOD),
             lambda: store.erase("users", {"user_id": [1]}),
             lambda: store.ingest("events", MemoryStream(1)),
+            lambda: store.materialize(0, HOUR),
+            lambda: store.materialize_incremental(HOUR),
         ):
             with pytest.raises(FailedPreconditionError, match=r"served at tcp://127\.0\.0\.1:7064"):
                 write()
@@ -217,5 +219,6 @@ def test_a_store_beside_a_server_reads_and_does_not_push(tmp_path: Path) -> None
             store.push("events", GOOD)
         with FeatureStore(repo, holds_data_dir=True) as server:  # as the holder itself does
             assert server.push("events", GOOD) == 2
+            server.materialize_incremental(HOUR)
         lock.release()
         assert store.push("events", GOOD) == 2
