@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock import _core
-from penstock.errors import InvalidArgumentError
+from penstock.errors import InvalidArgumentError, MissingColumnError
 from penstock.features.event_log import Erased, EventLog, Logged
 from penstock.features.push_rows import push_schema
 from penstock.features.source_definitions import PushSource, Source
@@ -65,8 +65,8 @@ def read_push_source(
     for name in wanted:
         if name not in source.schema:
             known = ", ".join(source.schema)
-            raise InvalidArgumentError(
-                f"source '{source.name}' has no column '{name}'; expected one of {known}"
+            raise MissingColumnError(
+                f"source '{source.name}' has no column '{name}'; expected one of {known}", name
             )
     logged, head = log.read(source.name)
     pushed = logged_table(source, logged, dictionaries, wanted)
