@@ -223,7 +223,7 @@ int main() {
   CHECK(first.name() == "m" && first.version() == "1" && first.n_outputs() == 1 &&
         first.n_inputs() == kInputs);
   CHECK(first.inputs()[1].name == "b: 'c'" && first.inputs()[2].name == "d e\xC3\xA9");
-  CHECK(first.output_kind() == "value" && first.classes().empty() && first.service().empty());
+  CHECK(first.output_kind() == "value" && first.classes().empty() && first.service() == "s");
   Bundle kept = first;
   CHECK(Bundle::load(std::string(folder) + "/none", &kept).code == Code::kNotFound && kept.version() == "1");
   check_mutations(std::string(folder) + "/1");
