@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <set>
 #include <unordered_set>
+#include <utility>
 
 #include "embed/block_yaml.h"
 
@@ -48,13 +50,15 @@ Status fault(const std::string& where, const std::string& expected) {
   return Status::invalid(where + " is wrong; expected " + expected);
 }
 
-// Every key is there and no other.
+// Every key is there and no other but, perhaps, those of `optional`.
 Status check_keys(const YamlNode& node, const std::string& where,
-                  std::initializer_list<std::string_view> keys) {
+                  std::initializer_list<std::string_view> keys,
+                  std::initializer_list<std::string_view> optional = {}) {
   if (node.kind != Kind::kMap) return fault(where, "a mapping");
   const std::string prefix = where == "the file" ? "" : where + ".";
   for (const auto& [name, value] : node.fields) {
-    if (std::find(keys.begin(), keys.end(), name) == keys.end())
+    if (std::find(keys.begin(), keys.end(), name) == keys.end() &&
+        std::find(optional.begin(), optional.end(), name) == optional.end())
       return Status::invalid("unknown key " + prefix + name);
   }
   for (const std::string_view key : keys) {
@@ -123,6 +127,27 @@ Status read_files(const YamlNode& node, std::vector<BundleFile>* out) {
   return {};
 }
 
+// The dictionaries whose codes reach the model. C++ programs are given codes, so their lengths are checked
+// and not kept.
+Status check_dictionaries(const YamlNode& node) {
+  if (node.kind != Kind::kList || node.items.empty()) return fault("dictionaries", "a list of at least 1");
+  std::set<std::pair<std::string_view, std::string_view>> seen;
+  for (size_t i = 0; i < node.items.size(); ++i) {
+    const YamlNode& item = node.items[i];
+    const std::string where = "dictionaries." + std::to_string(i);
+    if (Status status = check_keys(item, where, {"source", "column", "texts"}); !status.is_ok())
+      return status;
+    const YamlNode &source = *item.field("source"), &column = *item.field("column");
+    if (!is_string(source) || source.text.empty()) return fault(where + ".source", "text");
+    if (!is_string(column) || column.text.empty()) return fault(where + ".column", "text");
+    uint64_t texts = 0;
+    if (!parse_size(*item.field("texts"), &texts)) return fault(where + ".texts", "a count");
+    if (!seen.emplace(source.text, column.text).second)
+      return Status::invalid("dictionaries repeats a column of a source");
+  }
+  return {};
+}
+
 }  // namespace
 
 Status parse_manifest(std::string_view text, BundleManifest* out) {
@@ -138,7 +163,8 @@ Status parse_manifest(std::string_view text, BundleManifest* out) {
   if (Status status = parse_block_yaml(text, {"training", "metrics"}, &root); !status.is_ok()) return status;
   if (Status status = check_keys(root, "the file",
                                  {"schema_version", "name", "version", "format", "service", "fingerprint",
-                                  "inputs", "output", "files", "training", "metrics"});
+                                  "inputs", "output", "files", "training", "metrics"},
+                                 {"dictionaries"});
       !status.is_ok()) {
     return status;
   }
@@ -156,6 +182,10 @@ Status parse_manifest(std::string_view text, BundleManifest* out) {
     return fault("fingerprint", "64 hex digits or null");
   if (is_null(service) != is_null(fingerprint))
     return Status::invalid("service and fingerprint must be given together");
+  if (const YamlNode* dictionaries = root.field("dictionaries"); dictionaries != nullptr) {
+    if (is_null(service)) return Status::invalid("dictionaries is there without a service");
+    if (Status status = check_dictionaries(*dictionaries); !status.is_ok()) return status;
+  }
   BundleManifest made;
   made.name = name.text;
   made.version = version.text;

@@ -51,10 +51,10 @@ def check(
     path: Annotated[Path, typer.Argument(help="The inference-config.yaml to check.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Check a configuration file and print every fault with its line."""
+    """Check a configuration file, and that its models are there; print every fault with its line."""
     from penstock.config import check_config
 
-    _, faults = check_config(path)
+    _, faults = check_config(path, bundles=True)
     if as_json:
         errors = [{"line": fault.line, "message": fault.message} for fault in faults]
         typer.echo(json.dumps({"path": str(path), "ok": not faults, "errors": errors}))

@@ -190,7 +190,11 @@ def materialize(
             with _spinner(as_json, "Materialising"), holder_client(server) as client:
                 rows = client.materialize(end_us, view)["rows"]
         else:
-            with alone(data), FeatureStore(folder, data_dir=data) as store, _bars(as_json) as progress:
+            with (
+                alone(data),
+                FeatureStore(folder, data_dir=data, holds_data_dir=True) as store,
+                _bars(as_json) as progress,
+            ):
                 if start_us is None:
                     report = store.materialize_incremental(end_us, views=view, progress=progress)
                 else:

@@ -199,8 +199,8 @@ def _fits(repo: Repo, data: Path, bundles: Sequence[BundleFacts]) -> dict[str, s
         for bundle in checked:
             assert bundle.service is not None
             try:
-                same = store.service_plan(bundle.service).fingerprint == bundle.fingerprint
-                notes[bundle.label] = "fits" if same else "does not fit: its fingerprint differs"
+                plan = store.fitting_plan(bundle.service, bundle.fingerprint, bundle.text_counts)
+                notes[bundle.label] = "does not fit: its fingerprint differs" if plan is None else "fits"
             except PenstockError as error:
                 notes[bundle.label] = f"cannot be checked: {error}"
     return notes

@@ -28,7 +28,12 @@ def bundles_of(data_dir: Path, config: Path | None) -> list[BundleFacts]:
         except PenstockError:
             continue
         facts = BundleFacts(
-            manifest.name, manifest.version, manifest.service, manifest.fingerprint, str(folder)
+            manifest.name,
+            manifest.version,
+            manifest.service,
+            manifest.fingerprint,
+            str(folder),
+            manifest.text_counts,
         )
         made.setdefault((facts.name, facts.version), facts)
     return list(made.values())

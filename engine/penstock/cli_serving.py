@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from penstock.cli_features import config_of
 from penstock.cli_holder import connect
 from penstock.errors import InvalidArgumentError, PenstockError
 
@@ -95,13 +96,20 @@ def predict(
     entities: Annotated[str, typer.Argument(help="Entity columns as JSON, such as '{\"user_id\": [7, 8]}'.")],
     inputs: Annotated[str | None, typer.Option(help="Request inputs as JSON, of the same shape.")] = None,
     to: Annotated[list[str] | None, typer.Option(help="Address of a server; may be repeated.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Ask where this inference-config.yaml listens.")
+    ] = None,
     deadline_ms: Annotated[float | None, typer.Option(help="Give up after so many milliseconds.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Ask a server for predictions."""
+    """Ask a server for predictions: the one at --to, else where the configuration listens."""
+    from penstock.config import load_config
     from penstock.serving.protocol import DEFAULT_ADDRESS
 
     try:
+        named = config_of(config, None)
+        if not to and named is not None:
+            to = load_config(named).server.listen
         columns = _columns("ENTITIES", entities)
         features = None if inputs is None else _columns("--inputs", inputs)
         with connect(to or [DEFAULT_ADDRESS]) as client:

@@ -441,18 +441,23 @@ Location = tuple[int | str, ...]
 _SECRET = frozenset({"tokens", "admin_tokens"})  # their values are in no message
 
 
-def check_config(path: str | Path) -> tuple[Config | None, list[Fault]]:
-    """Read and check the file at `path`; return the config, or None and every fault, by line."""
+def check_config(path: str | Path, *, bundles: bool = False) -> tuple[Config | None, list[Fault]]:
+    """Read and check the file at `path`; return the config, or None and every fault, by line.
+
+    `bundles`: also whether there is a model bundle at each path that the configuration names.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return None, [Fault(0, f"cannot be read: {error}")]
-    return check_text(text, base=file.parent)
+    return check_text(text, base=file.parent, bundles=bundles)
 
 
-def check_text(text: str, *, base: str | Path = ".") -> tuple[Config | None, list[Fault]]:
-    """Check YAML `text`, whose relative paths start at `base`."""
+def check_text(
+    text: str, *, base: str | Path = ".", bundles: bool = False
+) -> tuple[Config | None, list[Fault]]:
+    """Check YAML `text`, whose relative paths start at `base`; `bundles` as in `check_config`."""
     faults: list[Fault] = []
     lines: dict[Location, int] = {}
     loader: yaml.SafeLoader | None = None
@@ -479,6 +484,11 @@ def check_text(text: str, *, base: str | Path = ".") -> tuple[Config | None, lis
                 fault = _fault(dict(item), lines)
                 if item["input"] is not None or fault.line not in told:  # YAML made no value: already told
                     faults.append(fault)
+    for name, model in config.models.items() if bundles and config is not None else ():
+        if model.path is not None and not (model.path / "model.yaml").is_file():
+            at = ("models", name, "path")
+            message = f"{_name(at)} is {str(model.path)!r}; expected the folder of a model bundle"
+            faults.append(Fault(lines.get(at, 0), message))
     faults.sort(key=lambda fault: fault.line)
     return (None if faults else config), faults
 

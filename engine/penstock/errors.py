@@ -99,6 +99,14 @@ class DefinitionError(InvalidArgumentError):
     """A feature definition is wrong."""
 
 
+class MissingColumnError(InvalidArgumentError):
+    """A source lacks a column. Attribute `column`: its name."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class FeatureNameCollisionError(InvalidArgumentError):
     """Two requested features would get one column name."""
 

@@ -137,6 +137,13 @@ def changed(folder: Path, tmp_path: Path, file: str, change: Any) -> Path:
     return copy
 
 
+DICTIONARY = b"dictionaries:\n- source: events\n  column: city\n  texts: 3\n"
+
+
+def with_service(data: bytes) -> bytes:
+    return data.replace(b"service: null\nfingerprint: null", b"service: s\nfingerprint: " + b"a" * 64)
+
+
 def flip(data: bytes) -> bytes:
     return data[:40] + bytes([data[40] ^ 1]) + data[41:]
 
@@ -155,6 +162,23 @@ def flip(data: bytes) -> bytes:
         ("model.yaml", lambda data: data.replace(b"name: churn", b"name: ../churn"), "name is wrong"),
         ("model.yaml", lambda data: data.replace(b"- name: a\n", b"- name: '1'\n"), "inputs repeats '1'"),
         ("model.yaml", lambda data: data.replace(b"churn", b"ch\xffrn"), "is not UTF-8"),
+        ("model.yaml", lambda data: data + b"dictionaries: []\n", "dictionaries is there without a service"),
+        ("model.yaml", lambda data: with_service(data) + b"dictionaries: []\n", "a list of at least 1"),
+        (
+            "model.yaml",
+            lambda data: with_service(data) + DICTIONARY + DICTIONARY[14:],
+            "dictionaries repeats a column",
+        ),
+        (
+            "model.yaml",
+            lambda data: with_service(data) + DICTIONARY.replace(b"3", b"-3"),
+            "dictionaries.0.texts is wrong; expected a count",
+        ),
+        (
+            "model.yaml",
+            lambda data: with_service(data) + DICTIONARY + b"  more: 1\n",
+            "unknown key dictionaries.0.more",
+        ),
     ],
 )
 def test_a_faulty_bundle(
@@ -216,8 +240,14 @@ def test_every_text_that_save_bundle_writes_is_read_back(
         labels=st.lists(LABEL, min_size=n_classes, max_size=n_classes),
         service=st.none() | TEXT,
         facts=FACTS,
+        counts=st.none()
+        | st.dictionaries(st.tuples(TEXT, TEXT), st.integers(0, 2**53), min_size=1, max_size=3),
     )
-    def make(names: list[str], labels: list[Any], service: str | None, facts: dict[str, Any]) -> None:
+    def make(
+        names: list[str], labels: list[Any], service: str | None, facts: dict[str, Any], counts: Any
+    ) -> None:
+        if service is None:
+            counts = None
         plain = {
             **base,
             "inputs": [{"name": name, "dtype": "float64"} for name in names],
@@ -225,6 +255,8 @@ def test_every_text_that_save_bundle_writes_is_read_back(
             "service": service,
             "fingerprint": None if service is None else hashlib.sha256(service.encode()).hexdigest(),
             "training": {**base["training"], "facts": facts},
+            "dictionaries": counts
+            and [{"source": source, "column": column, "texts": n} for (source, column), n in counts.items()],
         }
         data = dump_manifest(Manifest.model_validate(plain))
         if yaml.safe_load(data)["inputs"] != plain["inputs"]:  # YAML itself loses it

@@ -22,7 +22,7 @@ import yaml
 from push_repo import HOUR, MINUTE, columns, make_push_repo, some_events
 
 from penstock import FeatureStore
-from penstock.errors import InvalidArgumentError, PenstockError
+from penstock.errors import FailedPreconditionError, InvalidArgumentError, PenstockError
 from penstock.serving.async_client import AsyncClient
 from penstock.serving.client import Client
 
@@ -335,3 +335,25 @@ def test_an_entity_is_erased_over_the_wire_and_by_the_command(
     done = penstock("erase", "users", "--key", "user_id=x", "--config", config)
     assert done.returncode == 1
     assert "expected an integer" in done.stderr
+
+
+def test_a_store_beside_a_server_does_not_materialize(
+    shop: Shop, serve: Any, penstock: Any, tmp_path: Path
+) -> None:
+    """In a process of its own it is refused, and says where to; the command goes through the server."""
+    config = shop.config(tmp_path / "run")
+    served = serve(config)
+    data = tmp_path / "run" / "data"
+    with FeatureStore(shop.folder / "repo", data_dir=data) as store:
+        for write in (lambda: store.materialize(0, NOW), lambda: store.materialize_incremental(NOW)):
+            with pytest.raises(
+                FailedPreconditionError, match=f"is served at {served.address}; push, erase and"
+            ):
+                write()
+        assert store.cursor("users") is None
+        done = penstock("materialize", "--config", config, "--end", "1970-01-01T20:00:00Z")
+        assert done.returncode == 0, done.stderr
+        assert store.cursor("users") == NOW
+    assert served.stop() == 0
+    with FeatureStore(shop.folder / "repo", data_dir=data) as store:
+        store.materialize_incremental(NOW)

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import penstock
 from penstock import cli
+from penstock.errors import UnavailableError
 
 
 @pytest.fixture
@@ -46,6 +47,48 @@ def test_check_as_json(run, tmp_path):
     done = run("check", file, "--json")
     report = json.loads(done.output)
     assert (done.exit_code, report["ok"], report["errors"][0]["line"]) == (1, False, 1)
+
+
+def test_check_names_a_model_that_is_not_there(run, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("models:\n  buy:\n    threads: 1\n    path: bundles/buy/1\n")
+    done = run("check", file)
+    assert done.exit_code == 1
+    assert done.output.startswith(
+        f"{file}:4: models.buy.path is '{tmp_path / 'bundles/buy/1'}'; expected the folder"
+    )
+    (tmp_path / "bundles/buy/1").mkdir(parents=True)
+    assert run("check", file).exit_code == 1
+    (tmp_path / "bundles/buy/1/model.yaml").touch()
+    assert run("check", file).exit_code == 0
+
+
+def test_predict_asks_where_the_configuration_listens(run, tmp_path, monkeypatch):
+    from penstock import cli_serving
+
+    asked = []
+
+    def connect(addresses):
+        asked.append(addresses)
+        raise UnavailableError("nobody is there")
+
+    monkeypatch.setattr(cli_serving, "connect", connect)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "other.yaml"
+    file.write_text(f"server: {{listen: ['unix://{tmp_path}/a']}}\n")
+    run("predict", "buy", "{}")
+    run("predict", "buy", "{}", "--config", file)
+    (tmp_path / "inference-config.yaml").write_text("server: {listen: ['tcp://127.0.0.1:7999']}\n")
+    run("predict", "buy", "{}")
+    run("predict", "buy", "{}", "--config", file)
+    run("predict", "buy", "{}", "--to", "tcp://127.0.0.1:1")
+    assert asked == [
+        ["tcp://127.0.0.1:7064"],
+        [f"unix://{tmp_path}/a"],
+        ["tcp://127.0.0.1:7999"],
+        [f"unix://{tmp_path}/a"],
+        ["tcp://127.0.0.1:1"],
+    ]
 
 
 def test_check_of_a_missing_file_fails(run, tmp_path):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.errors import DefinitionError
+from penstock.features.arguments import named_arguments
 from penstock.features.expressions import Expr, digest, uses_now
 
 _WINDOW = re.compile(r"([1-9][0-9]*)(s|m|h|d)\Z")
@@ -130,6 +131,7 @@ def _whole(what: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+@named_arguments
 def count(
     value: Expr | None = None,
     *,
@@ -143,6 +145,7 @@ def count(
     return _aggregate("count", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def sum(
     value: Expr,
     *,
@@ -156,6 +159,7 @@ def sum(
     return _aggregate("sum", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def mean(
     value: Expr,
     *,
@@ -169,6 +173,7 @@ def mean(
     return _aggregate("mean", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def min(
     value: Expr,
     *,
@@ -182,6 +187,7 @@ def min(
     return _aggregate("min", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def max(
     value: Expr,
     *,
@@ -195,6 +201,7 @@ def max(
     return _aggregate("max", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def var(
     value: Expr,
     *,
@@ -210,6 +217,7 @@ def var(
     return _aggregate("var", value, window, every, closed, lag, as_known, ddof)
 
 
+@named_arguments
 def std(
     value: Expr,
     *,
@@ -225,6 +233,7 @@ def std(
     return _aggregate("std", value, window, every, closed, lag, as_known, ddof)
 
 
+@named_arguments
 def first(
     value: Expr,
     *,
@@ -238,6 +247,7 @@ def first(
     return _aggregate("first", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def last(
     value: Expr,
     *,
@@ -251,6 +261,7 @@ def last(
     return _aggregate("last", value, window, every, closed, lag, as_known)
 
 
+@named_arguments
 def distinct(
     value: Expr,
     *,
@@ -270,6 +281,7 @@ def distinct(
     return _aggregate("distinct", value, window, every, closed, lag, as_known, exact)
 
 
+@named_arguments
 def top_k(
     value: Expr,
     *,
@@ -288,6 +300,7 @@ def top_k(
     return _aggregate("top_k", value, window, every, closed, lag, as_known, rank)
 
 
+@named_arguments
 def ewma(
     value: Expr,
     *,

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.features.definitions import FeatureService, FeatureView
 from penstock.features.expressions import digest
@@ -18,16 +18,23 @@ from penstock.features.fit import rank_arguments
 from penstock.features.registry import RegistryState
 from penstock.features.source_schema import schema_changes
 
+if TYPE_CHECKING:
+    from penstock.features.plan import ServicePlan
+
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What a model bundle says of its features: the service and the fingerprint of its plan, None without."""
+    """What a model bundle says of its features: the service and the fingerprint of its plan, None without.
+
+    `text_counts`: see `ServicePlan.fits`.
+    """
 
     name: str
     version: str
     service: str | None
     fingerprint: str | None
     path: str = ""
+    text_counts: Mapping[tuple[str, str], int] | None = None
 
     @property
     def label(self) -> str:
@@ -155,13 +162,13 @@ def service_breaks(services: Mapping[str, FeatureService], views: Mapping[str, F
 def bundle_breaks(
     bundles: Sequence[BundleFacts],
     services: Iterable[str],
-    fingerprints: Mapping[str, str],
+    plans: Mapping[str, ServicePlan],
     faults: Mapping[str, str],
 ) -> list[Break]:
     """Bundles that would not be served.
 
     Args:
-        fingerprints: of the plan of each service that compiles.
+        plans: of each service that compiles.
         faults: why each of the others does not.
     """
     known = set(services)
@@ -174,10 +181,10 @@ def bundle_breaks(
             found.append(Break("bundle", bundle.label, f"its service '{service}' is not defined"))
         elif service in faults:
             found.append(Break("bundle", bundle.label, f"its service '{service}': {faults[service]}"))
-        elif fingerprints[service] != bundle.fingerprint:
+        elif not plans[service].fits(bundle.fingerprint, bundle.text_counts):
             reason = (
                 f"was trained on service '{service}' with fingerprint {str(bundle.fingerprint)[:12]}; "
-                f"it has {fingerprints[service][:12]}: train it again"
+                f"it has {plans[service].fingerprint[:12]}: train it again"
             )
             found.append(Break("bundle", bundle.label, reason))
     return found

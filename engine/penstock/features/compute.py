@@ -22,7 +22,7 @@ from penstock.features.aggregates import KINDS, WindowAggregate, tile_us
 from penstock.features.backends import numpy_backend
 from penstock.features.backends.stored import is_opaque
 from penstock.features.definitions import FeatureView, StoredColumn
-from penstock.features.expressions import Expr, columns_read, is_floating
+from penstock.features.expressions import Expr, columns_read, is_floating, walk
 from penstock.features.index import entity_keys
 from penstock.features.program import Distribution, compile_program
 from penstock.features.sources import SourceColumn, SourceTable
@@ -84,6 +84,9 @@ class StoredView(Protocol):
     def dictionaries(self) -> dict[str, list[str]]: ...
     @property
     def distributions(self) -> dict[str, Distribution]: ...
+    @property
+    def coded(self) -> Mapping[str, tuple[str, ...]]: ...
+    def texts(self, column: str) -> list[str]: ...
 
 
 class ViewComputer:
@@ -95,6 +98,7 @@ class ViewComputer:
         row_schema: the layout of `schema`.
         join_dtypes: "int64" or "string" for each join key.
         dictionaries: texts by code, for each stored string column. `append` may replace one by a longer one.
+        coded: the source columns whose dictionary codes decide a stored column, where there are any.
         distributions: fitted distribution of each `percentile_rank`, by the fingerprint of its argument.
     """
 
@@ -156,6 +160,7 @@ class ViewComputer:
         features: list[tuple[bool, int, bool]] = []
         self.schema: list[tuple[str, str]] = []
         self._coded: dict[str, str] = {}  # source column of each stored string column
+        self.coded: dict[str, tuple[str, ...]] = {}
         dtypes = dict(zip((name for name, _ in plain), plain_dtypes))
         for column in view.stored:
             value = column.value
@@ -186,10 +191,16 @@ class ViewComputer:
                     f"{self._where}: feature '{column.name}' is {dtype}; its schema expects {declared}"
                 )
             self.schema.append((column.name, dtype))
+            codes = {self._coded[column.name]} if column.name in self._coded else set()
+            codes |= _read_as_codes(_value_of(column))
+            if codes:
+                self.coded[column.name] = tuple(sorted(codes))
         self.row_schema = _core.RowSchema(self.schema)
         self.dictionaries: dict[str, list[str]] = {
             name: list(self._texts[source]) for name, source in self._coded.items()
         }
+        opaque = {n for p in self._opaque.values() for n, dtype in p.inputs if dtype == "string"}
+        self._opaque_texts = {name: list(table.columns[name].dictionary or []) for name in opaque}
         self._events = _core.EventTable(
             plain=plain_code,
             plain_inputs=[raw_at[name] for name in plain_inputs],
@@ -346,6 +357,10 @@ class ViewComputer:
                 raw.append((np.ascontiguousarray(values), valid))
             texts = {name: [*self._texts[name], *new] if new else self._texts[name]
                      for name, new in grown.items()}  # fmt: skip
+            for name, shorter in self._opaque_texts.items():
+                longer = table.columns[name].dictionary or []
+                if len(longer) > len(shorter):
+                    self._opaque_texts[name] = list(longer)
             # A reader must know the text of each code that it meets.
             before = self.dictionaries, self._texts
             self.dictionaries = {name: texts[source] for name, source in self._coded.items()}
@@ -373,8 +388,9 @@ class ViewComputer:
         return len(self._value_texts)
 
     def texts(self, column: str) -> list[str]:
-        """The texts of a string column that the programs read, by code. Not to be changed."""
-        return self._texts[column]
+        """The texts by code of a source column in `coded`; a list that is never changed."""
+        found = self._texts.get(column)
+        return self._opaque_texts[column] if found is None else found
 
     def append_coded(self, append: Callable[[], bool], column: Callable[[str], SourceColumn]) -> None:
         """Add events whose texts are all known.
@@ -498,9 +514,16 @@ def columns_of_view(view: FeatureView) -> list[str]:
 
 
 def stored_texts(view: FeatureView) -> set[str]:
-    """Source columns of which a stored value may be a string, so that their codes must last."""
+    """Source columns that, where they are strings, decide a stored value by their codes, which must last."""
     values = (
         c.value if isinstance(c.value, Expr) else c.value.value if c.value.kind in _SAME_VALUE else None
         for c in view.stored
     )
-    return {value.param for value in values if value is not None and value.op == "col"}
+    found = {value.param for value in values if value is not None and value.op == "col"}
+    return found.union(*(_read_as_codes(_value_of(c)) for c in view.stored))
+
+
+def _read_as_codes(value: Expr | None) -> set[str]:
+    """The string columns whose codes an expression makes numbers of."""
+    nodes = [] if value is None else walk(value)
+    return {node.args[0].param for node in nodes if node.op == "code"}

@@ -16,6 +16,7 @@ from typing import Any
 
 from penstock.errors import DefinitionError, InvalidArgumentError
 from penstock.features.aggregates import WindowAggregate
+from penstock.features.arguments import named_fields
 from penstock.features.expressions import DTYPES, Expr, digest, stored_parts, uses_now
 from penstock.features.source_definitions import Source
 
@@ -34,6 +35,7 @@ def _check_distinct(what: str, names: Sequence[str]) -> None:
             raise DefinitionError(f"{what} '{name}' is given twice")
 
 
+@named_fields
 @dataclass(frozen=True)
 class Entity:
     """A thing that features describe; `join_keys` name its columns, in key order."""
@@ -51,6 +53,7 @@ class Entity:
         object.__setattr__(self, "join_keys", tuple(self.join_keys))
 
 
+@named_fields
 @dataclass(frozen=True)
 class RequestSource:
     """Values that come with a request; `schema` maps each name to its dtype."""
@@ -78,6 +81,7 @@ class StoredColumn:
     hidden: bool = False
 
 
+@named_fields
 @dataclass(frozen=True, eq=False)
 class FeatureView:
     """Features of one entity set computed from one source. Without entities it has one row, for all.
@@ -267,6 +271,7 @@ def list_features(given: Any) -> tuple[list[str], dict[str, ViewProjection]]:
     return refs, aliases
 
 
+@named_fields
 @dataclass(frozen=True, eq=False)
 class FeatureService:
     """The ordered inputs of a model: "view:feature" and, from the request, "request_source:input" names.

@@ -5,6 +5,9 @@ of files are left out when they are read, so that they do not come back. A diges
 says of a key whether it was erased, and nothing else. Events of an erased key that are later than the
 erasure, by their own time and by when they became known, count as those of any other.
 
+An erasure that a crash cuts short after the log's transaction is ended by the next one who opens the store:
+the transaction writes down the files and stored rows that are still to go.
+
 All views on the source lose the rows, whatever their own keys are. What remains is said in the receipt: free
 pages of the LMDB file hold old bytes until they are used again, files of the source are its owner's, and rows
 of the served log carry no keys.
@@ -39,6 +42,7 @@ KEPT = (
     "bytes in free pages of the data folder's LMDB files, until they are used again",
     "the source's own files, and copies and backups of the data folder and of Redis",
 )
+UNREMOVED = "files of the log that could not be removed, until the data folder is opened again"
 
 
 def erase_keys(
@@ -89,11 +93,15 @@ def erase_keys(
             found, nulls = entity_keys(mine, int(gone.sum()), seed)
             touched[each.computer.view.name] = np.unique(found[~nulls], axis=0)
         touched[view] = np.unique(np.concatenate([touched[view], asked]), axis=0)
-        removed = log.erase(definition.source.name, matches, names, sorted(wanted), now_us)
+        strange = set(online.headers()) - live.numbers()
+        written = [(each.number, touched[each.computer.view.name]) for each in views]
+        written += [(number, asked) for number in sorted(strange)]
+        rows_left = [(number, np.ascontiguousarray(found).tobytes()) for number, found in written]
+        removed = log.erase(definition.source.name, matches, names, sorted(wanted), now_us, rows_left)
         fresh = {each.computer.view.name: each for each in live.reread_source(definition.source.name)}
         rows, online_rows = _write(online, fresh, touched, now_us)
-        strange = set(online.headers()) - {each.number for each in fresh.values()} - live.numbers()
         online_rows += sum(online.delete_many(number, asked) for number in sorted(strange))
+        log.finish(definition.source.name)
         pushes.committed(rows)
     receipt: dict[str, Any] = {
         "view": view,
@@ -108,9 +116,21 @@ def erase_keys(
             "online_rows": online_rows,
         },
         "views": sorted(fresh),
-        "kept": list(KEPT),
+        "kept": [*KEPT, *[UNREMOVED] * (definition.source.name in log.left())],
     }
     return sealed(receipt, wanted)
+
+
+def finish_erasures(log: EventLog, online: OnlineAdapter) -> None:
+    """Remove what erasures that were cut short have left in files and in the online store.
+
+    Raises:
+        StoreError: the online store failed; what is left stays written down.
+    """
+    for source, rows in log.left().items():
+        for number, keys in rows:
+            online.delete_many(number, np.frombuffer(keys, np.uint64).reshape(-1, 2))
+        log.finish(source)
 
 
 def sealed(receipt: dict[str, Any], digests: set[bytes] | None = None) -> dict[str, Any]:

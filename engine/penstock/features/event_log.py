@@ -7,8 +7,9 @@ disk before one transaction names it and deletes the batches, so an event is in 
 file that no transaction names is what a killed process left; it is removed later.
 
 Keys begin with a number that no view has: batches (source, sequence), Arrow schemas (source, number), the
-head (the newest sequence), segments (source, last sequence), offsets (consumer, partition), and what was
-erased (source, digest). Any thread and process may read; `Write`s are serialised by LMDB.
+head (the newest sequence), segments (source, last sequence), offsets (consumer, partition), what was erased
+(source, digest), the newest arrival, and what an erasure still has to remove. Arrivals never go back,
+whatever the wall clock does. Any thread and process may read; `Write`s are serialised by LMDB.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
     from penstock.features.online import OnlineStore
 
-_BATCH, _SCHEMA, _HEAD, _SEGMENT, _OFFSET, _ERASED, _CUT = (0xFFFF_FF00 + i for i in range(7))
+_BATCH, _SCHEMA, _HEAD, _SEGMENT, _OFFSET, _ERASED, _CUT, _ARRIVED, _LEFT = (
+    0xFFFF_FF00 + i for i in range(9)
+)
 _HEADER = struct.Struct("<IqII")  # schema number, arrival, rows, CRC-32 of the Arrow message
 _ORPHAN_S = 600.0
 _READ_TRIES = 20
@@ -83,6 +86,10 @@ class ErasedRows:
     segments: int
 
 
+Rows = Sequence[tuple[int, bytes]]
+"""Rows of the online store: view numbers, each with keys as the bytes of uint64[k, 2]."""
+
+
 @dataclass(frozen=True)
 class NewBatch:
     """A batch to write.
@@ -119,6 +126,16 @@ class EventLog:
         """The sequence number of the last erasure; a reading from before it must be made again."""
         with self._store.transaction() as txn:
             return _number(txn.get(_key(_CUT, source)))
+
+    def newest_arrival(self, source: str) -> int:
+        """When the newest durable event of a source arrived, int64 microseconds; 0 before the first."""
+        with self._store.transaction() as txn:
+            found = txn.get(_key(_ARRIVED, source))
+            if found is not None or not head_in(txn, source):
+                return _number(found)
+        # A log that an earlier build wrote.
+        parts = self.read(source)[0]
+        return max((max(part.arrival_us.to_pylist(), default=0) for part in parts), default=0)
 
     def read(self, source: str, after: int = 0) -> tuple[list[Logged], int]:
         """The events behind a sequence number in order, and the head that they lead up to.
@@ -288,14 +305,17 @@ class EventLog:
         names: Sequence[str],
         digests: Sequence[bytes],
         at_us: int,
+        rows: Rows = (),
     ) -> ErasedRows:
         """Remove events for good, in one transaction, and remember the digests of their keys.
 
         No push may be under way. The log then has a new head and cut: whoever has read it reads it again.
+        What the transaction cannot remove it writes down; `finish` ends it, or `left` says it after a crash.
 
         Args:
             matches: which rows of a table of events to remove, bool[n].
             names, digests, at_us: see `put_erased`.
+            rows: of the online store, which must be gone too before `finish`.
 
         Raises:
             StoreError: the disk is full or failed; the log stays as it was.
@@ -352,6 +372,10 @@ class EventLog:
                 put_erased(txn, source, names, digest, at_us)
             put_head(txn, source, head + 1)
             put_cut(txn, source, head + 1)
+            # Files that nobody names may hold the events too, and nobody can name them after this cut.
+            named = {segment.file for segment in _segments(txn, source)}
+            files = sorted({file.name for file in self._files(source)} - named)
+            _put_left(txn, source, files, rows)
 
         try:
             self._store.change(work)
@@ -360,10 +384,40 @@ class EventLog:
                 if made is not None:
                     (self.folder / source / made.file).unlink(missing_ok=True)
             raise
-        for old, _ in replaced:
-            with contextlib.suppress(OSError):
-                (self.folder / source / old.file).unlink()
+        self._remove_left(source)
         return ErasedRows(log_rows, segment_rows)
+
+    def left(self) -> dict[str, Rows]:
+        """The rows that erasures which did not end have left in the online store, by source."""
+        with self._store.transaction() as txn:
+            return {source: rows for source, _, rows in _left(txn)}
+
+    def finish(self, source: str) -> None:
+        """End an erasure, whose rows are gone from the online store: remove the files, and forget of it."""
+        if not self._remove_left(source):
+            return  # the next one who opens the log tries again
+
+        def work(txn: lmdb.Transaction) -> None:
+            txn.delete(_key(_LEFT, source))
+
+        self._store.change(work)
+
+    def _remove_left(self, source: str) -> bool:
+        with self._store.transaction() as txn:
+            files = [file for name, names, _ in _left(txn) if name == source for file in names]
+        removed = True
+        for file in files:
+            try:
+                (self.folder / source / file).unlink(missing_ok=True)
+            except OSError:
+                removed = False
+        if files and removed:
+            diskio.sync_folder(self.folder / source)
+        return removed
+
+    def _files(self, source: str) -> list[Path]:
+        folder = self.folder / source
+        return list(folder.iterdir()) if folder.is_dir() else []
 
     def _schemas(self, txn: lmdb.Transaction, source: str) -> Iterator[tuple[int, pa.Schema]]:
         known: dict[int, pa.Schema] = {}
@@ -377,7 +431,7 @@ class EventLog:
         """Remove files that no transaction names and that no writer can be about to name."""
         with self._store.transaction() as txn:
             named = {segment.file for segment in _segments(txn, source)}
-        for file in (self.folder / source).iterdir():
+        for file in self._files(source):
             with contextlib.suppress(OSError):
                 if file.name not in named and time.time() - file.stat().st_mtime > _ORPHAN_S:
                     file.unlink()
@@ -409,6 +463,8 @@ def put_batch(txn: lmdb.Transaction, batch: NewBatch) -> None:
     for (consumer, partition), offset in batch.offsets.items():
         txn.put(_key(_OFFSET, consumer, partition), struct.pack(">Q", offset))
     put_head(txn, batch.source, max(batch.sequence, head_in(txn, batch.source)))
+    key = _key(_ARRIVED, batch.source)
+    txn.put(key, struct.pack(">Q", max(batch.arrival_us, _number(txn.get(key)), 0)))
 
 
 def delete_batches(txn: lmdb.Transaction, source: str, last: int) -> None:
@@ -438,6 +494,25 @@ def put_erased(txn: lmdb.Transaction, source: str, names: Sequence[str], digest:
     """Remember that the key of a digest (16 bytes, of the named columns) was erased at a time."""
     value = struct.pack(">Q", max(at_us, 0)) + json.dumps(list(names)).encode()
     txn.put(_key(_ERASED, source) + digest, value)
+
+
+def _put_left(txn: lmdb.Transaction, source: str, files: Sequence[str], rows: Rows) -> None:
+    """Write down what an erasure has to remove besides, with what an earlier one has left."""
+    for name, more, others in _left(txn):
+        if name == source:
+            files, rows = sorted({*files, *more}), [*others, *rows]
+    value = [source, list(files), [[number, keys.hex()] for number, keys in rows]]
+    txn.put(_key(_LEFT, source), json.dumps(value).encode())
+
+
+def _left(txn: lmdb.Transaction) -> Iterator[tuple[str, list[str], Rows]]:
+    prefix = struct.pack(">I", _LEFT)
+    with txn.cursor() as cursor:
+        there = cursor.set_range(prefix)
+        while there and bytes(cursor.key()).startswith(prefix):
+            source, files, rows = json.loads(bytes(cursor.value()))
+            yield source, files, [(number, bytes.fromhex(keys)) for number, keys in rows]
+            there = cursor.next()
 
 
 def segments_in(txn: lmdb.Transaction, source: str) -> list[Segment]:

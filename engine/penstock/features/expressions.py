@@ -417,7 +417,11 @@ class Expr:
         return Expr("isin", tuple(sorted(found)), (self,))
 
     def code(self) -> Expr:
-        """The dictionary code of a string, as int64."""
+        """The dictionary code of a string, as int64: 0, 1, ... in the order in which texts first came.
+
+        A text keeps its code. One that came after a model was trained has a code beyond those that the model
+        saw, and the model gets that number: a tree splits on it as on any other.
+        """
         return Expr("code", None, (self,))
 
     def hash_bucket(self, n: int) -> Expr:

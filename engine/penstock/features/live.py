@@ -15,10 +15,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from penstock.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from penstock.errors import (
+    FailedPreconditionError,
+    MissingColumnError,
+    NotFoundError,
+    UnavailableError,
+)
 from penstock.features.compute import ViewComputer, columns_of_view, stored_texts
 from penstock.features.definitions import FeatureView
 from penstock.features.event_log import EventLog
+from penstock.features.expressions import Expr, walk
 from penstock.features.fit import fit_key, fit_tables, fit_view, rank_arguments
 from penstock.features.program import Distribution
 from penstock.features.push_table import push_stamp, read_file_source, read_push_source
@@ -337,15 +343,19 @@ class LiveViews:
             stamp = self._stamp(view)
             given = self._given(view)
             sequence = 0
-            if isinstance(source, PushSource):
-                table, sequence = read_push_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed, most_bytes
-                )
-            else:
-                table = read_file_source(
-                    source, self._repo.path, self._log, given, columns, self._registry.seed, recorded,
-                    most_bytes,
-                )  # fmt: skip
+            try:
+                if isinstance(source, PushSource):
+                    table, sequence = read_push_source(
+                        source, self._repo.path, self._log, given, columns, self._registry.seed, most_bytes
+                    )
+                else:
+                    table = read_file_source(
+                        source, self._repo.path, self._log, given, columns, self._registry.seed, recorded,
+                        most_bytes,
+                    )  # fmt: skip
+            except MissingColumnError as error:
+                message = f"view '{view.name}': {error}{_who_reads(view, error.column)}"
+                raise MissingColumnError(message, error.column) from error
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
@@ -367,6 +377,18 @@ class LiveViews:
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         source = view.source.name if isinstance(view.source, PushSource) else None
         return LiveView(computer, tag, self._registry.view_id(identity), source, sequence)
+
+
+def _who_reads(view: FeatureView, column: str) -> str:
+    """Which feature of a view reads a column, and the line where it does; or that a join key is it."""
+    if column in view.join_keys:
+        return "; it is a join key"
+    for name, value in view.features.items():
+        expression = value if isinstance(value, Expr) else value.value
+        for node in () if expression is None else walk(expression):
+            if node.op == "col" and node.param == column:
+                return f"; feature '{name}' reads it at {node.at[0]}:{node.at[1]}"
+    return ""
 
 
 def _same_layout(old: ViewComputer, new: ViewComputer) -> None:

@@ -3,6 +3,10 @@
 Stored columns of each view enter the program as "view:column", request inputs as "source:input". A
 request-time expression reads its source columns from hidden stored columns; where a view has no row for the
 key, it reads nulls. Plans are immutable; any thread may use them.
+
+A dictionary only grows, and a code keeps its text. So a model fits a plan whose dictionaries begin with those
+that it was trained with: a text that came later is a code that it has never seen. Such a code reaches the
+model as the number that it is, in serving as in the historical join.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
     Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
 
+Texts = Mapping[tuple[str, str], Sequence[str]]
+"""Dictionaries: texts by code, by source and column."""
+
 
 @dataclass(frozen=True, eq=False)
 class ServicePlan:
@@ -49,7 +56,9 @@ class ServicePlan:
         inputs: (name, dtype) of the request inputs that are used.
         program: bytes for `_core.FeatureProgram`; outputs in the order of `refs`.
         on_missing: "nan" or "error".
-        fingerprint: SHA-256 (hex) of all that decides the values.
+        parts: what decides the values besides the dictionaries, as plain values.
+        coded: for each of `views`, its stored columns that depend on codes, with source and source columns.
+        texts: the dictionaries of `coded`, as they were when the plan was made.
     """
 
     name: str
@@ -63,12 +72,55 @@ class ServicePlan:
     inputs: tuple[tuple[str, str], ...]
     program: bytes
     on_missing: str
-    fingerprint: str
+    parts: Mapping[str, Any]
+    coded: tuple[tuple[tuple[str, str, tuple[str, ...]], ...], ...]
+    texts: Texts
     request_name: str | None = None
 
     @cached_property
     def _native(self) -> _core.FeatureProgram:
         return _core.FeatureProgram(self.program)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that decides the values, these dictionaries included."""
+        return self._digest(self.texts, legacy=False)
+
+    @property
+    def text_counts(self) -> dict[tuple[str, str], int]:
+        """How many texts each dictionary has."""
+        return {key: len(texts) for key, texts in self.texts.items()}
+
+    def fits(self, fingerprint: str | None, text_counts: Mapping[tuple[str, str], int] | None) -> bool:
+        """Whether what has this fingerprint may be given this plan's rows.
+
+        Args:
+            fingerprint: of the plan that it was made with.
+            text_counts: the lengths of that plan's dictionaries, which must be the beginnings of these. None:
+                it does not say, as of a bundle of an earlier build, so none may have grown.
+        """
+        if text_counts is None:
+            return fingerprint in (self.fingerprint, self._digest(self.texts, legacy=True))
+        if text_counts.keys() != self.texts.keys():
+            return False
+        if any(count > len(self.texts[key]) for key, count in text_counts.items()):
+            return False
+        begun = {key: texts[: text_counts[key]] for key, texts in self.texts.items()}
+        return fingerprint == self._digest(begun, legacy=False)
+
+    def _digest(self, texts: Texts, *, legacy: bool) -> str:
+        """`legacy`: as builds did that counted the texts of columns that are strings alone."""
+        views: list[list[Any]] = []
+        for (definition, ranks), coded in zip(self.parts["views"], self.coded):
+            found: list[list[Any]] = []
+            for stored, source, columns in coded:
+                if stored in self.parts["strings"][len(views)]:
+                    found.append([stored, texts[source, columns[0]]])
+                elif not legacy:
+                    found += [[stored, column, texts[source, column]] for column in columns]
+            views.append([definition, ranks, found])
+        parts = [*self.parts["head"], views, *self.parts["aliases"]]
+        return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
     def evaluate(self, columns: Mapping[str, Column], now: Column) -> list[Column]:
         """Run the program.
@@ -142,6 +194,16 @@ def compile_plan(
     dtypes = tuple(dtype for _, dtype in _core.FeatureProgram(program).outputs)
     entities = _entities(keys, at)
     positions = {column: i for i, column in enumerate(entities)}
+    columns = set(columns_read(*(value for _, value in outputs)))
+    coded = tuple(
+        tuple(
+            (stored, views[owner].source.name, sources)
+            for stored, sources in sorted(computer.coded.items())
+            if f"{owner}:{stored}" in columns
+        )
+        for owner, computer in at.items()
+    )
+    named = [used_aliases[name] for name in used if name in used_aliases]
     return ServicePlan(
         name=name,
         refs=tuple(refs),
@@ -154,10 +216,17 @@ def compile_plan(
         inputs=tuple(inputs.items()),
         program=program,
         on_missing=on_missing,
-        fingerprint=_fingerprint(name, refs, on_missing, inputs, columns_read(*(e for _, e in outputs)),
-                                 at, [used_aliases[name] for name in used if name in used_aliases]),
+        parts={
+            # Output names are left out: they decide no value.
+            "head": [name, list(refs), on_missing, list(inputs.items())],
+            "views": [_view_parts(computer) for computer in at.values()],
+            "strings": [set(computer.dictionaries) for computer in at.values()],
+            "aliases": [[alias.describe() for alias in named]] * bool(named),
+        },
+        coded=coded,
+        texts=newest_texts(coded, list(at.values())),
         request_name=request.name if request is not None and inputs else None,
-    )  # fmt: skip
+    )
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -230,28 +299,23 @@ def _entities(keys: Mapping[str, Sequence[str]], computers: Mapping[str, StoredV
     return found
 
 
-def _fingerprint(
-    name: str,
-    refs: Sequence[str],
-    on_missing: str,
-    inputs: Mapping[str, str],
-    columns: Sequence[str],
-    computers: Mapping[str, StoredView],
-    aliases: Sequence[ViewProjection],
-) -> str:
-    """Output names are left out: they decide no value. Dictionaries count where the plan reads them."""
-    views = []
-    for owner, computer in computers.items():
-        ranks = [
-            [key, [v.hex() for v in fitted.values], fitted.cumulative]
-            for key, fitted in sorted(computer.distributions.items())
-        ]
-        texts = [
-            [column, texts]
-            for column, texts in sorted(computer.dictionaries.items())
-            if f"{owner}:{column}" in columns
-        ]
-        views.append([computer.view.fingerprint(), ranks, texts])
-    parts = [name, list(refs), on_missing, list(inputs.items()), views]
-    parts += [[alias.describe() for alias in aliases]] * bool(aliases)
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+def _view_parts(computer: StoredView) -> tuple[str, list[Any]]:
+    ranks = [
+        [key, [v.hex() for v in fitted.values], fitted.cumulative]
+        for key, fitted in sorted(computer.distributions.items())
+    ]
+    return computer.view.fingerprint(), ranks
+
+
+def newest_texts(
+    coded: Sequence[Sequence[tuple[str, str, tuple[str, ...]]]], computers: Sequence[StoredView]
+) -> Texts:
+    """The dictionaries that `ServicePlan.coded` names: of views on one source, the longest reading's."""
+    found: dict[tuple[str, str], Sequence[str]] = {}
+    for uses, computer in zip(coded, computers):
+        for _, source, columns in uses:
+            for column in columns:
+                texts = computer.texts(column)
+                if len(texts) >= len(found.get((source, column), ())):
+                    found[source, column] = texts
+    return found

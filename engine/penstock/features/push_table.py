@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from penstock import _core
-from penstock.errors import InvalidArgumentError
+from penstock.errors import InvalidArgumentError, MissingColumnError
 from penstock.features.event_log import Erased, EventLog, Logged
 from penstock.features.push_rows import push_schema
 from penstock.features.source_definitions import PushSource, Source
@@ -108,13 +108,13 @@ def without_erased(table: SourceTable, wanted: Sequence[str], erased: Erased, se
 
 
 def checked_columns(source: PushSource, columns: Iterable[str]) -> list[str]:
-    """As `columns_of`; InvalidArgumentError where the source has no such column."""
+    """As `columns_of`; MissingColumnError where the source has no such column."""
     wanted = columns_of(source, columns)
     for name in wanted:
         if name not in source.schema:
             known = ", ".join(source.schema)
-            raise InvalidArgumentError(
-                f"source '{source.name}' has no column '{name}'; expected one of {known}"
+            raise MissingColumnError(
+                f"source '{source.name}' has no column '{name}'; expected one of {known}", name
             )
     return wanted
 

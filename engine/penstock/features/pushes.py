@@ -8,7 +8,8 @@ compute it instead of taking the store's (`pending`).
 The order of a source's events is that of their sequence numbers: they are given, appended and queued under
 `LiveViews.locked`. A reading made meanwhile first waits until what was pushed is durable (`settle`), so it
 misses nothing. When a commit fails, the pushes of its group and those behind it fail, and the views are read
-again (`_repair`, by whoever comes first): what was not durable is gone from the reads too.
+again (`_repair`, by whoever comes first): what was not durable is gone from the reads too. When `committed`
+fails, its pushes fail too, though they are durable, and the committer tells it again until it succeeds.
 
 Locks, in this order: `LiveViews.locked`, `_order` (appended and queued, or taken as a group), `committing` (a
 group, or the header that ends a materialisation), `_changed`. The committer never takes the first.
@@ -31,6 +32,7 @@ import numpy as np
 from penstock.clock import SystemClock
 from penstock.errors import (
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     PenstockError,
     ResourceExhaustedError,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("penstock.features")
 _RETRY_MS = 50
+_RETELL_S = 0.05
 _CONFLICTS = 100
 _NO_KEYS = np.zeros((0, 2), np.uint64)
 
@@ -113,7 +116,7 @@ class Pushes:
     """The push path of one store.
 
     Attributes:
-        committed: see `Committed`.
+        committed: see `Committed`. untold: how often it has failed.
         lost: told the rows of keys whose events did not become durable, as they are without them.
         touched: told a view and the keys whose rows have just changed, before a push returns or is durable.
     """
@@ -142,7 +145,8 @@ class Pushes:
         self._begun = self._ended = 0  # pushes that were queued, and that are durable or failed
         self._broken: dict[str, dict[str, NDArray[np.uint64]]] = {}  # sources to read again, and their keys
         self._closed = False
-        self.failures = 0
+        self.failures = self.untold = 0
+        self._to_tell: dict[str, NDArray[np.uint64]] = {}  # keys by view; the committer's
         self._thread: threading.Thread | None = None
         self._texts = TextCodes(registry)
         self._codings: dict[str, PushCoding] = {}
@@ -151,6 +155,8 @@ class Pushes:
         self._writing: dict[int, int] = {}  # see `writing`
         self._durable: dict[str, int] = {}  # head of the log, by source, as last seen
         self._seen: dict[str, int] = {}  # stamp of the store when that was
+        self._arrived: dict[str, int] = {}  # newest arrival, by source
+        self._arriving = threading.Lock()  # guards that
         self._compacting = threading.Lock()
         self._uncompacted: dict[str, int] = {}
         live.settle = self.settle
@@ -169,6 +175,7 @@ class Pushes:
             NotFoundError, InvalidArgumentError: nothing has changed.
             ResourceExhaustedError: too many pushes wait; nothing has changed.
             StoreError: the disk is full or failed; the events are gone from the reads again.
+            InternalError: the events are durable, but caches may still give older rows for a while.
         """
         for _ in range(_CONFLICTS):
             try:
@@ -207,7 +214,7 @@ class Pushes:
             for live in self._live.fed_by(source):
                 self._catch_up(live)
             views = self._live.fed_by(source)  # other readings, where others have erased
-            arrival = self._clock.now_us()
+            arrival = self._arrival(source)
             sequence = max(live.sequence for live in views) + 1
             arrivals = np.full(table.num_rows, arrival, np.int64)
             pushed = self._source_table(definition, table, arrivals, views)
@@ -247,7 +254,7 @@ class Pushes:
                 self._catch_up(live)
             if coding.readings is not self._live.readings:
                 return None
-            arrival = self._clock.now_us()
+            arrival = self._arrival(name)
             sequence = max(live.sequence for live in views) + 1
             return self._enter(
                 views, [coding.keys(i, rows) for i in range(len(views))], sequence,
@@ -276,6 +283,18 @@ class Pushes:
             self._repair()  # one view may have taken the events before another refused them
             raise
         return entry
+
+    def _arrival(self, source: str) -> int:
+        """When an event arrives: now, but never before those that came earlier.
+
+        It is the event's known-at where it names none, so a clock that was set back would make a correction
+        lose to what it corrects.
+        """
+        with self._arriving:
+            known = self._arrived.get(source)
+            newest = self._log.newest_arrival(source) if known is None else known
+            self._arrived[source] = newest = max(self._clock.now_us(), newest)
+            return newest
 
     def wait(self, entry: _Entry | None) -> int:
         """Wait until a push is durable. Returns its rows."""
@@ -353,7 +372,13 @@ class Pushes:
                 rows = self._live.view(view).computer.rows_at(keys, np.full(len(keys), now_us, np.int64))
                 touched[view] = keys, rows.words(), rows.meta
         if touched:
-            self.lost(touched)
+            try:
+                self.lost(touched)
+            except BaseException:
+                with self._changed:
+                    for source, found in broken.items():
+                        self._break(source, found)
+                raise
 
     def _source_table(
         self, definition: PushSource, table: Any, arrival: NDArray[np.int64], views: list[LiveView]
@@ -417,6 +442,9 @@ class Pushes:
             head = self._log.head(source)
             self._durable[source] = max(head, self._durable.get(source, 0))
             self._seen[source] = stamp
+            with self._arriving:
+                if source in self._arrived:  # others may have pushed
+                    self._arrived[source] = max(self._arrived[source], self._log.newest_arrival(source))
 
     def _catch_up(self, live: LiveView) -> None:
         """As `catch_up`, under `locked`."""
@@ -520,15 +548,17 @@ class Pushes:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._queue) or self._closed)
-                if not self._queue:
+                wait_s = _RETELL_S if self._to_tell else None
+                self._changed.wait_for(lambda: bool(self._queue) or self._closed, wait_s)
+                if not self._queue and self._closed:
                     return
             group = _Group([], self._clock.now_us(), [])
             error: BaseException | None = None
             try:
                 self._take(group)
-                with self.committing:
-                    self._commit(group)
+                if group.entries:
+                    with self.committing:
+                        self._commit(group)
             except BaseException as caught:
                 error = caught
                 if not isinstance(caught, PenstockError):
@@ -542,7 +572,8 @@ class Pushes:
                 group.entries += self._queue
                 self._queue.clear()
                 self._queued_bytes = 0
-            parts: dict[str, list[NDArray[np.uint64]]] = {}
+            # With those that could not be told of before, as they are now.
+            parts = {view: [keys] for view, keys in self._to_tell.items()}
             for entry in group.entries:
                 for view, keys in entry.touched.items():
                     parts.setdefault(view, []).append(keys)
@@ -568,8 +599,8 @@ class Pushes:
             for batch in batches:
                 event_log.put_batch(txn, batch)
             for live, keys, rows, meta in group.rows if embedded else ():
-                assert live.source is not None
-                self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
+                if live.source in firsts:
+                    self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
             return int(txn.id())
 
         number: int = self._local.change(work)
@@ -583,8 +614,8 @@ class Pushes:
             self._uncompacted[source] = self._uncompacted.get(source, 0) + last - firsts[source] + 1
         if not embedded:
             for live, keys, rows, meta in group.rows:
-                assert live.source is not None
-                self._put_remote(live, keys, rows, meta, firsts[live.source], lasts[live.source])
+                if live.source in firsts:
+                    self._put_remote(live, keys, rows, meta, firsts[live.source], lasts[live.source])
 
     def _put_rows(
         self, txn: lmdb.Transaction, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
@@ -620,12 +651,23 @@ class Pushes:
 
     def _finish(self, group: _Group, error: BaseException | None) -> None:
         entries = group.entries
+        if error is not None and not entries:
+            return  # what was to be told is told later
         if error is None:
             self._release(entries)
             try:
                 self.committed(group.touched())
-            except Exception:
-                _log.exception("the caches could not be told of pushed events")
+                self._to_tell = {}
+            except Exception as caught:
+                if not self._to_tell:
+                    _log.exception("the caches could not be told of pushed events")
+                self.untold += 1
+                self._to_tell = {live.computer.view.name: keys for live, keys, _, _ in group.rows}
+                for entry in entries:
+                    entry.error = InternalError(
+                        "the events are durable, but the caches could not be told of them and may give older "
+                        f"rows until they are: {type(caught).__name__}: {caught}; do not push them again"
+                    )
         with self._order, self._changed:
             if error is not None:  # what is behind was appended to what is gone
                 entries = [*entries, *self._queue]

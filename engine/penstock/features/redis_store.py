@@ -7,8 +7,9 @@ newer one, whoever writes. Reads are MGETs of some hundred keys, sent together.
 
 A call that fails is made once. After `breaker_failures` of them in a row, calls fail at once for
 `breaker_open_ms`; then one is let through, and decides. While reads fail, rows read at most `stale_ms` ago
-are served from memory, if that is allowed; else StoreError. Any thread may call; each takes a connection of
-the pool for its call.
+are served from memory, if that is allowed; else StoreError. A remembered row counts under the header with
+which it was read, so one from before a push is not taken for one from after it. Any thread may call; each
+takes a connection of the pool for its call.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class RedisStore:
         self._refused = redis.ResponseError  # an answer, though not the wanted one
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_open_ms / 1000)
         self._stale_lock = threading.Lock()
-        self._stale: OrderedDict[bytes, tuple[bytes | None, float]] = OrderedDict()
+        # Values with that of the header which was read with them, and when.
+        self._stale: OrderedDict[bytes, tuple[bytes | None, bytes | None, float]] = OrderedDict()
         self.stale_reads = 0
         self._closed = False
 
@@ -229,15 +231,17 @@ class RedisStore:
         found = np.zeros(n, np.bool_)
         names = [self._header_name(view), *self._names(view, keys)]
         values = self._read(names, HEAD_BYTES + 8 * row_words)
-        header = _header(values[0])
-        if header is None or header.tag != tag or header.sequence < sequence:
-            return rows, meta, found
-        found[:] = [value is not None for value in values[1:]]
-        rows[found], meta[found] = decode_rows([v for v in values[1:] if v is not None], row_words)
+        counts: dict[bytes | None, bool] = {}
+        for told in {told for told, _ in values}:
+            header = _header(told)
+            counts[told] = header is not None and header.tag == tag and header.sequence >= sequence
+        there = [value if counts[told] else None for told, value in values]
+        found[:] = [value is not None for value in there]
+        rows[found], meta[found] = decode_rows([value for value in there if value is not None], row_words)
         return rows, meta, found
 
-    def _read(self, names: list[bytes], size: int) -> list[bytes | None]:
-        """The header's value, and the row of each further name; from memory where Redis fails."""
+    def _read(self, names: list[bytes], size: int) -> list[tuple[bytes | None, bytes | None]]:
+        """The header's value and the row of each name but the header's; from memory where Redis fails."""
 
         def work() -> list[bytes | None]:
             values = self._values(names)
@@ -250,18 +254,18 @@ class RedisStore:
         try:
             values = self._call("read", work)
         except StoreError:
-            remembered = self._remembered(names, now - stale_s) if stale_s else None
+            remembered = self._remembered(names[1:], now - stale_s) if stale_s else None
             if remembered is None:
                 raise
             return remembered
         if stale_s:
             with self._stale_lock:
-                for name, value in zip(names, values):
-                    self._stale[name] = value, now
+                for name, value in zip(names[1:], values[1:]):
+                    self._stale[name] = value, values[0], now
                     self._stale.move_to_end(name)
                 while len(self._stale) > self._settings.stale_rows:
                     self._stale.popitem(last=False)
-        return values
+        return [(values[0], value) for value in values[1:]]
 
     def _row(self, name: bytes, value: Any, size: int) -> bytes | None:
         """The bytes of a row. One that is corrupt is removed, so that it can be written again."""
@@ -271,13 +275,13 @@ class RedisStore:
             self._pipelined([("UNLINK", name)])
             raise
 
-    def _remembered(self, names: list[bytes], since: float) -> list[bytes | None] | None:
+    def _remembered(self, names: list[bytes], since: float) -> list[tuple[bytes | None, bytes | None]] | None:
         with self._stale_lock:
             found = [self._stale.get(name) for name in names]
-        if any(entry is None or entry[1] < since for entry in found):
+        if any(entry is None or entry[2] < since for entry in found):
             return None
         self.stale_reads += 1
-        return [entry[0] for entry in found if entry is not None]
+        return [(entry[1], entry[0]) for entry in found if entry is not None]
 
     def scan(self, view: int) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
         parts = self._scan(self._name(view))

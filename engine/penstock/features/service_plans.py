@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from penstock.errors import DefinitionError, InvalidArgumentError, NotFoundError
 from penstock.features.compute import StoredView, ViewComputer
 from penstock.features.definitions import FeatureService, RequestSource, ViewProjection, list_features
-from penstock.features.plan import ServicePlan, compile_plan
+from penstock.features.plan import ServicePlan, compile_plan, newest_texts
 from penstock.features.repo import Repo
 
 _MAX_PLANS = 256
@@ -89,7 +89,12 @@ class ServicePlans:
                 plans.clear()
             plans[key] = plan
             return plan
-        return plans[key]
+        plan = plans[key]
+        if plan.texts:
+            texts = newest_texts(plan.coded, [self._computer(view.name) for view in plan.views])
+            if any(len(texts[name]) > len(known) for name, known in plan.texts.items()):
+                plan = plans[key] = replace(plan, texts=texts)
+        return plan
 
     def compile(
         self,

@@ -33,6 +33,8 @@ class Served(Protocol):
     @property
     def fingerprint(self) -> str: ...
     @property
+    def text_counts(self) -> Mapping[tuple[str, str], int] | None: ...
+    @property
     def now_us(self) -> int: ...
     @property
     def made_us(self) -> int: ...
@@ -111,12 +113,18 @@ def verify(store: FeatureStore, served: Iterable[Served], service: str | None = 
     reports: dict[str, SkewReport] = {}
     waiting: dict[str, list[Served]] = {}
     rows: dict[str, int] = {}
+    fitting: dict[Any, bool] = {}
     for one in served:
         if service is not None and one.service != service:
             continue
         report = reports.setdefault(one.service, SkewReport(one.service))
-        known_service = one.service in store.services
-        if not known_service or store.service_plan(one.service).fingerprint != one.fingerprint:
+        made_with = one.service, one.fingerprint, tuple(sorted((one.text_counts or {}).items()))
+        if made_with not in fitting:  # a digest of all texts, so not made for each request
+            fitting[made_with] = (
+                one.service in store.services
+                and store.fitting_plan(one.service, one.fingerprint, one.text_counts) is not None
+            )
+        if not fitting[made_with]:
             report.other_definitions += len(one.vectors)
             continue
         waiting.setdefault(one.service, []).append(one)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.errors import DefinitionError
+from penstock.features.arguments import named_fields
 from penstock.features.expressions import DTYPES, digest
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
@@ -155,6 +156,7 @@ def _checked_mapping(where: str, given: Any) -> dict[str, str]:
     return dict(given)
 
 
+@named_fields
 @dataclass(frozen=True)
 class DuckDBSource(Source):
     """The rows of a SELECT that DuckDB runs (the extra `duckdb`).
@@ -215,18 +217,22 @@ class TableSource(Source):
         return ["TableSource", self.name, self.timestamp, self.created, *self._versions()]
 
 
+@named_fields
 class ParquetSource(FileSource):
     """Events in Parquet."""
 
 
+@named_fields
 class CSVSource(FileSource):
     """Events in CSV with a header."""
 
 
+@named_fields
 class ArrowSource(FileSource):
     """Events in an Arrow IPC file."""
 
 
+@named_fields
 class PushSource(Source):
     """Events that are pushed. Its history is the rows of `batch`, then the pushed ones in their order.
 

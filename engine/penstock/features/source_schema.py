@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
-from penstock.errors import FailedPreconditionError, InvalidArgumentError
+from penstock.errors import FailedPreconditionError, InvalidArgumentError, MissingColumnError
 from penstock.features.source_definitions import CSVSource, Source
 from penstock.features.source_reading import ARROW_TYPES
 
@@ -75,8 +75,8 @@ def check_columns(source: Source, schema: pa.Schema, used: Iterable[str]) -> Non
         if name not in names:
             dtype = (source.schema or {}).get(name)
             of = "" if dtype is None else f" of dtype {dtype}"
-            raise InvalidArgumentError(
-                f"{where} has no column '{name}'{of}; expected one of {', '.join(names)}"
+            raise MissingColumnError(
+                f"{where} has no column '{name}'{of}; expected one of {', '.join(names)}", name
             )
     for name in names if source.schema is not None else used:
         if names.count(name) > 1:

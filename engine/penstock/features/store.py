@@ -7,6 +7,7 @@ The layout of a view's rows never changes while a store is open. All methods may
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from penstock.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     PenstockError,
+    StoreError,
 )
 from penstock.features import materialize as writing
 from penstock.features import offline, sql
@@ -38,7 +40,7 @@ from penstock.features.definitions import (
     FeatureService,
     FeatureView,
 )
-from penstock.features.erase import erase_keys
+from penstock.features.erase import erase_keys, finish_erasures
 from penstock.features.event_log import EventLog
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.materialize import MaterializeReport, Progress
@@ -63,8 +65,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-_MAX_PLANS = 256
-_READ_TRIES = 5
+_log = logging.getLogger("penstock.features")
 _STAMP_BITS = 40  # of a write transaction's number
 _FLOATS = ("float32", "float64")
 
@@ -95,8 +96,8 @@ class FeatureStore:
                 were read from elsewhere.
             data_dir: folder of the registry and the online store; by default that of `feature_store.yaml`.
             clock: gives `now` where a call names none.
-            holds_data_dir: the caller holds the folder's LOCK, as a server does. Else `push`, `ingest` and
-                `erase` are refused while somebody does, whose caches would not hear of them.
+            holds_data_dir: the caller holds the folder's LOCK, as a server does. Else `push`, `ingest`,
+                `erase` and `materialize` are refused while somebody does, whose caches would not hear of it.
 
         Raises:
             ConfigError: there is no repository, or its `feature_store.yaml` is wrong.
@@ -119,6 +120,10 @@ class FeatureStore:
 
             self._online = RedisStore(self._repo.online_store, identity)
         self._log = EventLog(self._local, self.data_dir / "events")
+        try:
+            finish_erasures(self._log, self._online)
+        except StoreError as error:  # Redis, which may be away for now
+            _log.warning("an erasure could not be ended: %s", error)
         self._live = LiveViews(self._repo, self._registry, self._log)
         self._pushes = Pushes(
             self._live, self._log, self._local, self._online, self._registry, self._clock,
@@ -165,15 +170,15 @@ class FeatureStore:
         used = {bundle.service for bundle in bundles} & self.services.keys()
         if used:
             with self._writing, self._live.locked():
-                fingerprints, faults = self._would_be(sorted(name for name in used if name is not None))
-            breaks += bundle_breaks(bundles, self.services, fingerprints, faults)
+                plans, faults = self._would_be(sorted(name for name in used if name is not None))
+            breaks += bundle_breaks(bundles, self.services, plans, faults)
         else:
             breaks += bundle_breaks(bundles, self.services, {}, {})
         return changes(self._registry.state, self._declared(), schemas, breaks)
 
-    def _would_be(self, services: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Fingerprints of services as `apply` would make them, and why others cannot be made."""
-        found: dict[str, str] = {}
+    def _would_be(self, services: Sequence[str]) -> tuple[dict[str, ServicePlan], dict[str, str]]:
+        """Plans of services as `apply` would make them, and why others cannot be made."""
+        found: dict[str, ServicePlan] = {}
         try:
             fresh = self._live.rebuild(only_look=True)
             computers = {name: reading.computer for name, reading in fresh.items()}
@@ -183,7 +188,7 @@ class FeatureStore:
         for name in services:
             service = self.services[name]
             try:
-                found[name] = self._plans.compile(service, computers).fingerprint
+                found[name] = self._plans.compile(service, computers)
             except PenstockError as error:
                 faults[name] = str(error)
         return found, faults
@@ -208,16 +213,13 @@ class FeatureStore:
             fresh = self._live.rebuild()
             computers = {name: reading.computer for name, reading in fresh.items()}
             dtypes = {name: view_dtypes(computer) for name, computer in computers.items()}
-            fingerprints = {
-                name: self._plans.compile(service, computers).fingerprint
-                for name, service in self.services.items()
-            }
+            plans = {name: self._plans.compile(service, computers) for name, service in self.services.items()}
             self._live.adopt(fresh)
             self._registry.reload()
             sources = {name: self.views[name].source for name in fresh}
             schemas = {s.key: schema_of(s, fresh[name].schema) for name, s in sources.items()}
             now = self._declared()
-            breaks = bundle_breaks(bundles, self.services, fingerprints, {})
+            breaks = bundle_breaks(bundles, self.services, plans, {})
             found = changes(self._registry.state, now, schemas, breaks)
             self._registry.record_applied({**now, "sources": schemas, "dtypes": dtypes})
             self._plans.forget()
@@ -240,6 +242,17 @@ class FeatureStore:
             FeatureNameCollisionError: two features with one name.
         """
         return self._plans.get(features, full_feature_names)
+
+    def fitting_plan(
+        self, service: str, fingerprint: str | None, text_counts: Mapping[tuple[str, str], int] | None
+    ) -> ServicePlan | None:
+        """The plan of a service, if it fits; see `ServicePlan.fits`. Errors as `service_plan`."""
+        plan = self.service_plan(service)
+        if not plan.fits(fingerprint, text_counts):
+            for view in plan.views:  # another process may have pushed texts that are not read yet
+                self._current(view.name)
+            plan = self.service_plan(service)
+        return plan if plan.fits(fingerprint, text_counts) else None
 
     # Sources
 
@@ -463,7 +476,7 @@ class FeatureStore:
         if found is not None:
             where = f"at {', '.join(found['listen'])}" if found["listen"] else f"in process {found['pid']}"
             raise FailedPreconditionError(
-                f"data_dir {self.data_dir} is served {where}; push and erase through that server"
+                f"data_dir {self.data_dir} is served {where}; push, erase and materialize through that server"
             )
 
     def push(self, source: str, rows: Any) -> int:
@@ -487,6 +500,8 @@ class FeatureStore:
             InvalidArgumentError: names the column, the row and what was expected; nothing has changed.
             ResourceExhaustedError: too many pushes wait for the disk; nothing has changed.
             StoreError: the disk is full or failed; the events are gone from the reads again.
+            InternalError: they are durable, but who was to be told of them (`on_push`) failed, and is told
+                again until it does not. Do not push them again.
         """
         self._check_free()
         return self._pushes.push(source, rows)
@@ -573,6 +588,7 @@ class FeatureStore:
             progress: called as the work goes on.
 
         Raises:
+            FailedPreconditionError: a server holds the data folder; materialize through it.
             StoreError: the disk is full or the store failed; the cursor stays where it was.
         """
         start_us, end_us = to_us(start, "start"), to_us(end, "end")
@@ -591,6 +607,7 @@ class FeatureStore:
         row that holds no longer than to `end`. Without a cursor, every key.
 
         Raises:
+            FailedPreconditionError: a server holds the data folder; materialize through it.
             InvalidArgumentError: `end` is before the cursor of a view.
             StoreError: the disk is full or the store failed; the cursor stays where it was.
         """
@@ -601,6 +618,7 @@ class FeatureStore:
     ) -> MaterializeReport:
         if isinstance(views, str):
             raise InvalidArgumentError(f"views is {views!r}; expected a list of names")
+        self._check_free()
         names = list(self.views if views is None else dict.fromkeys(views))
         with self._writing:
             keys = {}

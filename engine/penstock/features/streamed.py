@@ -71,7 +71,11 @@ class StreamedView:
         made = ViewComputer(view, opened().no_events(), seed, distributions)
         self.schema, self.row_schema = made.schema, made.row_schema
         self.join_dtypes, self.distributions = made.join_dtypes, made.distributions
-        self.dictionaries = made.dictionaries
+        self.dictionaries, self.coded, self._texts = made.dictionaries, made.coded, made.texts
+
+    def texts(self, column: str) -> list[str]:
+        """As `ViewComputer.texts`; whole once rows were read."""
+        return self._texts(column)
 
     def rows_at(
         self,
@@ -164,7 +168,7 @@ class StreamedView:
 
     def _computer(self, part: _Part) -> ViewComputer:
         made = ViewComputer(self.view, part.table, self._seed, self.distributions)
-        self.dictionaries = made.dictionaries
+        self.dictionaries, self._texts = made.dictionaries, made.texts
         return made
 
 

@@ -11,7 +11,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from penstock.errors import InvalidArgumentError, PenstockError, ResourceExhaustedError, UnavailableError
+from penstock.errors import (
+    InternalError,
+    InvalidArgumentError,
+    PenstockError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from penstock.features.event_log import EventLog
 from penstock.features.pushes import Pushes
 
@@ -129,7 +135,7 @@ class Ingest:
             try:
                 if not self.step():
                     self._stop.wait(self._idle_s)
-            except UnavailableError as error:  # the disk, or the stream: from where it was
+            except (UnavailableError, InternalError) as error:  # from where what is durable ends
                 _log.warning("the stream of '%s' could not be taken in: %s", self._source, error)
                 self._stop.wait(self._idle_s)
                 self._stream.seek(self._log.offsets(self._consumer))

@@ -31,6 +31,7 @@ from penstock.models.manifest import (
     REFERENCE,
     TREES,
     ClassLabel,
+    DictionaryEntry,
     FileEntry,
     Format,
     InputEntry,
@@ -67,7 +68,8 @@ class ModelBundle:
     Attributes:
         path: the folder it was read from.
         inputs: (name, dtype) of the model inputs, in order; rows are their float32 casts, NaN for null.
-        service: name of the feature service, None on bare vectors; fingerprint: that of its plan (hex).
+        service: name of the feature service, None on bare vectors; fingerprint: that of its plan (hex);
+            text_counts: how many texts its dictionaries had, by source and column (see `ServicePlan.fits`).
         format: "trees", "onnx" or "python"; `onnx` and `python` are the sections of that name.
         output_kind: "probability", "margin" or "value": what the scores are.
         classes: labels of the outputs, or of 0 and 1 for one probability; empty for a value.
@@ -92,6 +94,7 @@ class ModelBundle:
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
     onnx: OnnxEntry | None = None
     python: PythonEntry | None = None
+    text_counts: Mapping[tuple[str, str], int] | None = None
 
     @cached_property
     def _ensemble(self) -> _core.TreeEnsemble:
@@ -212,6 +215,7 @@ def save_bundle(
             metrics={key: float(value) for key, value in (metrics or {}).items()},
             onnx=made.onnx,
             python=made.python,
+            dictionaries=None if plan is None else _dictionaries(plan),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -225,6 +229,12 @@ def save_bundle(
         if made.source is not None:
             _prove(saved, made.source, rows)
     return load_bundle(home / version)
+
+
+def _dictionaries(plan: ServicePlan) -> list[DictionaryEntry] | None:
+    """None where no code of a text reaches the model."""
+    counts = sorted(plan.text_counts.items())
+    return [DictionaryEntry(source=s, column=c, texts=count) for (s, c), count in counts] or None
 
 
 def load_bundle(path: str | Path) -> ModelBundle:
@@ -270,6 +280,7 @@ def load_bundle(path: str | Path) -> ModelBundle:
         sizes={file: entry.size for file, entry in manifest.files.items()},
         onnx=manifest.onnx,
         python=manifest.python,
+        text_counts=manifest.text_counts,
     )
     if bundle.format != "trees":
         _check_classes(bundle)

@@ -81,6 +81,14 @@ class FileEntry(_Part):
     size: int = Field(ge=0)
 
 
+class DictionaryEntry(_Part):
+    """How many texts the dictionary of a source's column had, of those whose codes reach the model."""
+
+    source: Text
+    column: Text
+    texts: int = Field(ge=0)
+
+
 class TrainingEntry(_Part):
     """Facts of the training: times are int64 microseconds UTC."""
 
@@ -115,7 +123,11 @@ class PythonEntry(BackendEntry):
 
 
 class Manifest(_Part):
-    """All of model.yaml. `onnx` and `python` are there for that format alone."""
+    """All of model.yaml. `onnx` and `python` are there for that format alone.
+
+    `dictionaries` is there where codes of texts reach the model. Without it, as in bundles of earlier builds,
+    a dictionary that has grown is another one.
+    """
 
     schema_version: Literal[1]
     name: Component
@@ -130,12 +142,20 @@ class Manifest(_Part):
     metrics: dict[str, FiniteFloat]
     onnx: OnnxEntry | None = None
     python: PythonEntry | None = None
+    dictionaries: Annotated[list[DictionaryEntry], Field(min_length=1)] | None = None
+
+    @property
+    def text_counts(self) -> dict[tuple[str, str], int] | None:
+        """`dictionaries` by source and column."""
+        if self.dictionaries is None:
+            return None
+        return {(entry.source, entry.column): entry.texts for entry in self.dictionaries}
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """The bytes of model.yaml."""
     plain = manifest.model_dump()
-    for section in ("onnx", "python"):
+    for section in ("onnx", "python", "dictionaries"):
         if plain[section] is None:
             del plain[section]
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -172,6 +192,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{file}: {error}") from error
     if (manifest.service is None) != (manifest.fingerprint is None):
         raise BundleError(f"{file}: service and fingerprint must be given together")
+    if manifest.dictionaries is not None:
+        if manifest.service is None:
+            raise BundleError(f"{file}: dictionaries is there without a service")
+        if len(manifest.text_counts or {}) != len(manifest.dictionaries):
+            raise BundleError(f"{file}: dictionaries repeats a column of a source")
     return manifest
 
 

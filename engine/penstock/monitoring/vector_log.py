@@ -6,7 +6,7 @@ the last records. Bounded: the oldest segments are deleted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ class VectorSample:
 
     Attributes:
         model, version, service: what served it.
-        fingerprint: of the service's definitions then.
+        fingerprint, text_counts: of the service's definitions when the model was trained; see
+            `ServicePlan.fits`.
         now_us: request time.
         made_us: wall clock when the vectors were made; what became known later is not in them.
         entities, inputs: columns of the request, scalars or lists.
@@ -47,6 +48,7 @@ class VectorSample:
     entities: dict[str, Any]
     inputs: dict[str, Any]
     vectors: NDArray[np.float32]
+    text_counts: Mapping[tuple[str, str], int] | None = None
 
 
 class VectorLog:
@@ -70,8 +72,10 @@ class VectorLog:
         if not samples:
             return
         head = [bundle.name, bundle.version, bundle.service, bundle.fingerprint]
+        counts = bundle.text_counts
+        texts = None if counts is None else [[*key, count] for key, count in counts.items()]
         values = [
-            [*head, now_us, made_us, params, vectors.tobytes()]
+            [*head, now_us, made_us, params, vectors.tobytes(), texts]
             for now_us, made_us, params, vectors in samples
         ]
         try:
@@ -89,9 +93,13 @@ def read_samples(folder: Path) -> Iterator[VectorSample]:
     workers = {path.name.split("-")[1] for path in folder.glob("vectors-*-*.log")}
     for worker in sorted(workers):
         for record in read_records(folder, f"vectors-{worker}"):
-            model, version, service, fingerprint, now_us, made_us, params, vectors = record
+            model, version, service, fingerprint, now_us, made_us, params, vectors, *added = record
             _, entities, *rest = msgpack.unpackb(params, timestamp=3)
             inputs = rest[0] if rest and rest[0] is not None else {}
             rows = next((len(v) for v in entities.values() if isinstance(v, list)), 1)
             made = np.frombuffer(vectors, "<f4").reshape(rows, -1)
-            yield VectorSample(model, version, service, fingerprint, now_us, made_us, entities, inputs, made)
+            counts = None  # also of records of earlier builds
+            if added and added[0] is not None:
+                counts = {(source, column): count for source, column, count in added[0]}
+            head = model, version, service, fingerprint, now_us, made_us
+            yield VectorSample(*head, entities, inputs, made, counts)

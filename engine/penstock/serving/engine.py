@@ -27,6 +27,7 @@ from penstock.errors import (
     BundleError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
     StoreError,
     from_wire,
 )
@@ -411,7 +412,13 @@ class Engine:
         """
         store = self._store()
         with self._changing:
-            receipt = store.erase(view, keys)
+            try:
+                receipt = store.erase(view, keys)
+            except (InvalidArgumentError, NotFoundError):
+                raise
+            except BaseException:  # it may have erased already
+                self._refresh(store, always=True)
+                raise
             rows = sum(int(cache.stats()["size"]) for cache in self.live.caches.values())
             self._refresh(store, always=True)
             receipt["removed"]["cache_rows_dropped"] = rows

@@ -304,7 +304,7 @@ class LiveModels:
         where = f"version '{bundle.version}' of model '{bundle.name}'"
         if bundle.version == live.version:
             raise FailedPreconditionError(f"{where} is live; expected another one")
-        if mode == "shadow" and bundle.fingerprint != live.fingerprint:
+        if mode == "shadow" and not self._same_features(bundle, live):
             raise FailedPreconditionError(
                 f"{where} has features of fingerprint {bundle.fingerprint}; a shadow needs those of the live "
                 f"version, {live.fingerprint}"
@@ -313,6 +313,17 @@ class LiveModels:
             raise FailedPreconditionError(
                 f"{where} takes other inputs than the live version; a shadow needs the same ones in order"
             )
+
+    def _same_features(self, bundle: ModelBundle, live: ModelBundle) -> bool:
+        """Whether two versions are given the same rows; they may differ in how many texts they know."""
+        if bundle.fingerprint == live.fingerprint:
+            return True
+        if self._store is None or bundle.service is None or bundle.service != live.service:
+            return False
+        return all(
+            self._store.fitting_plan(bundle.service, one.fingerprint, one.text_counts) is not None
+            for one in (bundle, live)
+        )
 
     def put_on_trial(self, model: LiveModel, mode: str, share: float) -> None:
         """Try a loaded version beside the live one of its name, in place of the one on trial before."""
@@ -499,11 +510,12 @@ class LiveModels:
             raise BundleError(
                 f"{where} reads the feature service '{bundle.service}'; set feature_store.repo_path"
             )
-        plan = self._store.service_plan(bundle.service)
-        if plan.fingerprint != bundle.fingerprint:
+        plan = self._store.fitting_plan(bundle.service, bundle.fingerprint, bundle.text_counts)
+        if plan is None:
+            now = self._store.service_plan(bundle.service).fingerprint
             raise BundleError(
                 f"{where} was trained on other definitions of the service '{bundle.service}' "
-                f"(fingerprint {bundle.fingerprint}, now {plan.fingerprint}); train it again or restore them"
+                f"(fingerprint {bundle.fingerprint}, now {now}); train it again or restore them"
             )
         return plan
 

@@ -72,11 +72,13 @@ std::string write_bundle(const std::string& parent, int version) {
   std::ofstream(folder + "/reference.arrow") << "reference";
   std::ofstream(folder + "/model.yaml")
       << "schema_version: 1\nname: m\nversion: '" << version
-      << "'\nformat: trees\nservice: null\nfingerprint: null\ninputs:\n- name: a\n  dtype: float32\n"
+      << "'\nformat: trees\nservice: s\nfingerprint: " << std::string(64, 'a')
+      << "\ninputs:\n- name: a\n  dtype: float32\n"
          "- name: 'b: ''c'''\n  dtype: int64\n- name: \"d\\\n    \\ e\\xE9\"\n  dtype: bool\n"
          "output:\n  kind: value\n  classes: []\nfiles:\n"
       << entry("trees.bin", trees) << entry("reference.arrow", "reference")
-      << "training:\n  anything: &a [1,\n    2]\n- x\nmetrics: {}\n";
+      << "training:\n  anything: &a [1,\n    2]\n- x\nmetrics: {}\n"
+      << "dictionaries:\n- source: data/e.parquet\n  column: 'c: d'\n  texts: 3\n";
   return folder;
 }
 
@@ -221,7 +223,7 @@ int main() {
   CHECK(first.name() == "m" && first.version() == "1" && first.n_outputs() == 1 &&
         first.n_inputs() == kInputs);
   CHECK(first.inputs()[1].name == "b: 'c'" && first.inputs()[2].name == "d e\xC3\xA9");
-  CHECK(first.output_kind() == "value" && first.classes().empty() && first.service().empty());
+  CHECK(first.output_kind() == "value" && first.classes().empty() && first.service() == "s");
   Bundle kept = first;
   CHECK(Bundle::load(std::string(folder) + "/none", &kept).code == Code::kNotFound && kept.version() == "1");
   check_mutations(std::string(folder) + "/1");

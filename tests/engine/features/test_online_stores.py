@@ -367,9 +367,27 @@ def test_rows_read_shortly_before_are_served_while_redis_fails(tmp_path: Path) -
     with pytest.raises(StoreError):  # never read
         store.get_many(1, "t", keys_of(3), WORDS)
     assert not store.get_many(1, "t", keys_of(1), WORDS, 1)[2].any()  # behind what was pushed since
-    store._stale[store._names(1, keys_of(1))[0]] = (b"", -1e12)  # too old
+    store._stale[store._names(1, keys_of(1))[0]] = (b"", None, -1e12)  # too old
     with pytest.raises(StoreError):
         store.get_many(1, "t", keys_of(1), WORDS)
+    store.close()
+
+
+@needs_redis
+def test_a_row_from_before_a_push_does_not_pass_for_one_from_after_it(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    store = redis_store(server.url, timeout_ms=2000, stale_ms=10_000_000, breaker_failures=1000)
+    put(store, 5)
+    old = store.get_many(1, "t", keys_of(1), WORDS)
+    for key in (1, 2):
+        store.put_many(1, keys_of(key), rows_of(1, 6), old[1], ViewHeader("t", WORDS, 0, 6), sequence=6)
+    assert store.get_many(1, "t", keys_of(2), WORDS, 6)[2].all()  # with it the newer header is read
+    server.stop()
+    assert store.get_many(1, "t", keys_of(2), WORDS, 6)[2].all()
+    assert not store.get_many(1, "t", keys_of(1), WORDS, 6)[2].any()
+    assert store.get_many(1, "t", keys_of(1, 2), WORDS, 6)[2].tolist() == [False, True]
+    before = store.get_many(1, "t", keys_of(1), WORDS)
+    assert before[2].all() and (before[0] == old[0]).all()
     store.close()
 
 

@@ -84,6 +84,7 @@ def plan(**change: Any) -> Any:
         "output_names": tuple(FEATURES),
         "output_dtypes": ("float64", "int64", "bool", "float32"),
         "fingerprint": HASH,
+        "text_counts": {},
     }
     return SimpleNamespace(**(facts | change))
 
@@ -481,6 +482,32 @@ def test_no_folder_is_refused(tmp_path):
 def test_packaged_schema_is_that_of_the_manifest():
     file = Path(library.__file__).with_name("model-schema-1.json")
     assert json.loads(file.read_text()) == Manifest.model_json_schema()
+
+
+def test_dictionaries_of_a_plan_are_kept(frame, model, tmp_path):
+    counts = {("orders", "city"): 3, ("data/a b.parquet", "tier: 1"): 0}
+    made = save_bundle(
+        model, frame, name="fraud", directory=tmp_path, label="label", plan=plan(text_counts=counts)
+    )
+    assert made.text_counts == counts
+    assert load_bundle(made.path).text_counts == counts
+    entries = yaml.safe_load((made.path / "model.yaml").read_text())["dictionaries"]
+    assert entries[1] == {"source": "orders", "column": "city", "texts": 3}
+    without = save_bundle(model, frame, name="fraud", directory=tmp_path, label="label", plan=plan())
+    assert "dictionaries" not in (without.path / "model.yaml").read_text()
+    assert without.text_counts is None
+
+    def broken(change, message):
+        shutil.copytree(made.path, tmp_path / "broken")
+        edit(tmp_path / "broken", change)
+        with pytest.raises(BundleError, match=message):
+            load_bundle(tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken")
+
+    broken(lambda d: d.update(service=None, fingerprint=None), "dictionaries is there without a service")
+    broken(lambda d: d["dictionaries"].append(d["dictionaries"][0]), "dictionaries repeats")
+    broken(lambda d: d["dictionaries"][0].update(texts=-1), r"dictionaries\.0\.texts")
+    broken(lambda d: d.update(dictionaries=[]), "dictionaries")
 
 
 def test_manifest_survives_yaml(saved):
