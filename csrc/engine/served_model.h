@@ -154,7 +154,7 @@ class ModelEvents {
 
 class ServedModel : public std::enable_shared_from_this<ServedModel> {
  public:
-  static constexpr uint32_t kMaxLoads = 3;  // loads for one request before it is UNAVAILABLE
+  static constexpr uint32_t kMaxLoads = 3;  // for one request, before it does without the cache
 
   // Working memory of one calling thread, for any number of models.
   struct Scratch {

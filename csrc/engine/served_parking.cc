@@ -93,6 +93,12 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
     status = plan_->gather(scratch.resumed, now_us, mono_ns(), parked->use_cache, &parked->overlay,
                            scratch.plan, &scratch.gathered, &scratch.misses);
   }
+  if (status.is_ok() && !scratch.misses.empty() && parked->loads >= kMaxLoads) {
+    // Rows leave the cache faster than others are loaded: the rest is loaded for this request alone.
+    parked->use_cache = false;
+    status = plan_->gather(scratch.resumed, now_us, mono_ns(), false, &parked->overlay, scratch.plan,
+                           &scratch.gathered, &scratch.misses);
+  }
   if (status.is_ok() && scratch.misses.empty() && samples_.chooses(scratch.resumed)) {
     samples_.add(parked->params, now_us, wall_clock_us(), rows, scratch.gathered.rows.data(), n_features_);
   }
@@ -103,11 +109,7 @@ void ServedModel::resume(uint64_t tag, const std::vector<const uint64_t*>& words
   if (request == nullptr || request->state != State::kParked) return;  // it ended meanwhile
   const auto index = static_cast<uint32_t>(tag);
   if (status.is_ok() && !scratch.misses.empty()) {
-    // Rows that were cached before have gone: load those too, a bounded number of times.
-    if (parked->loads >= kMaxLoads) {
-      end(index, {Code::kUnavailable, "rows leave the feature cache faster than they are loaded"});
-      return;
-    }
+    // Rows that were cached before have gone: load those too.
     missed_rows_ += scratch.misses.size();
     parked->misses = scratch.misses;
     parked_bytes_ += parked->bytes;

@@ -10,13 +10,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.errors import PenstockError
 from penstock.features.definitions import FeatureService, FeatureView
 from penstock.features.expressions import digest
 from penstock.features.fit import rank_arguments
 from penstock.features.registry import RegistryState
-from penstock.features.source_schema import schema_changes
+from penstock.features.source_definitions import Source
+from penstock.features.source_reading import raw_schema
+from penstock.features.source_schema import check_declared, found_schema, schema_changes
 
 if TYPE_CHECKING:
     from penstock.features.plan import ServicePlan
@@ -157,6 +161,20 @@ def service_breaks(services: Mapping[str, FeatureService], views: Mapping[str, F
             if owner not in views or short not in views[owner].features:
                 found.append(Break("service", name, f"lists '{ref}', which no view has"))
     return found
+
+
+def source_breaks(sources: Iterable[Source], base: Path) -> tuple[dict[str, dict[str, str]], list[Break]]:
+    """The schemas that sources have now, by key, and those that cannot be read or are not as declared."""
+    schemas: dict[str, dict[str, str]] = {}
+    breaks = []
+    for source in {source.key: source for source in sources}.values():
+        try:
+            schema = raw_schema(source, base)
+            check_declared(source, schema)
+            schemas[source.key] = found_schema(source, schema)
+        except (PenstockError, OSError) as error:
+            breaks.append(Break("source", source.name, str(error)))
+    return schemas, breaks
 
 
 def bundle_breaks(

@@ -29,7 +29,8 @@ from penstock.features.event_log import EventLog
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
 from penstock.features.online_adapter import OnlineAdapter, ViewHeader
-from penstock.features.pushes import Pushes, Touched
+from penstock.features.push_commit import Touched
+from penstock.features.pushes import Pushes
 from penstock.features.sources import SourceColumn, arrow_column
 from penstock.features.times import iso
 

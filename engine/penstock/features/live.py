@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -171,10 +171,11 @@ class LiveViews:
     def _open(self, view: FeatureView, recorded: Mapping[str, str] | None) -> ViewEvents:
         if isinstance(view.source, PushSource):
             self.settle()
-        return ViewEvents(
-            view, self._repo.path, self._log, self._registry.seed, self._given(view), recorded,
-            self._repo.join.memory_bytes,
-        )  # fmt: skip
+        with _says_who_reads(view):
+            return ViewEvents(
+                view, self._repo.path, self._log, self._registry.seed, self._given(view), recorded,
+                self._repo.join.memory_bytes,
+            )  # fmt: skip
 
     def _given(self, view: FeatureView) -> dict[str, list[str]]:
         """The codes that the registry has of a view's stored texts, by source column."""
@@ -343,7 +344,7 @@ class LiveViews:
             stamp = self._stamp(view)
             given = self._given(view)
             sequence = 0
-            try:
+            with _says_who_reads(view):
                 if isinstance(source, PushSource):
                     table, sequence = read_push_source(
                         source, self._repo.path, self._log, given, columns, self._registry.seed, most_bytes
@@ -353,9 +354,6 @@ class LiveViews:
                         source, self._repo.path, self._log, given, columns, self._registry.seed, recorded,
                         most_bytes,
                     )  # fmt: skip
-            except MissingColumnError as error:
-                message = f"view '{view.name}': {error}{_who_reads(view, error.column)}"
-                raise MissingColumnError(message, error.column) from error
             if self._stamp(view) != stamp:
                 continue
             grown = {name: texts for name, texts in table.dictionaries.items() if name in plain}
@@ -377,6 +375,16 @@ class LiveViews:
         identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         source = view.source.name if isinstance(view.source, PushSource) else None
         return LiveView(computer, tag, self._registry.view_id(identity), source, sequence)
+
+
+@contextlib.contextmanager
+def _says_who_reads(view: FeatureView) -> Iterator[None]:
+    """A column that a source lacks is told with the view and the feature that reads it."""
+    try:
+        yield
+    except MissingColumnError as error:
+        message = f"view '{view.name}': {error}{_who_reads(view, error.column)}"
+        raise MissingColumnError(message, error.column) from error
 
 
 def _who_reads(view: FeatureView, column: str) -> str:

@@ -23,7 +23,7 @@ from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
 from penstock.features.sources import SourceColumn, arrow_column, time_column
 from penstock.features.streamed import StreamedView
-from penstock.features.times import iso
+from penstock.features.times import Time, iso, to_us
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +48,30 @@ def entity_table(entity_df: Any) -> pa.Table:
         InvalidArgumentError: another object, a column that Arrow cannot hold, or a repeated column name.
     """
     return arrow_table(entity_df, "entity_df")
+
+
+def asked_rows(
+    entity_df: Any,
+    plan: ServicePlan,
+    computers: Mapping[str, ViewComputer | StreamedView],
+    start_date: Time | None,
+    end_date: Time | None,
+    now_us: Callable[[], int],
+) -> pa.Table:
+    """The entity table of a join: `entity_df`, or without one that of a snapshot.
+
+    Raises:
+        InvalidArgumentError: both, or see `entity_table` and `snapshot_entities`.
+    """
+    if entity_df is None:
+        end_us = now_us() if end_date is None else to_us(end_date, "end_date")
+        start_us = None if start_date is None else to_us(start_date, "start_date")
+        return snapshot_entities(plan, computers, start_us, end_us)
+    if start_date is not None or end_date is not None:
+        raise InvalidArgumentError(
+            "start_date and end_date are of a snapshot; expected them without entity_df"
+        )
+    return entity_table(entity_df)
 
 
 def time_column_name(table: pa.Table) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+Told = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Told]:
     """A bar on standard error for each view; yields what is told of the view, the rows done and all rows."""
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -21,3 +25,15 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[view], completed=done, total=max(total, 1))
 
         yield show
+
+
+def told_of(work: Callable[[Told | None], T], progress: Told | bool | None) -> Callable[[], T]:
+    """`work` with what it is to tell of its progress: a callable, bars for true, or nothing."""
+    if progress is not True:
+        return lambda: work(progress or None)
+
+    def with_bars() -> T:
+        with progress_bars() as told:
+            return work(told)
+
+    return with_bars

@@ -24,7 +24,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,16 +35,25 @@ from penstock.errors import (
     InvalidArgumentError,
     PenstockError,
     ResourceExhaustedError,
-    StoreError,
 )
 from penstock.features import event_log, push_rows
 from penstock.features.compute import ViewRows, stored_texts
 from penstock.features.event_log import EventLog, NewBatch
 from penstock.features.index import entity_keys
 from penstock.features.live import LiveView, LiveViews
-from penstock.features.online import OnlineStore, header_in, put_header_in, put_rows
+from penstock.features.online import OnlineStore
 from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.push_coding import PushCoding
+from penstock.features.push_commit import (
+    Arrivals,
+    Compaction,
+    ConflictError,
+    Entry,
+    Group,
+    PendingRows,
+    RowWriter,
+    Touched,
+)
 from penstock.features.push_table import columns_of, logged_table, pushed_table, with_roles
 from penstock.features.registry import Registry
 from penstock.features.source_definitions import PushSource
@@ -65,51 +73,9 @@ _RETELL_S = 0.05
 _CONFLICTS = 100
 _NO_KEYS = np.zeros((0, 2), np.uint64)
 
-Touched = dict[str, tuple["NDArray[np.uint64]", "NDArray[np.uint64]", "NDArray[np.int64]"]]
-"""By view: keys uint64[k, 2], their rows uint64[k, row_words] and meta int64[k, 4]."""
-
 Committed = Callable[[Touched], None]
 """Told the rows of touched keys once they are durable, before the pushes are acknowledged. Must not wait for
 anything of the store."""
-
-
-class _ConflictError(StoreError):
-    """Sequence numbers were given that another process had used."""
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A push on its way to the disk.
-
-    Attributes:
-        batch: what to log; its message may be empty until `pack` has made it.
-        touched: the keys of its rows, by view.
-        done: held until it is durable or has failed.
-    """
-
-    batch: NewBatch
-    touched: dict[str, NDArray[np.uint64]]
-    pack: Callable[[], bytes] | None = None
-    done: threading.Lock = field(default_factory=threading.Lock)
-    error: BaseException | None = None
-
-    def __post_init__(self) -> None:
-        self.done.acquire()
-
-    def packed(self) -> NewBatch:
-        return self.batch if self.pack is None else replace(self.batch, message=self.pack())
-
-
-@dataclass(eq=False)
-class _Group:
-    """What one transaction writes."""
-
-    entries: list[_Entry]
-    now_us: int
-    rows: list[tuple[LiveView, NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]]
-
-    def touched(self) -> Touched:
-        return {live.computer.view.name: (keys, rows, meta) for live, keys, rows, meta in self.rows}
 
 
 class Pushes:
@@ -140,7 +106,7 @@ class Pushes:
         self.committing = threading.Lock()
         self._order = threading.Lock()
         self._changed = threading.Condition()  # guards the next six
-        self._queue: deque[_Entry] = deque()
+        self._queue: deque[Entry] = deque()
         self._queued_bytes = 0
         self._begun = self._ended = 0  # pushes that were queued, and that are durable or failed
         self._broken: dict[str, dict[str, NDArray[np.uint64]]] = {}  # sources to read again, and their keys
@@ -150,18 +116,13 @@ class Pushes:
         self._thread: threading.Thread | None = None
         self._texts = TextCodes(registry)
         self._codings: dict[str, PushCoding] = {}
-        self._pending: dict[str, dict[tuple[int, int], int]] = {}  # pushes on their way, by view and key
-        self._pending_lock = threading.Lock()
-        self._writing: dict[int, int] = {}  # see `writing`
+        self._pending = PendingRows()
+        self._rows = RowWriter(online)
         self._durable: dict[str, int] = {}  # head of the log, by source, as last seen
         self._seen: dict[str, int] = {}  # stamp of the store when that was
-        self._arrived: dict[str, int] = {}  # newest arrival, by source
-        self._arriving = threading.Lock()  # guards that
-        self._compacting = threading.Lock()
-        self._uncompacted: dict[str, int] = {}
+        self._arrivals = Arrivals(log, clock)
+        self._compaction = Compaction(log, settings)
         live.settle = self.settle
-
-    # Pushing
 
     def push(self, source: str, rows: Any, offsets: Mapping[tuple[str, int], int] | None = None) -> int:
         """Take in events; they are durable when this returns. Returns how many.
@@ -180,7 +141,7 @@ class Pushes:
         for _ in range(_CONFLICTS):
             try:
                 return self.wait(self.begin(source, rows, offsets))
-            except _ConflictError:
+            except ConflictError:
                 continue
         raise ResourceExhaustedError(
             f"other processes push to '{source}' all the time", retry_after_ms=_RETRY_MS
@@ -188,7 +149,7 @@ class Pushes:
 
     def begin(
         self, source: str, rows: Any, offsets: Mapping[tuple[str, int], int] | None = None
-    ) -> _Entry | None:
+    ) -> Entry | None:
         """Make events visible and queue them; `wait` for them to be durable."""
         if not isinstance(source, str):
             raise InvalidArgumentError(f"source is {source!r}; expected the name of a push source")
@@ -214,7 +175,7 @@ class Pushes:
             for live in self._live.fed_by(source):
                 self._catch_up(live)
             views = self._live.fed_by(source)  # other readings, where others have erased
-            arrival = self._arrival(source)
+            arrival = self._arrivals.next(source)
             sequence = max(live.sequence for live in views) + 1
             arrivals = np.full(table.num_rows, arrival, np.int64)
             pushed = self._source_table(definition, table, arrivals, views)
@@ -243,7 +204,7 @@ class Pushes:
 
     def _begin_coded(
         self, coding: PushCoding, rows: _core.PushedRows, offsets: Mapping[tuple[str, int], int] | None
-    ) -> _Entry | None:
+    ) -> Entry | None:
         """As `begin`; None if the codes no longer fit. What a reader must wait for comes before the rest."""
         views, name = coding.views, coding.source.name
         with self._live.locked():
@@ -254,7 +215,7 @@ class Pushes:
                 self._catch_up(live)
             if coding.readings is not self._live.readings:
                 return None
-            arrival = self._arrival(name)
+            arrival = self._arrivals.next(name)
             sequence = max(live.sequence for live in views) + 1
             return self._enter(
                 views, [coding.keys(i, rows) for i in range(len(views))], sequence,
@@ -267,12 +228,12 @@ class Pushes:
         self, views: list[LiveView], keys: list[NDArray[np.uint64]], sequence: int,
         append: Callable[[int], object], size: int, batch: Callable[[], NewBatch],
         pack: Callable[[], bytes] | None = None,
-    ) -> _Entry:  # fmt: skip
+    ) -> Entry:  # fmt: skip
         """Append a batch to its views and queue it; under `locked`."""
         try:
             with self._order:
                 touched = self._append(views, keys, append, sequence)
-                entry = _Entry(batch(), touched, pack)
+                entry = Entry(batch(), touched, pack)
                 with self._changed:
                     self._queue.append(entry)
                     self._begun += 1
@@ -284,19 +245,7 @@ class Pushes:
             raise
         return entry
 
-    def _arrival(self, source: str) -> int:
-        """When an event arrives: now, but never before those that came earlier.
-
-        It is the event's known-at where it names none, so a clock that was set back would make a correction
-        lose to what it corrects.
-        """
-        with self._arriving:
-            known = self._arrived.get(source)
-            newest = self._log.newest_arrival(source) if known is None else known
-            self._arrived[source] = newest = max(self._clock.now_us(), newest)
-            return newest
-
-    def wait(self, entry: _Entry | None) -> int:
+    def wait(self, entry: Entry | None) -> int:
         """Wait until a push is durable. Returns its rows."""
         if entry is None:
             return 0
@@ -331,13 +280,13 @@ class Pushes:
                 name = live.computer.view.name
                 # Before they are visible: who sees them, or a row made of them, sees that the row waits.
                 touched[name] = keys[i]
-                self._mark(name, keys[i], 1)
+                self._pending.mark(name, keys[i], 1)
                 live.sequence = sequence
                 append(i)
                 self.touched(live, keys[i])
         except BaseException:
             for name, marked in touched.items():
-                self._mark(name, marked, -1)
+                self._pending.mark(name, marked, -1)
             with self._changed:
                 self._break(views[0].source or "", touched)
             raise
@@ -394,25 +343,9 @@ class Pushes:
             found[name] = self._texts.encode(definition.name, name, table[name])
         return with_roles(definition, found, arrival)
 
-    # What waits for the disk
-
-    def _mark(self, view: str, keys: NDArray[np.uint64], change: int) -> None:
-        with self._pending_lock:
-            counts = self._pending.setdefault(view, {})
-            for lo, hi in keys.tolist():
-                count = counts.get((lo, hi), 0) + change
-                if count > 0:
-                    counts[lo, hi] = count
-                else:
-                    counts.pop((lo, hi), None)
-
     def pending(self, view: str, keys: NDArray[np.uint64]) -> NDArray[np.bool_] | None:
         """Which keys uint64[n, 2] have a row in the store that is older than what was pushed; None: none."""
-        counts = self._pending.get(view)
-        if not counts:
-            return None
-        with self._pending_lock:
-            return np.array([(lo, hi) in counts for lo, hi in keys.tolist()], np.bool_)
+        return self._pending.among(view, keys)
 
     def settle(self) -> None:
         """Wait until everything that was pushed is durable or has failed."""
@@ -442,9 +375,7 @@ class Pushes:
             head = self._log.head(source)
             self._durable[source] = max(head, self._durable.get(source, 0))
             self._seen[source] = stamp
-            with self._arriving:
-                if source in self._arrived:  # others may have pushed
-                    self._arrived[source] = max(self._arrived[source], self._log.newest_arrival(source))
+            self._arrivals.look(source)
 
     def _catch_up(self, live: LiveView) -> None:
         """As `catch_up`, under `locked`."""
@@ -489,11 +420,11 @@ class Pushes:
             self._repair()
             self.settle()
             live = self._live.view(live.computer.view.name)
-            self._writing[live.number] = live.sequence
+            self._rows.writing[live.number] = live.sequence
         try:
             yield live
         finally:
-            self._writing.pop(live.number, None)
+            self._rows.writing.pop(live.number, None)
 
     def durable_rows(
         self, live: LiveView, keys: NDArray[np.uint64], now_us: NDArray[np.int64]
@@ -529,14 +460,14 @@ class Pushes:
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Nobody pushes meanwhile, and all that was pushed is durable."""
-        with self._live.locked(), self._compacting:
+        with self._live.locked(), self._compaction.running:
             self._repair()
             self.settle()
             yield
 
     def written_up_to(self, number: int) -> int:
         """Number up to which pushes have written the rows of a view, since `writing` began."""
-        return self._writing.get(number, 0)
+        return self._rows.writing.get(number, 0)
 
     # The committer
 
@@ -552,7 +483,7 @@ class Pushes:
                 self._changed.wait_for(lambda: bool(self._queue) or self._closed, wait_s)
                 if not self._queue and self._closed:
                     return
-            group = _Group([], self._clock.now_us(), [])
+            group = Group([], self._clock.now_us(), [])
             error: BaseException | None = None
             try:
                 self._take(group)
@@ -565,7 +496,7 @@ class Pushes:
                     _log.exception("pushed events could not be written")
             self._finish(group, error)
 
-    def _take(self, group: _Group) -> None:
+    def _take(self, group: Group) -> None:
         """Everything that waits, and the rows that it leads to: of no event behind it."""
         with self._order:
             with self._changed:
@@ -583,7 +514,7 @@ class Pushes:
                 rows = live.computer.rows_at(keys, np.full(len(keys), group.now_us, np.int64))
                 group.rows.append((live, keys, rows.words(), rows.meta))
 
-    def _commit(self, group: _Group) -> None:
+    def _commit(self, group: Group) -> None:
         firsts: dict[str, int] = {}
         lasts: dict[str, int] = {}
         for entry in group.entries:
@@ -595,12 +526,12 @@ class Pushes:
         def work(txn: lmdb.Transaction) -> int:
             for source, first in firsts.items():
                 if event_log.head_in(txn, source) != first - 1:
-                    raise _ConflictError(f"another process has pushed to '{source}' meanwhile")
+                    raise ConflictError(f"another process has pushed to '{source}' meanwhile")
             for batch in batches:
                 event_log.put_batch(txn, batch)
             for live, keys, rows, meta in group.rows if embedded else ():
                 if live.source in firsts:
-                    self._put_rows(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
+                    self._rows.put(txn, live, keys, rows, meta, firsts[live.source], lasts[live.source])
             return int(txn.id())
 
         number: int = self._local.change(work)
@@ -611,50 +542,18 @@ class Pushes:
             if stamp == number - 1:  # nobody else wrote between
                 self._seen[source] = number
         for source, last in lasts.items():
-            self._uncompacted[source] = self._uncompacted.get(source, 0) + last - firsts[source] + 1
+            self._compaction.count(source, last - firsts[source] + 1)
         if not embedded:
             for live, keys, rows, meta in group.rows:
                 if live.source in firsts:
-                    self._put_remote(live, keys, rows, meta, firsts[live.source], lasts[live.source])
+                    self._rows.put_remote(live, keys, rows, meta, firsts[live.source], lasts[live.source])
 
-    def _put_rows(
-        self, txn: lmdb.Transaction, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
-        meta: NDArray[np.int64], first: int, last: int,
-    ) -> None:  # fmt: skip
-        header = header_in(txn, live.number)
-        if header is None and live.number not in self._writing:
-            return
-        put_rows(txn, live.number, keys, rows, meta, last)
-        if self._writing.get(live.number) == first - 1:
-            self._writing[live.number] = last
-        if header is not None and header.sequence == first - 1:
-            put_header_in(txn, live.number, replace(header, sequence=last))
-
-    def _put_remote(
-        self, live: LiveView, keys: NDArray[np.uint64], rows: NDArray[np.uint64],
-        meta: NDArray[np.int64], first: int, last: int,
-    ) -> None:  # fmt: skip
-        """Rows in a store of its own. If it fails, its header stays behind the log, so its rows do not count
-        until they are materialised again; the events are durable all the same."""
-        try:
-            header = self._online.header(live.number)
-            if header is None and live.number not in self._writing:
-                return
-            advanced = None
-            if header is not None and header.sequence == first - 1:
-                advanced = replace(header, sequence=last)
-            self._online.put_many(live.number, keys, rows, meta, advanced, sequence=last, replace=True)
-            if self._writing.get(live.number) == first - 1:
-                self._writing[live.number] = last
-        except StoreError as error:
-            _log.warning("rows of pushed events could not be written: %s", error)
-
-    def _finish(self, group: _Group, error: BaseException | None) -> None:
+    def _finish(self, group: Group, error: BaseException | None) -> None:
         entries = group.entries
         if error is not None and not entries:
             return  # what was to be told is told later
         if error is None:
-            self._release(entries)
+            self._pending.release(entries)
             try:
                 self.committed(group.touched())
                 self._to_tell = {}
@@ -674,7 +573,7 @@ class Pushes:
                 self._queue.clear()
                 self._queued_bytes = 0
                 self.failures += 1
-                self._release(entries)
+                self._pending.release(entries)
                 for entry in entries:
                     entry.error = error
                     self._break(entry.batch.source, entry.touched)
@@ -682,36 +581,11 @@ class Pushes:
             self._changed.notify_all()
         for entry in entries:
             entry.done.release()
-        self._compact_due()
-
-    def _release(self, entries: list[_Entry]) -> None:
-        for entry in entries:
-            for view, keys in entry.touched.items():
-                self._mark(view, keys, -1)
-
-    # Compaction
-
-    def _compact_due(self) -> None:
-        due = [s for s, count in self._uncompacted.items() if count >= self._settings.compact_after]
-        if due and self._compacting.acquire(blocking=False):
-
-            def work() -> None:
-                try:
-                    for source in due:
-                        self._uncompacted[source] = 0
-                        self._log.compact(source, self._settings.segment_rows)
-                except PenstockError as error:
-                    _log.warning("the event log could not be compacted: %s", error)
-                finally:
-                    self._compacting.release()
-
-            threading.Thread(target=work, name="penstock-compact", daemon=True).start()
+        self._compaction.start_due()
 
     def compact(self, source: str) -> int:
         """Move the batches of a source into segments now. Returns how many rows were moved."""
-        with self._compacting:
-            self._uncompacted[source] = 0
-            return self._log.compact(source, self._settings.segment_rows)
+        return self._compaction.compact(source)
 
     def close(self) -> None:
         """Wait for what was pushed, and stop."""
@@ -720,5 +594,5 @@ class Pushes:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        with self._compacting:
+        with self._compaction.running:
             pass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.errors import DefinitionError, InvalidArgumentError, NotFoundError
+from penstock.errors import DefinitionError, InvalidArgumentError, NotFoundError, PenstockError
 from penstock.features.compute import StoredView, ViewComputer
 from penstock.features.definitions import FeatureService, RequestSource, ViewProjection, list_features
 from penstock.features.plan import ServicePlan, compile_plan, newest_texts
@@ -117,6 +117,19 @@ class ServicePlans:
             full_feature_names=full_feature_names or service.full_feature_names,
             on_missing=service.on_missing,
         )
+
+    def compile_each(
+        self, services: Sequence[FeatureService], computers: Mapping[str, StoredView]
+    ) -> tuple[dict[str, ServicePlan], dict[str, str]]:
+        """Plans by service, compiled as by `compile`, and why others cannot be made."""
+        found: dict[str, ServicePlan] = {}
+        faults: dict[str, str] = {}
+        for service in services:
+            try:
+                found[service.name] = self.compile(service, computers)
+            except PenstockError as error:
+                faults[service.name] = str(error)
+        return found, faults
 
     def _request_of(self, refs: Any) -> RequestSource | None:
         owners = dict.fromkeys(ref.split(":")[0] for ref in refs if isinstance(ref, str))

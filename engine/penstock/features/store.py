@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +19,20 @@ import numpy as np
 from penstock import _core
 from penstock.clock import SystemClock
 from penstock.data_lock import lock_holder
-from penstock.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    PenstockError,
-    StoreError,
-)
+from penstock.errors import FailedPreconditionError, InvalidArgumentError, PenstockError, StoreError
 from penstock.features import materialize as writing
 from penstock.features import offline, sql
 from penstock.features.changes import (
-    Break,
     BundleFacts,
     DefinitionChanges,
     bundle_breaks,
     changes,
     declared,
     service_breaks,
+    source_breaks,
 )
 from penstock.features.compute import ViewComputer
-from penstock.features.definitions import (
-    FeatureService,
-    FeatureView,
-)
+from penstock.features.definitions import FeatureService, FeatureView
 from penstock.features.erase import erase_keys, finish_erasures
 from penstock.features.event_log import EventLog
 from penstock.features.live import LiveView, LiveViews
@@ -48,21 +41,19 @@ from penstock.features.online import OnlineStore
 from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.online_join import online_join
 from penstock.features.plan import ServicePlan
-from penstock.features.progress_bars import progress_bars
+from penstock.features.progress_bars import told_of
 from penstock.features.pushes import Committed, Pushes
 from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry
 from penstock.features.repo import Repo, load_repo
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.service_plans import ServicePlans, view_dtypes
-from penstock.features.source_reading import raw_schema
-from penstock.features.source_schema import check_declared, found_schema, schema_of
+from penstock.features.source_schema import schema_of
 from penstock.features.streamed import StreamedView
 from penstock.features.streams import Ingest, StreamSource
 from penstock.features.times import Time, iso, to_us
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from numpy.typing import NDArray
 
 _log = logging.getLogger("penstock.features")
@@ -159,39 +150,25 @@ class FeatureStore:
         """
         self._registry.reload()
         breaks = service_breaks(self.services, self.views)
-        schemas: dict[str, dict[str, str]] = {}
-        for source in {view.source.key: view.source for view in self.views.values()}.values():
-            try:
-                schema = raw_schema(source, self._repo.path)
-                check_declared(source, schema)
-                schemas[source.key] = found_schema(source, schema)
-            except (PenstockError, OSError) as error:
-                breaks.append(Break("source", source.name, str(error)))
+        schemas, faults = source_breaks((view.source for view in self.views.values()), self._repo.path)
+        breaks += faults
         used = {bundle.service for bundle in bundles} & self.services.keys()
         if used:
             with self._writing, self._live.locked():
-                plans, faults = self._would_be(sorted(name for name in used if name is not None))
-            breaks += bundle_breaks(bundles, self.services, plans, faults)
+                plans, unmade = self._would_be(sorted(name for name in used if name is not None))
+            breaks += bundle_breaks(bundles, self.services, plans, unmade)
         else:
             breaks += bundle_breaks(bundles, self.services, {}, {})
         return changes(self._registry.state, self._declared(), schemas, breaks)
 
     def _would_be(self, services: Sequence[str]) -> tuple[dict[str, ServicePlan], dict[str, str]]:
         """Plans of services as `apply` would make them, and why others cannot be made."""
-        found: dict[str, ServicePlan] = {}
         try:
             fresh = self._live.rebuild(only_look=True)
-            computers = {name: reading.computer for name, reading in fresh.items()}
         except PenstockError as error:
-            return found, {name: str(error) for name in services}
-        faults: dict[str, str] = {}
-        for name in services:
-            service = self.services[name]
-            try:
-                found[name] = self._plans.compile(service, computers)
-            except PenstockError as error:
-                faults[name] = str(error)
-        return found, faults
+            return {}, {name: str(error) for name in services}
+        computers = {name: reading.computer for name, reading in fresh.items()}
+        return self._plans.compile_each([self.services[name] for name in services], computers)
 
     def apply(self, bundles: Sequence[BundleFacts] = ()) -> DefinitionChanges:
         """Check all definitions against their sources, fit distributions anew, and record the result.
@@ -342,40 +319,16 @@ class FeatureStore:
 
         plan = self._plans.get(features, full_feature_names, of)
         computers = {view.name: of(view.name) for view in plan.views}
-        if entity_df is None:
-            end_us = self._clock.now_us() if end_date is None else to_us(end_date, "end_date")
-            start_us = None if start_date is None else to_us(start_date, "start_date")
-            table = offline.snapshot_entities(plan, computers, start_us, end_us)
-        elif start_date is not None or end_date is not None:
-            raise InvalidArgumentError(
-                "start_date and end_date are of a snapshot; expected them without entity_df"
-            )
-        elif isinstance(entity_df, str):
-            table = offline.entity_table(sql.query_table(entity_df, self._repo.path, "entity_df"))
-        else:
-            table = offline.entity_table(entity_df)
+        if isinstance(entity_df, str):
+            entity_df = sql.query_table(entity_df, self._repo.path, "entity_df")
+        table = offline.asked_rows(entity_df, plan, computers, start_date, end_date, self._clock.now_us)
 
-        def join(told: Progress | None) -> pa.Table:
-            return offline.historical_join(
-                table,
-                plan,
-                computers,
-                self.key_seed,
-                filter_by_created_timestamp=filter_by_created_timestamp,
-                known_by=known_by,
-                with_status=with_status,
-                with_age=with_age,
-                progress=told,
-            )
-
-        def join_with_bars() -> pa.Table:
-            with progress_bars() as told:
-                return join(told)
-
-        if progress is True:
-            return RetrievalJob(join_with_bars)
-        told = progress or None
-        return RetrievalJob(lambda: join(told))
+        join = partial(
+            offline.historical_join, table, plan, computers, self.key_seed, known_by=known_by,
+            filter_by_created_timestamp=filter_by_created_timestamp,
+            with_status=with_status, with_age=with_age,
+        )  # fmt: skip
+        return RetrievalJob(told_of(lambda told: join(progress=told), progress))
 
     def load_rows(
         self, view: str, keys: NDArray[np.uint64], now_us: NDArray[np.int64]

@@ -1,8 +1,7 @@
 """The engine: feature store, caches, models and monitors of one process, behind one object.
 
 `predict` runs on the caller's thread through the same native path as the socket's. Beside it run the native
-executors, one loader thread (what the caches lack) and one monitor thread (what was served). Any thread may
-call any method.
+executors, a loader thread (what the caches lack) and a monitor thread (what was served). Any thread may call.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from penstock.errors import (
     from_wire,
 )
 from penstock.features.erase import sealed
-from penstock.features.pushes import Touched
+from penstock.features.push_commit import Touched
 from penstock.features.store import FeatureStore
 from penstock.models.bundle import load_bundle
 from penstock.models.registry import ModelRegistry
@@ -53,8 +52,6 @@ _log = logging.getLogger("penstock.serving")
 _LOADER_WAIT_S = 0.2
 _REFRESH_WAIT_S = 0.05  # the loader looks this often for rows to read ahead
 _MONITOR_WAIT_S = 0.02  # at a million rows a second the ring of served rows is full in three of these
-
-
 _open_engines: set[Engine] = set()
 
 
@@ -414,10 +411,9 @@ class Engine:
         with self._changing:
             try:
                 receipt = store.erase(view, keys)
-            except (InvalidArgumentError, NotFoundError):
-                raise
-            except BaseException:  # it may have erased already
-                self._refresh(store, always=True)
+            except BaseException as error:
+                if not isinstance(error, InvalidArgumentError | NotFoundError):  # it may have erased already
+                    self._refresh(store, always=True)
                 raise
             rows = sum(int(cache.stats()["size"]) for cache in self.live.caches.values())
             self._refresh(store, always=True)

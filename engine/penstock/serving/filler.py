@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from penstock.clock import SystemClock
-    from penstock.features.pushes import Touched
+    from penstock.features.push_commit import Touched
     from penstock.features.store import FeatureStore
     from penstock.serving.live import LiveModels
 

@@ -148,6 +148,40 @@ def test_a_batch_that_needs_no_load_is_answered(world: World) -> None:
     assert world.amounts(2) == {1: [1], 2: [1]}
 
 
+def test_rows_that_leave_the_cache_meanwhile_are_loaded_in_the_end(world: World) -> None:
+    """However fast they leave: the fourth load is of all that is left, and passes the cache by."""
+    keys = {}
+    for user in range(1, 9):
+        world.ask([user], 5)
+        misses = world.core.wait_misses(0.0)
+        ((_, found, _),) = misses.views
+        keys[user] = found
+        world.core.finish_misses(misses, [world.rows(*view) for view in misses.views], 1)
+    world.amounts(8)
+    stamp = 2
+
+    def leave(*users: int) -> None:
+        nonlocal stamp
+        world.cache.discard_many(np.concatenate([keys[u] for u in users]), stamp)
+        stamp += 1
+
+    leave(1)
+    world.ask(list(range(1, 9)), 6)
+    loads = []
+    for gone in (2, 3, 4):
+        batch = world.take()
+        leave(gone)
+        world.asked, asked = [], world.asked
+        loads.append(sorted(user for user, _ in asked))
+        world.core.finish_misses(*batch, stamp)
+    assert loads[1:] == [[2], [3]]
+    batch = world.take()
+    leave(5, 6, 7, 8)
+    world.core.finish_misses(*batch, stamp)
+    assert sorted(user for user, _ in world.asked) == [4, 5, 6, 7, 8]
+    assert world.amounts(1) == {9: [1, 2, 3, 4, 5, 6, 7, 8]}
+
+
 def test_a_look_into_the_cache_for_a_miss_counts_no_miss(world: World) -> None:
     world.ask([1], 5)
     batch = world.take()
