@@ -42,7 +42,7 @@ test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not long" --cov --cov-report=term:skip-covered
 
 test-long: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long --timeout 1800 -n auto --dist loadfile
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long --timeout 1800 -n auto --dist worksteal
 
 # Peers that pip cannot install are named and left out.
 bench: $(STAMP)

@@ -64,14 +64,41 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def device_table(document: dict[str, Any]) -> str:
+    """The table of a benchmark on a GPU, or why there is none."""
+    if document["status"] != "measured":
+        return f"Not measured: {document['reason']}.\n"
+    lines = ["| us | kernel | copy | copies |", "|---|---|---|---|"]
+    for shape in document["shapes"]:
+        name = shape.get("program") or f"counts, {shape['columns']} columns, {shape['bins']} bins"
+        took, ratio = ("kernel", "kernel_per_copy") if "kernel" in shape else ("counts", "counts_per_copy")
+        cells = [
+            f"{number(one['median_us'])} ({number(one['p10_us'])}-{number(one['p90_us'])})"
+            for one in (shape[took], shape["copy"])
+        ]
+        lines.append(f"| {name}, {shape['rows']:,} rows | {' | '.join(cells)} | {number(shape[ratio])} |")
+    device = document["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    calls = document["shapes"][0]["copy"]["samples"]
+    lines.append("")
+    lines.append(
+        f"Median (10th-90th percentile) of {calls} calls; {device['name']}; {versions}; "
+        f"commit {document['commit']}; `{document['command']}`."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     text = README.read_text()
     marked = {match[2] for match in MARKED.finditer(text)}
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    # A result that README has no place for (the device's) has its own page.
     for name in sorted(marked - found.keys()):
         print(f"no results for the table {name}: left as it is")
-    text = MARKED.sub(lambda m: m[1] + table(found[m[2]]) + m[3] if m[2] in found else m[0], text)
+
+    def written(name: str) -> str:
+        return (device_table if name.startswith("gpu") else table)(found[name])
+
+    text = MARKED.sub(lambda m: m[1] + written(m[2]) + m[3] if m[2] in found else m[0], text)
     README.write_text(text)
     print(f"README.md: {len(marked & found.keys())} tables")
 

@@ -122,3 +122,25 @@ def test_the_tables_show_targets_and_figures(lines, monkeypatch):
     assert "| a measure | 2 /s | 1 /s (theirs) | 2x | >= 3x theirs | MISS |  |" in text
     assert "| ours | 2.00 (1.00-3.00) |" in text
     assert "Left out: mosec: no network." in text
+
+
+def test_a_gpus_table_has_what_was_measured_or_says_why_there_is_none(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    tables = _module("tables.py", "bench_tables_of_devices")
+    times = {"median_us": 30.0, "p10_us": 20.0, "p90_us": 123.4, "samples": 50}
+    document = {
+        "status": "measured",
+        "device": {"name": "NVIDIA H200"},
+        "versions": {"triton": "3.6.0"},
+        "commit": "abc",
+        "command": "python x.py",
+        "shapes": [{"program": "20 operations", "rows": 1000, "kernel": times, "copy": times,
+                    "kernel_per_copy": 1.0},
+                   {"columns": 9, "bins": 64, "rows": 2, "counts": times, "copy": times, "counts_per_copy": 1.5}],
+    }  # fmt: skip
+    text = tables.device_table(document)
+    assert "| 20 operations, 1,000 rows | 30.0 (20.0-123) | 30.0 (20.0-123) | 1.00 |" in text
+    assert "| counts, 9 columns, 64 bins, 2 rows | 30.0 (20.0-123) | 30.0 (20.0-123) | 1.50 |" in text
+    assert "of 50 calls; NVIDIA H200; triton 3.6.0; commit abc; `python x.py`." in text
+    none = {"status": "not measured", "reason": "cupy is not installed"}
+    assert tables.device_table(none) == "Not measured: cupy is not installed.\n"

@@ -38,7 +38,7 @@ def sanitized_core() -> Path:
     if shutil.which("ninja") is None or shutil.which("setarch") is None:
         pytest.skip("ninja and setarch are needed")
     folder = build(
-        "sanitize-binding",
+        "sanitize-thread",  # with the native test programs, over one build of the core
         "-DPENSTOCK_BINDING=ON",
         "-DPENSTOCK_SANITIZE=thread",
         f"-DPython_EXECUTABLE={sys.executable}",

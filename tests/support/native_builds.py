@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One test process at a time."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def build(folder: str, *options: str, target: str = "all") -> Path:
@@ -23,8 +33,7 @@ def build(folder: str, *options: str, target: str = "all") -> Path:
     path = ROOT / "build" / folder
     path.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    with (path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(path / "lock"):
         for command in (
             ["cmake", "-S", str(ROOT), "-B", str(path), *generator, *options],
             ["cmake", "--build", str(path), "-j", str(os.cpu_count() or 1), "--target", target],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import Forked
 from push_repo import HOUR, columns, make_push_repo
 from store_repo import assert_online_is_offline
 
@@ -22,10 +21,9 @@ from penstock.features.store import FeatureStore
 from penstock.features.streams import MemoryStream
 
 FEATURES = ["users:n", "users:spend", "pairs:seen", "pairs:last"]
-# Event i of a user has the value i. What is printed was acknowledged before. The parent has all loaded, and
-# forks a child for each line that it reads.
+# Event i of a user has the value i. What is printed was acknowledged before.
 PUSHER = """
-import os, sys, threading
+import threading
 from penstock import FeatureStore
 import penstock.features.compute, pyarrow.parquet
 def child(repo, start, what):
@@ -53,66 +51,24 @@ def child(repo, start, what):
         thread.start()
     for thread in threads:
         thread.join()
-for line in sys.stdin:
-    repo, start, what = line.split()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(repo, int(start), what)
-        finally:
-            os._exit(1)
-    print("child", pid, flush=True)
-    _, status = os.waitpid(pid, 0)
-    print("end", status, flush=True)
 """
 
 
-class Killed:
-    """Runs pushes in a process and kills it."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PUSHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, repo: Path, start: int, what: str, lines: int) -> dict[int, int]:
-        """The greatest acknowledged event of each user, of some `lines` of them."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{repo} {start} {what}\n")
-        process.stdin.flush()
-        known: dict[int, int] = {}
-        pid, left = None, lines
-        while True:
-            line = process.stdout.readline()
-            assert line, "the process has ended"
-            first, second = line.split()
-            if first == "child":
-                pid = int(second)
-            elif first == "end":
-                assert int(second) == signal.SIGKILL
-                return known
-            else:
-                known[int(first)] = int(second)
-                left -= 1
-            if pid is not None and left <= 0:
-                os.kill(pid, signal.SIGKILL)
-                pid = None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 @pytest.fixture(scope="module")
-def killed() -> Iterator[Killed]:
-    made = Killed()
-    yield made
-    made.close()
+def killed() -> Iterator[Forked]:
+    with Forked(PUSHER) as made:
+        yield made
 
 
-def check(repo: Path, acknowledged: dict[int, int]) -> int:
+def acknowledged(killed: Forked, repo: Path, start: int, what: str, lines: int) -> dict[int, int]:
+    """The greatest acknowledged event of each user, of some `lines` of them."""
+    return {
+        int(user): int(i)
+        for user, i in (s.split() for s in killed.killed(str(repo), start, what, lines=lines))
+    }
+
+
+def check(repo: Path, told: dict[int, int]) -> int:
     """Every acknowledged event is there, the log is whole, online is offline. Returns the next event."""
     with FeatureStore(repo) as store:
         found: dict[int, list[float]] = {}
@@ -122,7 +78,7 @@ def check(repo: Path, acknowledged: dict[int, int]) -> int:
             for row in part.table.to_pylist():
                 if row["shop"] == "a":
                     found.setdefault(row["user_id"], []).append(row["x"])
-        for user, last in acknowledged.items():
+        for user, last in told.items():
             assert found[user][-1] in (last, last + 1)  # the last one may be durable and not acknowledged
         for values in found.values():
             assert len(set(values)) == len(values)  # none twice
@@ -141,11 +97,11 @@ def check(repo: Path, acknowledged: dict[int, int]) -> int:
         return int(max((max(values) for values in found.values()), default=0)) + 1
 
 
-def kill_times(killed: Killed, tmp_path: Path, what: str, times: int) -> None:
+def kill_times(killed: Forked, tmp_path: Path, what: str, times: int) -> None:
     repo = make_push_repo(tmp_path / "r", config="push: {compact_after: 7}\n")
     rng, start = random.Random(what), 1
     for _ in range(times):
-        start = check(repo, killed(repo, start, what, rng.randrange(1, 16)))
+        start = check(repo, acknowledged(killed, repo, start, what, rng.randrange(1, 16)))
     with FeatureStore(repo) as store:
         named = {segment.file for segment in segments(store)}
         assert named <= {file.name for file in (store.data_dir / "events" / "events").glob("*")}
@@ -157,14 +113,14 @@ def segments(store: FeatureStore) -> list[event_log.Segment]:
 
 
 @pytest.mark.parametrize("what", ["push", "materialize", "apply", "compact"])
-def test_kill_9(killed: Killed, tmp_path: Path, what: str) -> None:
+def test_kill_9(killed: Forked, tmp_path: Path, what: str) -> None:
     kill_times(killed, tmp_path, what, 5)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("what", ["push", "materialize", "apply", "compact"])
-def test_kill_9_many_times(killed: Killed, tmp_path: Path, what: str) -> None:
+def test_kill_9_many_times(killed: Forked, tmp_path: Path, what: str) -> None:
     kill_times(killed, tmp_path, what, 200)
 
 

@@ -24,6 +24,7 @@ import pytest
 from feast_repo import FEATURES, HOUR, T, entity_table, write_feast_repo
 from feast_twin import FEATURES as SHOP_FEATURES
 from feast_twin import visits, write_shop, write_twin
+from native_builds import alone
 
 from penstock.integrations.feast import FeastRepository
 from penstock.integrations.feast_registry import read_definitions
@@ -43,7 +44,10 @@ def feast_python() -> Path:
     """An interpreter that has Feast; made once in build/, with packages from the index."""
     home = ROOT / "build" / "peers" / "feast"
     python = home / "bin" / "python"
-    if not (home / ".ready").exists():
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with alone(home.with_name("feast.lock")):
+        if (home / ".ready").exists():
+            return python
         shutil.rmtree(home, ignore_errors=True)
         made = [[sys.executable, "-m", "venv", str(home)]]
         made.append([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PACKAGE])

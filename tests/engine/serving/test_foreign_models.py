@@ -399,7 +399,7 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize(
-    "times", [20, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+    "times", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
 )
 def test_kill_9_of_the_child_with_100_requests_in_flight(opened, times):
     engine = opened({"py": "process: {restart_backoff: 1ms, restart_backoff_max: 2ms}"})
