@@ -136,7 +136,8 @@ def test_a_gpus_table_has_what_was_measured_or_says_why_there_is_none(monkeypatc
         "command": "python x.py",
         "shapes": [{"program": "20 operations", "rows": 1000, "kernel": times, "copy": times,
                     "kernel_per_copy": 1.0},
-                   {"columns": 9, "bins": 64, "rows": 2, "counts": times, "copy": times, "counts_per_copy": 1.5}],
+                   {"columns": 9, "bins": 64, "rows": 2, "counts": times, "copy": times,
+                    "counts_per_copy": 1.5}],
     }  # fmt: skip
     text = tables.device_table(document)
     assert "| 20 operations, 1,000 rows | 30.0 (20.0-123) | 30.0 (20.0-123) | 1.00 |" in text
