@@ -11,7 +11,7 @@
 namespace penstock {
 class EventTable;
 class ServicePlan;
-}
+}  // namespace penstock
 
 namespace penstock::bind {
 

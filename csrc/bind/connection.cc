@@ -1,4 +1,5 @@
-// Binding of engine/serving_core's Connection. The loop thread calls it with the GIL, and may let go of it inside received().
+// Binding of engine/serving_core's Connection. The loop thread calls it with the GIL, and may let go of it
+// inside received().
 #include <pybind11/stl.h>
 
 #include <optional>

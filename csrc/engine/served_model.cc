@@ -434,8 +434,8 @@ void ServedModel::stats(ServedModelStats* out) {
   edge_stats(&out->edge);
   out->edge.cache = cached;
   for (const bool low : {false, true}) {
-    (low ? out->low : out->high) = ClassStats{request_counts_[low], row_counts_[low],
-                                              lane_.queue(low).rows(), max_wait_ns_[low]};
+    (low ? out->low : out->high) =
+        ClassStats{request_counts_[low], row_counts_[low], lane_.queue(low).rows(), max_wait_ns_[low]};
   }
   out->requests = request_counts_[0];
   out->requests += request_counts_[1];
