@@ -131,30 +131,43 @@ def measure(rows: int, bins: int, repeats: int, warm_up: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def publish(
+    benchmark: str,
+    reason: str | None,
+    measured: Callable[[argparse.Namespace], list[dict[str, Any]]],
+    result: Path,
+) -> list[dict[str, Any]]:
+    """Measure the shapes and write them; or, with a reason not to, say so and keep what was measured before."""
+    parser = argparse.ArgumentParser(prog=benchmark)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=result)
     options = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "gpu-counts", **facts()}
-    reason = dispatch.no_device()
+    document: dict[str, Any] = {"benchmark": benchmark, **facts()}
+    shapes: list[dict[str, Any]] = []
     if reason is not None:
         print(f"not measured: {reason}")
         if options.out.exists() and json.loads(options.out.read_text()).get("status") == "measured":
-            return
-        result |= {"status": "not measured", "reason": reason}
+            return shapes
+        document |= {"status": "not measured", "reason": reason}
     else:
-        shapes = [measure(*shape, options.repeats, options.warm_up) for shape in SHAPES]
-        result |= {"status": "measured", "device": device_facts(), "shapes": shapes}
-        for s in shapes:
-            print(
-                f"{s['rows']:>9} x {s['columns']} float32, {s['bins']:>4} bins: "
-                f"counts {s['counts']['median_us']:.1f} us, copy {s['copy']['median_us']:.1f} us "
-                f"({s['counts_per_copy']:.2f} copies)"
-            )
+        shapes = measured(options)
+        document |= {"status": "measured", "device": device_facts(), "shapes": shapes}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    options.out.write_text(json.dumps(document, indent=2) + "\n")
+    return shapes
+
+
+def main() -> None:
+    def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+        return [measure(*shape, options.repeats, options.warm_up) for shape in SHAPES]
+
+    for s in publish("gpu-counts", dispatch.no_device(), measured, RESULT):
+        print(
+            f"{s['rows']:>9} x {s['columns']} float32, {s['bins']:>4} bins: "
+            f"counts {s['counts']['median_us']:.1f} us, copy {s['copy']['median_us']:.1f} us "
+            f"({s['counts_per_copy']:.2f} copies)"
+        )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ says "not measured", and leaves a measured result as it is.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_counts import device_facts, facts, spread, times_us
+from bench_counts import publish, spread, times_us
 
 from penstock_kernels import dispatch
 
@@ -102,32 +101,19 @@ def reason_not() -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "gpu-programs", **facts()}
-    reason = reason_not()
-    if reason is not None:
-        print(f"not measured: {reason}")
-        if options.out.exists() and json.loads(options.out.read_text()).get("status") == "measured":
-            return
-        result |= {"status": "not measured", "reason": reason}
-    else:
-        shapes = [
+    def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+        programs = (("20 operations", program_of_20()), ("exp, log, pow", program_of_math()))
+        return [
             measure(name, made, rows, options.repeats, options.warm_up)
-            for name, made in (("20 operations", program_of_20()), ("exp, log, pow", program_of_math()))
+            for name, made in programs
             for rows in SHAPES
         ]
-        result |= {"status": "measured", "device": device_facts(), "shapes": shapes}
-        for s in shapes:
-            print(
-                f"{s['program']:>14}, {s['rows']:>9} rows: kernel {s['kernel']['median_us']:.1f} us, "
-                f"copy {s['copy']['median_us']:.1f} us ({s['kernel_per_copy']:.2f} copies)"
-            )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    for s in publish("gpu-programs", reason_not(), measured, RESULT):
+        print(
+            f"{s['program']:>14}, {s['rows']:>9} rows: kernel {s['kernel']['median_us']:.1f} us, "
+            f"copy {s['copy']['median_us']:.1f} us ({s['kernel_per_copy']:.2f} copies)"
+        )
 
 
 if __name__ == "__main__":
