@@ -137,7 +137,7 @@ def publish(
     measured: Callable[[argparse.Namespace], list[dict[str, Any]]],
     result: Path,
 ) -> list[dict[str, Any]]:
-    """Measure the shapes and write them; or, with a reason not to, say so and keep what was measured before."""
+    """Measure the shapes and write them; with a reason not to, say so and keep what was measured before."""
     parser = argparse.ArgumentParser(prog=benchmark)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--warm-up", type=int, default=10)
