@@ -1,8 +1,8 @@
 // Pushed events from Python's lists straight into event tables: what `features/push_coding.py` prepares for a
 // source. A push of a few events is all overhead, so one call checks and codes its columns and another
-// appends them to a view; both hold the GIL, so no other Python thread comes between. What is not of the
-// plain kinds here, a wrong value included, is refused as a whole without an error: the caller's slow path
-// then decides.
+// appends them to a view; unless there are many rows to append, both hold the GIL, so no other Python thread
+// comes between. What is not of the plain kinds here, a wrong value included, is refused as a whole without
+// an error: the caller's slow path then decides.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 

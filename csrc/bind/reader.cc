@@ -84,23 +84,22 @@ void add_loaded(const FeatureReader& reader, const py::list& loaded, const std::
   }
 }
 
-constexpr int kTries = 16;       // a row may leave its cache between two reads
 constexpr size_t kHoldGil = 16;  // rows that are computed without letting go of the interpreter
 constexpr unsigned kThreads = 2;
 
-py::object compute(const FeatureReader& self, int64_t now_us, int64_t mono_ns, uint64_t stamp,
-                   const py::object& out, float* to, FeatureReader::Work& work) {
-  for (int i = 0; i < kTries; ++i) {
+// Rows may leave their cache between two reads; what was computed for this read stays, so each try needs
+// less.
+void compute(const FeatureReader& self, int64_t now_us, int64_t mono_ns, uint64_t stamp, float* to,
+             FeatureReader::Work& work) {
+  for (bool first = true; !work.misses.empty(); first = false) {
     if (work.misses.size() <= kHoldGil) {
-      self.compute(now_us, mono_ns, stamp, 1, i == 0, work);
+      self.compute(now_us, mono_ns, stamp, 1, first, work);
     } else {
       const py::gil_scoped_release released;
-      self.compute(now_us, mono_ns, stamp, kThreads, i == 0, work);
+      self.compute(now_us, mono_ns, stamp, kThreads, first, work);
     }
     require(self.read(now_us, mono_ns, &work.computed, work, to));
-    if (work.misses.empty()) return out;
   }
-  throw std::runtime_error("rows leave their cache faster than they are read");
 }
 
 py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_us, int64_t mono_ns,
@@ -116,19 +115,20 @@ py::object read(const FeatureReader& self, const py::bytes& params, int64_t now_
                              : given;
   float* to = rows_of(out, rows, features);
   require(self.read(now_us, mono_ns, nullptr, work, to));
-  if (work.misses.empty()) return out;
-  if (self.has_tables()) return compute(self, now_us, mono_ns, stamp, out, to, work);
+  if (self.has_tables()) {
+    compute(self, now_us, mono_ns, stamp, to, work);
+    return out;
+  }
   Overlay overlay;
   overlay.index.assign(self.plan().n_views() * rows, -1);
-  for (int i = 0; i < kTries; ++i) {
+  while (!work.misses.empty()) {
     const std::vector<FeatureMiss> misses = work.misses;  // `load` may read on this thread itself
     const auto loaded = py::list(load(keys_of(self, misses)));
     add_loaded(self, loaded, misses, rows, &overlay);
     require(self.parse(data, bytes.size(), work));
     require(self.read(now_us, mono_ns, &overlay, work, to));
-    if (work.misses.empty()) return out;
   }
-  throw std::runtime_error("rows leave their cache faster than they are read");
+  return out;
 }
 
 }  // namespace

@@ -10,8 +10,13 @@ import sys
 import time
 from typing import Any
 
-_LOOP = """
+_BEFORE = """
 import json as _json, os as _os, sys as _sys
+def say(*words):
+    # One write, which comes whole or not at all, whatever the interpreter buffers and whoever else writes.
+    _os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+"""
+_AFTER = """
 for _line in _sys.stdin:
     _pid = _os.fork()
     if _pid == 0:
@@ -19,8 +24,8 @@ for _line in _sys.stdin:
             child(*_json.loads(_line))
         finally:
             _os._exit(1)
-    print("child", _pid, flush=True)
-    print("end", _os.waitpid(_pid, 0)[1], flush=True)
+    say("child", _pid)
+    say("end", _os.waitpid(_pid, 0)[1])
 """
 
 
@@ -28,9 +33,12 @@ class Forked:
     """Runs `child(...)` of a script again and again."""
 
     def __init__(self, script: str) -> None:
-        """The script imports all that is needed, starts no thread and defines `child`."""
+        """The script imports all that is needed, starts no thread and defines `child`, which calls `say`."""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", script + _LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _BEFORE + script + _AFTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def __enter__(self) -> Forked:
@@ -40,7 +48,7 @@ class Forked:
         self.close()
 
     def killed(self, *arguments: Any, lines: int, seconds: float = 0.0) -> list[str]:
-        """What a child with these arguments printed until it was killed, `seconds` after so many lines."""
+        """What a child with these arguments said until it was killed, `seconds` after so many lines."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None

@@ -17,6 +17,16 @@ C = TypeVar("C", bound=type)
 
 def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, which raises DefinitionError where its arguments do not fit its signature."""
+    return _checked(function, function.__name__)
+
+
+def named_fields(cls: C) -> C:
+    """A class whose constructor does so."""
+    cls.__init__ = _checked(cls.__init__, cls.__name__)  # type: ignore[misc]
+    return cls
+
+
+def _checked(function: Callable[P, R], name: str) -> Callable[P, R]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -24,27 +34,10 @@ def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except TypeError:
-            _check(function.__name__, signature, args, kwargs)
+            _check(name, signature, args, kwargs)
             raise
 
     return checked
-
-
-def named_fields(cls: C) -> C:
-    """A class whose constructor does so."""
-    init = cls.__init__  # type: ignore[misc]
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            init(self, *args, **kwargs)
-        except TypeError:
-            _check(cls.__name__, signature, (self, *args), kwargs)
-            raise
-
-    cls.__init__ = checked  # type: ignore[misc]
-    return cls
 
 
 def _check(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ meanwhile, and write the rows that they touch; compare-and-set by that number ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,14 +20,12 @@ import numpy as np
 from penstock.errors import InvalidArgumentError
 from penstock.features.live import LiveView
 from penstock.features.online_adapter import OnlineAdapter, ViewHeader
+from penstock.features.progress_bars import Progress
 from penstock.features.pushes import Pushes
 from penstock.features.times import iso
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Progress = Callable[[str, int, int], None]
-"""Called with a view, and the rows written and to write."""
 
 _CHUNK = 65_536
 

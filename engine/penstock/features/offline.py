@@ -19,6 +19,7 @@ from penstock.features.compute import NULL, PRESENT, ViewComputer, ViewRows
 from penstock.features.expressions import INT_MIN, is_floating
 from penstock.features.index import entity_keys
 from penstock.features.plan import ServicePlan
+from penstock.features.progress_bars import Progress
 from penstock.features.source_reading import arrow_table
 from penstock.features.source_schema import feature_dtype
 from penstock.features.sources import SourceColumn, arrow_column, time_column
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
-
-Progress = Callable[[str, int, int], None]
-"""Called with a view, and the rows joined and to join."""
 
 _PROGRESS_ROWS = 65_536  # between two calls
 STATUS_NAMES = ("PRESENT", "NULL", "NOT_FOUND", "EXPIRED", "FUTURE")

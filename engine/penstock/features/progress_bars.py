@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-Told = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Called with a view, the rows that are done, and all rows."""
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Told]:
+def progress_bars() -> Iterator[Progress]:
     """A bar on standard error for each view; yields what is told of the view, the rows done and all rows."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
-    tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True)) as bars:
+    tasks: dict[str, progress.TaskID] = {}
+    with progress.Progress(console=Console(stderr=True)) as bars:
 
         def show(view: str, done: int, total: int) -> None:
             if view not in tasks:
@@ -27,7 +28,7 @@ def progress_bars() -> Iterator[Told]:
         yield show
 
 
-def told_of(work: Callable[[Told | None], T], progress: Told | bool | None) -> Callable[[], T]:
+def told_of(work: Callable[[Progress | None], T], progress: Progress | bool | None) -> Callable[[], T]:
     """`work` with what it is to tell of its progress: a callable, bars for true, or nothing."""
     if progress is not True:
         return lambda: work(progress or None)

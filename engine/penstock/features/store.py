@@ -36,12 +36,12 @@ from penstock.features.definitions import FeatureService, FeatureView
 from penstock.features.erase import erase_keys, finish_erasures
 from penstock.features.event_log import EventLog
 from penstock.features.live import LiveView, LiveViews
-from penstock.features.materialize import MaterializeReport, Progress
+from penstock.features.materialize import MaterializeReport
 from penstock.features.online import OnlineStore
 from penstock.features.online_adapter import OnlineAdapter
 from penstock.features.online_join import online_join
 from penstock.features.plan import ServicePlan
-from penstock.features.progress_bars import told_of
+from penstock.features.progress_bars import Progress, told_of
 from penstock.features.pushes import Committed, Pushes
 from penstock.features.reader import OnlineReader, ReaderCaches
 from penstock.features.registry import Registry

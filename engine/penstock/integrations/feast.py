@@ -26,7 +26,8 @@ from penstock.errors import FeatureNameCollisionError, InvalidArgumentError, Not
 from penstock.features import offline
 from penstock.features.compute import PRESENT
 from penstock.features.definitions import ViewProjection, check_unversioned
-from penstock.features.materialize import MaterializeReport, Progress
+from penstock.features.materialize import MaterializeReport
+from penstock.features.progress_bars import Progress
 from penstock.features.retrieval import OnlineResult, RetrievalJob
 from penstock.features.sources import SourceColumn
 from penstock.features.store import FeatureStore

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from store_repo import DEFINITIONS, HOUR, assert_online_is_offline, make_repo, some_rows
 
 from penstock.features.changes import declared
@@ -18,54 +15,43 @@ from penstock.features.repo import load_repo
 from penstock.features.store import FeatureStore
 
 WRITER = """
-import sys
 from pathlib import Path
 from penstock.features.program import Distribution
 from penstock.features.registry import Registry
-registry, n = Registry(Path(sys.argv[1])), int(sys.argv[2])
-print(0, flush=True)
-while True:
-    n += 1
-    registry.record_applied({"views": {"v": str(n)}, "services": {}, "sources": {"s": {"c" * n: "int64"}}})
-    registry.extend_dictionaries("s", {"c": [str(i) for i in range(n)]})
-    fitted = Distribution(tuple(map(float, range(n))), tuple(range(1, n + 1)))
-    registry.record_fits({"k": fitted}, None, refit=True)
-    print(n, flush=True)
+def child(path, n):
+    registry = Registry(Path(path))
+    say(0)
+    while True:
+        n += 1
+        schema = {"s": {"c" * n: "int64"}}
+        registry.record_applied({"views": {"v": str(n)}, "services": {}, "sources": schema})
+        registry.extend_dictionaries("s", {"c": [str(i) for i in range(n)]})
+        fitted = Distribution(tuple(map(float, range(n))), tuple(range(1, n + 1)))
+        registry.record_fits({"k": fitted}, None, refit=True)
+        say(n)
 """
 APPLIER = """
-import sys
 from pathlib import Path
 from penstock import FeatureStore
-repo, texts = Path(sys.argv[1]), sys.argv[2:]
-print("-", flush=True)
-for i in range(10**6):
-    (repo / "features.py").write_text(texts[i % 2])
-    with FeatureStore(repo) as store:
-        store.apply()
-        store.materialize_incremental(5 * 3_600_000_000)
-    print(i % 2, flush=True)
+import penstock.features.compute, pyarrow.parquet
+def child(path, *texts):
+    repo = Path(path)
+    say("-")
+    for i in range(10**6):
+        (repo / "features.py").write_text(texts[i % 2])
+        with FeatureStore(repo) as store:
+            store.apply()
+            store.materialize_incremental(5 * 3_600_000_000)
+        say(i % 2)
 """
 OTHER = DEFINITIONS.replace('window="90m"', 'window="2h"').replace('"model"', '"model2"')
 
 
-def killed(script: str, *arguments: str, lines: int, seconds: float) -> list[str]:
-    """The lines that a program wrote until it was killed, some time after so many of them."""
-    child = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    found = [child.stdout.readline() for _ in range(lines)]
-    assert found[-1], "it ended by itself"
-    time.sleep(seconds)  # not to wait for something: to hit it anywhere
-    child.send_signal(signal.SIGKILL)
-    found += child.stdout
-    assert child.wait() == -signal.SIGKILL
-    child.stdout.close()
-    return [line.strip() for line in found if line.endswith("\n")]
-
-
 def kill_registry(path: Path, times: int) -> None:
+    writer = Forked(WRITER)
     rng, n, acknowledged = random.Random(5), 0, 0
     for _ in range(times):
-        lines = killed(WRITER, str(path), str(n), lines=rng.randint(1, 4), seconds=rng.uniform(0, 0.05))
+        lines = writer.killed(str(path), n, lines=rng.randint(1, 4), seconds=rng.uniform(0, 0.05))
         acknowledged = max(acknowledged, int(lines[-1]))
         registry = Registry(path)
         state = registry.state
@@ -78,6 +64,7 @@ def kill_registry(path: Path, times: int) -> None:
         if found[0]:
             assert state.recorded("sources") == {"s": {"c" * found[0]: "int64"}}
         n = found[0]
+    writer.close()
     assert acknowledged > 0
     registry.record_applied({"views": {}})
     kept = ("0", "distribution-", "LOCK")
@@ -92,10 +79,10 @@ def kill_apply(path: Path, times: int) -> None:
         (repo / "features.py").write_text(text)
         loaded = load_repo(repo)
         whole.append(declared(loaded.views, loaded.services, loaded.fit_until_us))
-    rng = random.Random(6)
+    rng, applier = random.Random(6), Forked(APPLIER)
     seen = set()
     for _ in range(times):
-        lines = killed(APPLIER, str(repo), *texts, lines=rng.randint(1, 3), seconds=rng.uniform(0, 0.4))
+        lines = applier.killed(str(repo), *texts, lines=rng.randint(1, 3), seconds=rng.uniform(0, 0.4))
         with FeatureStore(repo) as store:
             applied = store._registry.state.applied
             if applied is None:
@@ -112,6 +99,7 @@ def kill_apply(path: Path, times: int) -> None:
         with FeatureStore(repo) as store:
             assert not store.plan()
             assert_online_is_offline(store, 5 * HOUR, [1, 2, 3], ["a", "b", "a"])
+    applier.close()
     assert seen
 
 

@@ -21,7 +21,7 @@ from penstock.features.store import FeatureStore
 from penstock.features.streams import MemoryStream
 
 FEATURES = ["users:n", "users:spend", "pairs:seen", "pairs:last"]
-# Event i of a user has the value i. What is printed was acknowledged before.
+# Event i of a user has the value i. What is said was acknowledged before.
 PUSHER = """
 import threading
 from penstock import FeatureStore
@@ -34,7 +34,7 @@ def child(repo, start, what):
             store.push("events", {"at": [i * 1000] * 2, "user_id": [user] * 2, "shop": ["a", "b"],
                                   "x": [float(i)] * 2, "city": [f"c{i % 7}"] * 2})
             with lock:
-                print(user, i, flush=True)
+                say(user, i)
     def other():
         i = 0
         while what != "push":
