@@ -71,7 +71,14 @@ def test_the_demo_leaves_no_server_behind(run: tuple[Path, subprocess.CompletedP
 def test_ctrl_c_stops_the_server_too(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = run  # its event tables are there already
     command = [*COMMAND, "--dir", str(folder)]
-    demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    demo = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # As from a terminal: tests that run in the background may have the signal ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 120
         while not serving(folder) and demo.poll() is None and time.monotonic() < deadline:
