@@ -76,7 +76,7 @@ def test_ctrl_c_stops_the_server_too(run: tuple[Path, subprocess.CompletedProces
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # As from a terminal: tests that run in the background may have the signal ignored, which is inherited.
+        # As from a terminal: tests in the background may have the signal ignored, which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
