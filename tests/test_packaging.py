@@ -86,7 +86,7 @@ def test_the_wheel_is_small_and_whole(tmp_path):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: no wheel can be built here without a download")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    options = [f"-Cbuild-dir={tmp_path / 'build'}", "--wheel-dir", str(tmp_path / "wheel"), str(ROOT)]
+    options = ["--wheel-dir", str(tmp_path / "wheel"), str(ROOT)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "wheel").glob("penstock-*.whl")

@@ -28,17 +28,20 @@ from penstock import FeatureStore
 import penstock.features.compute, pyarrow.parquet
 def child(repo, start, what):
     store = FeatureStore(repo)
-    lock = threading.Lock()
+    lock, acknowledged = threading.Lock(), threading.Event()
     def push(user):
         for i in range(start, start + 100_000):
             store.push("events", {"at": [i * 1000] * 2, "user_id": [user] * 2, "shop": ["a", "b"],
                                   "x": [float(i)] * 2, "city": [f"c{i % 7}"] * 2})
             with lock:
                 say(user, i)
-    def other():
+            acknowledged.set()
+    def other():  # in turn with the pushes: without a pause it would keep the store's locks to itself
         i = 0
         while what != "push":
             i += 1
+            acknowledged.wait()
+            acknowledged.clear()
             if what == "materialize":
                 store.materialize(0, 3_600_000_000 + i)
             elif what == "apply":
@@ -60,12 +63,12 @@ def killed() -> Iterator[Forked]:
         yield made
 
 
-def acknowledged(killed: Forked, repo: Path, start: int, what: str, lines: int) -> dict[int, int]:
-    """The greatest acknowledged event of each user, of some `lines` of them."""
-    return {
-        int(user): int(i)
-        for user, i in (s.split() for s in killed.killed(str(repo), start, what, lines=lines))
-    }
+def acknowledged(
+    killed: Forked, repo: Path, start: int, what: str, lines: int, seconds: float
+) -> dict[int, int]:
+    """The greatest acknowledged event of each user, of those until a kill `seconds` after some `lines`."""
+    said = killed.killed(str(repo), start, what, lines=lines, seconds=seconds)
+    return {int(user): int(i) for user, i in map(str.split, said)}
 
 
 def check(repo: Path, told: dict[int, int]) -> int:
@@ -101,7 +104,8 @@ def kill_times(killed: Forked, tmp_path: Path, what: str, times: int) -> None:
     repo = make_push_repo(tmp_path / "r", config="push: {compact_after: 7}\n")
     rng, start = random.Random(what), 1
     for _ in range(times):
-        start = check(repo, acknowledged(killed, repo, start, what, rng.randrange(1, 16)))
+        lines, seconds = rng.randrange(1, 16), rng.uniform(0, 0.02)  # as long as what is to be hit
+        start = check(repo, acknowledged(killed, repo, start, what, lines, seconds))
     with FeatureStore(repo) as store:
         named = {segment.file for segment in segments(store)}
         assert named <= {file.name for file in (store.data_dir / "events" / "events").glob("*")}

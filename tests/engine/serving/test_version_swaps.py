@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnx", reason="onnx is not installed")
 
 VERSIONS = ("1", "2", "3")
+PAUSE = 5e-4  # s between a thread's requests: without it, cheap models leave the swapping thread no GIL
 
 
 def save_trees(folder: Path) -> None:
@@ -88,7 +89,7 @@ class Load:
 
     def _run(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        while not self._done.is_set():
+        while not self._done.wait(PAUSE):
             at, n = int(rng.integers(0, 100)), int(rng.choice([1, 2, 70]))
             try:
                 got = self._ask(self._rows[at : at + n])
