@@ -1,4 +1,5 @@
-// Binding of the backends that are no trees: a Python callable over fixed buffers, and a child process.
+// Binding of the backends that are no trees: an ONNX model, a Python callable over fixed buffers, and a child
+// process.
 //
 // A PythonModel's run takes the GIL to enter and leave; rows are copied in and scores out without it. Its
 // Python references may be dropped by a thread that holds locks of the core, so they are released by a
@@ -13,6 +14,7 @@
 #include <string>
 
 #include "engine/child_channel.h"
+#include "engine/onnx_session.h"
 #include "engine/score_rule.h"
 
 namespace penstock::bind {
@@ -22,7 +24,7 @@ constexpr size_t kMaxText = 1024;
 constexpr size_t kMaxRows = 64;
 
 struct Held {
-  py::object run, interrupt, rows, scores;
+  py::object run, rows, scores;
 };
 
 int release(void* held) {
@@ -59,9 +61,8 @@ ScoreRule make_rule(size_t width, std::optional<int> column, bool probability) {
 // A callable over fixed buffers: run(n) scores the first n rows of `rows` into the first n of `scores`.
 class PythonCalls {
  public:
-  PythonCalls(py::function run, const py::array& rows, const py::array& scores, const ScoreRule& rule,
-              py::object interrupt)
-      : rule_(rule), held_(new Held{std::move(run), std::move(interrupt), rows, scores}) {
+  PythonCalls(py::function run, const py::array& rows, const py::array& scores, const ScoreRule& rule)
+      : rule_(rule), held_(new Held{std::move(run), rows, scores}) {
     const auto shaped = [](const py::array& a, size_t width) {
       return a.ndim() == 2 && a.shape(0) == static_cast<py::ssize_t>(kMaxRows) &&
              a.shape(1) == static_cast<py::ssize_t>(width) && (a.flags() & py::array::c_style) != 0 &&
@@ -70,12 +71,11 @@ class PythonCalls {
     if (!py::isinstance<py::array_t<float>>(rows) || rows.ndim() != 2 ||
         !shaped(rows, static_cast<size_t>(rows.shape(1))))
       throw py::value_error("rows is no writable float32 [64, F]");
-    wide_ = py::isinstance<py::array_t<double>>(scores);
-    if ((!wide_ && !py::isinstance<py::array_t<float>>(scores)) || !shaped(scores, rule.width))
-      throw py::value_error("scores is no writable float32 or float64 [64, width]");
+    if (!py::isinstance<py::array_t<double>>(scores) || !shaped(scores, rule.width))
+      throw py::value_error("scores is no writable float64 [64, width]");
     n_features_ = static_cast<size_t>(rows.shape(1));
     rows_ = static_cast<float*>(held_->rows.cast<py::array>().mutable_data());
-    scores_ = held_->scores.cast<py::array>().data();
+    scores_ = static_cast<const double*>(held_->scores.cast<py::array>().data());
   }
   PythonCalls(const PythonCalls&) = delete;
   PythonCalls& operator=(const PythonCalls&) = delete;
@@ -92,22 +92,8 @@ class PythonCalls {
   Status run(const float* rows, size_t n, double* scores) {
     std::memcpy(rows_, rows, n * n_features_ * sizeof(float));
     if (Status status = call(n); !status.is_ok()) return status;
-    if (wide_) {
-      rule_.apply(static_cast<const double*>(scores_), n, scores);
-    } else {
-      rule_.apply(static_cast<const float*>(scores_), n, scores);
-    }
+    rule_.apply(scores_, n, scores);
     return {};
-  }
-
-  void interrupt() {
-    const py::gil_scoped_acquire gil;
-    if (held_->interrupt.is_none()) return;
-    try {
-      held_->interrupt();
-    } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("interrupting a model");
-    }
   }
 
  private:
@@ -129,8 +115,7 @@ class PythonCalls {
   std::unique_ptr<Held> held_;
   size_t n_features_ = 0;
   float* rows_ = nullptr;
-  const void* scores_ = nullptr;
-  bool wide_ = false;
+  const double* scores_ = nullptr;
 };
 
 class PythonModel final : public Model {
@@ -141,7 +126,6 @@ class PythonModel final : public Model {
   Status run(const float* rows, size_t n, double* scores) override { return calls_->run(rows, n, scores); }
   bool may_lack_scores() const override { return true; }
   bool inline_ok() const override { return false; }
-  void interrupt() override { calls_->interrupt(); }
 
  private:
   std::shared_ptr<PythonCalls> calls_;
@@ -166,6 +150,32 @@ py::object run_once(Backend& self, const py::array_t<float, py::array::c_style>&
   return scores;
 }
 
+std::shared_ptr<OnnxSession> open_onnx(const py::bytes& model, std::string library, std::string input,
+                                       std::string output, size_t n_features, size_t width, bool flat,
+                                       bool wide, std::optional<int> column, bool probability, int threads) {
+  if (n_features < 1) throw py::value_error("n_features is 0");
+  const OnnxSession::Spec spec{.library = std::move(library),
+                               .input = std::move(input),
+                               .output = std::move(output),
+                               .n_features = n_features,
+                               .flat = flat,
+                               .wide = wide,
+                               .threads = threads,
+                               .rule = make_rule(width, column, probability)};
+  char* data = nullptr;
+  py::ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(model.ptr(), &data, &size) != 0) throw py::error_already_set();
+  std::shared_ptr<OnnxSession> made;
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = OnnxSession::open(data, static_cast<size_t>(size), spec, &made);
+  }
+  if (status.code == Code::kFailedPrecondition) throw std::runtime_error(status.message);
+  if (!status.is_ok()) throw py::value_error(status.message);
+  return made;
+}
+
 }  // namespace
 
 std::unique_ptr<Model> make_backend_model(const py::handle& given) {
@@ -173,22 +183,40 @@ std::unique_ptr<Model> make_backend_model(const py::handle& given) {
     return std::make_unique<PythonModel>(given.cast<std::shared_ptr<PythonCalls>>());
   if (py::isinstance<ChildChannel>(given))
     return std::make_unique<ChildModel>(given.cast<std::shared_ptr<ChildChannel>>());
-  throw py::type_error("model is neither the bytes of trees.bin nor a PythonModel nor a ChildChannel");
+  if (py::isinstance<OnnxSession>(given))
+    return std::make_unique<OnnxModel>(given.cast<std::shared_ptr<OnnxSession>>());
+  throw py::type_error(
+      "model is neither the bytes of trees.bin nor an OnnxSession nor a PythonModel nor a ChildChannel");
 }
 
 void bind_backends(py::module_& m) {
+  py::class_<OnnxSession, std::shared_ptr<OnnxSession>>(
+      m, "OnnxSession", "An ONNX model on onnxruntime's CPU provider, run without the GIL.")
+      .def(py::init(&open_onnx), py::arg("model"), py::kw_only(), py::arg("library"), py::arg("input"),
+           py::arg("output"), py::arg("n_features"), py::arg("width"), py::arg("flat"), py::arg("wide"),
+           py::arg("column") = py::none(), py::arg("probability") = false, py::arg("threads") = 1,
+           "model: the bytes of a ModelProto that takes `input`, float32 [n, n_features], and gives "
+           "`output`,\n"
+           "[n] if flat, else [n, width], float64 if wide, else float32. library: libonnxruntime.so.\n"
+           "column: the one that is served; None: all. ValueError: the model is refused; RuntimeError: the\n"
+           "library is.")
+      .def("run", &run_once<OnnxSession>, py::arg("rows").noconvert(),
+           "Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message). One caller at "
+           "once.")
+      .def("interrupt", &OnnxSession::interrupt,
+           "Ends a run in progress at its next operator; no run succeeds after.");
   py::class_<PythonCalls, std::shared_ptr<PythonCalls>>(
       m, "PythonModel", "A model in this process that is called under the GIL, over buffers made once.")
       .def(py::init([](py::function run, const py::array& rows, const py::array& scores,
-                       std::optional<int> column, bool probability, py::object interrupt) {
+                       std::optional<int> column, bool probability) {
              const size_t width = scores.ndim() == 2 ? static_cast<size_t>(scores.shape(1)) : 0;
-             return std::make_shared<PythonCalls>(
-                 std::move(run), rows, scores, make_rule(width, column, probability), std::move(interrupt));
+             return std::make_shared<PythonCalls>(std::move(run), rows, scores,
+                                                  make_rule(width, column, probability));
            }),
            py::arg("run"), py::arg("rows"), py::arg("scores"), py::kw_only(), py::arg("column") = py::none(),
-           py::arg("probability") = false, py::arg("interrupt") = py::none(),
-           "run(n) scores rows[:n], float32 [64, F], into scores[:n], float32 or float64 [64, width].\n"
-           "column: the one that is served; None: all. interrupt(): ends a run in progress, if it can.")
+           py::arg("probability") = false,
+           "run(n) scores rows[:n], float32 [64, F], into scores[:n], float64 [64, width].\n"
+           "column: the one that is served; None: all.")
       .def("run", &run_once<PythonCalls>, py::arg("rows").noconvert(),
            "Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message). One caller at "
            "once.");

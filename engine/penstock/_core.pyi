@@ -100,6 +100,40 @@ class WireSession(metaclass=_NativeType):
     @property
     def pending_output_bytes(self) -> int: ...
 
+class OnnxSession(metaclass=_NativeType):
+    """
+    An ONNX model on onnxruntime's CPU provider, run without the GIL.
+    """
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        library: str,
+        input: str,
+        output: str,
+        n_features: typing.SupportsInt | typing.SupportsIndex,
+        width: typing.SupportsInt | typing.SupportsIndex,
+        flat: bool,
+        wide: bool,
+        column: typing.SupportsInt | typing.SupportsIndex | None = None,
+        probability: bool = False,
+        threads: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> None:
+        """
+        model: the bytes of a ModelProto that takes `input`, float32 [n, n_features], and gives `output`,
+        [n] if flat, else [n, width], float64 if wide, else float32. library: libonnxruntime.so.
+        column: the one that is served; None: all. ValueError: the model is refused; RuntimeError: the
+        library is.
+        """
+    def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
+        """
+        Scores float64 [n, outputs] of float32 [n, F], n in 1..64, or (code, message). One caller at once.
+        """
+    def interrupt(self) -> None:
+        """
+        Ends a run in progress at its next operator; no run succeeds after.
+        """
+
 class PythonModel(metaclass=_NativeType):
     """
     A model in this process that is called under the GIL, over buffers made once.
@@ -112,11 +146,10 @@ class PythonModel(metaclass=_NativeType):
         *,
         column: typing.SupportsInt | typing.SupportsIndex | None = None,
         probability: bool = False,
-        interrupt: typing.Any = None,
     ) -> None:
         """
-        run(n) scores rows[:n], float32 [64, F], into scores[:n], float32 or float64 [64, width].
-        column: the one that is served; None: all. interrupt(): ends a run in progress, if it can.
+        run(n) scores rows[:n], float32 [64, F], into scores[:n], float64 [64, width].
+        column: the one that is served; None: all.
         """
     def run(self, rows: numpy.typing.NDArray[numpy.float32]) -> typing.Any:
         """
@@ -876,7 +909,7 @@ class ServingCore(metaclass=_NativeType):
         self,
         name: str,
         version: str,
-        model: bytes | PythonModel | ChildChannel,
+        model: bytes | OnnxSession | PythonModel | ChildChannel,
         plan: typing.Any = None,
         *,
         max_batch_rows: typing.SupportsInt | typing.SupportsIndex = 64,
@@ -897,8 +930,8 @@ class ServingCore(metaclass=_NativeType):
         sample_bytes: typing.SupportsInt | typing.SupportsIndex = 1048576,
     ) -> ServedModel:
         """
-        Load a model version (trees.bin bytes, a PythonModel or a ChildChannel), warm it up and start it; it
-        is not live yet.
+        Load a model version (trees.bin bytes, an OnnxSession, a PythonModel or a ChildChannel), warm it
+        up and start it; it is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
         or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are kept for

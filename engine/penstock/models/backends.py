@@ -50,7 +50,7 @@ class Backend:
     resident memory of the process for one that runs in its own.
     """
 
-    model: bytes | _core.PythonModel | _core.ChildChannel
+    model: bytes | onnx_backend.Runnable
     bytes_now: Callable[[], int]
     close: Callable[[], None] = field(default=lambda: None)
     process: ChildProcess | None = None
@@ -80,7 +80,7 @@ def open_backend(
     if bundle.onnx is not None:
         what = f"model '{bundle.name}' version {bundle.version}"
         try:
-            bound = onnx_backend.BoundSession(
+            opened = onnx_backend.open_session(
                 read_plain(bundle.path / ONNX),
                 bundle.onnx,
                 len(bundle.inputs),
@@ -90,7 +90,7 @@ def open_backend(
             )
         except InvalidArgumentError as error:
             raise BundleError(f"{bundle.path / ONNX}: {error}") from error
-        return Backend(bound.model, lambda: expected_bytes(bundle))
+        return Backend(opened, lambda: expected_bytes(bundle))
     if isolation == "thread":
         return Backend(_in_thread(bundle), lambda: expected_bytes(bundle))
     child = ChildProcess(_spec(bundle), settings or ChildSettings())

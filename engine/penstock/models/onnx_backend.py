@@ -1,11 +1,12 @@
-"""ONNX models through onnxruntime, which is imported when a model is inspected, scored or served.
+"""ONNX models through onnxruntime: its package inspects a model, the native library in it scores and serves.
 
 A model is served if it takes one float32 tensor [n, inputs] and gives its scores as one float tensor, [n] or
-[n, width]. A session is bound once for each batch size, to buffers that are reused: a run passes no arrays.
+[n, width].
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,9 @@ from penstock.models.manifest import MAX_WIDTH, OnnxEntry, OutputKind
 if TYPE_CHECKING:
     import onnxruntime
 
+Runnable = _core.OnnxSession | _core.PythonModel | _core.ChildChannel
 _DTYPES: dict[str, Literal["float32", "float64"]] = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _ERRORS_ONLY = 3
-_CPU = ("cpu", 0)
 
 
 def is_onnx(model: Any) -> bool:
@@ -51,26 +52,23 @@ def versions() -> dict[str, str]:
     return {**own_versions(), "onnxruntime": _runtime("an ONNX model").__version__}
 
 
-def session(data: bytes, threads: int = 1, what: str = "the ONNX model") -> onnxruntime.InferenceSession:
-    """A session on the CPU. Raises InvalidArgumentError if onnxruntime refuses the model."""
-    runtime = _runtime(what)
+def _python_session(data: bytes) -> onnxruntime.InferenceSession:
+    """A session that tells of the model. Raises InvalidArgumentError if onnxruntime refuses it."""
+    runtime = _runtime("the ONNX model")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are not ours alone
     try:
         return runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise InvalidArgumentError(f"{what} is refused by onnxruntime: {_line(error)}") from error
+        raise InvalidArgumentError(f"the ONNX model is refused by onnxruntime: {_line(error)}") from error
 
 
 def inspect(
     data: bytes, n_features: int, rows: NDArray[np.float32], kind: OutputKind, output: str | None
 ) -> OnnxEntry:
     """How the model is served. Raises InvalidArgumentError for a model that cannot be, and says why."""
-    opened = session(data)
+    opened = _python_session(data)
     taken = opened.get_inputs()
     if len(taken) != 1:
         raise InvalidArgumentError(
@@ -112,67 +110,48 @@ def served_column(kind: OutputKind, width: int) -> int | None:
     return 1 if kind == "probability" and width == 2 else None
 
 
-class BoundSession:
-    """A session with an input and an output buffer for up to 64 rows. One run at a time; any thread.
+def open_session(
+    data: bytes,
+    entry: OnnxEntry,
+    n_features: int,
+    probability: bool,
+    *,
+    threads: int = 1,
+    what: str = "the ONNX model",
+) -> _core.OnnxSession:
+    """What a lane runs: one run at a time, of any thread, without the GIL.
 
-    `model` is what a lane runs. The GIL is held to enter and leave a run; onnxruntime lets go of it inside.
+    Raises InvalidArgumentError if onnxruntime refuses the model or it is not as `entry` says,
+    FailedPreconditionError if onnxruntime is not there.
     """
-
-    def __init__(
-        self,
-        data: bytes,
-        entry: OnnxEntry,
-        n_features: int,
-        probability: bool,
-        *,
-        threads: int = 1,
-        what: str = "the ONNX model",
-    ) -> None:
-        opened = session(data, threads, what)
-        names = [i.name for i in opened.get_inputs()], [o.name for o in opened.get_outputs()]
-        if names[0] != [entry.input] or entry.output not in names[1]:
-            raise InvalidArgumentError(
-                f"{what} has inputs {names[0]} and outputs {names[1]}; model.yaml names "
-                f"'{entry.input}' and '{entry.output}'"
-            )
-        self.rows = np.zeros((MAX_ROWS, n_features), np.float32)
-        self.scores = np.zeros((MAX_ROWS, entry.width), np.dtype(entry.dtype))
-        self._options = _runtime(what).RunOptions()
-        bound = [self._bind(opened, entry, n) for n in range(1, MAX_ROWS + 1)]
-        run, options = opened.run_with_iobinding, self._options
-
-        def run_rows(n: int) -> None:
-            run(bound[n - 1], options)
-
-        self.model = _core.PythonModel(
-            run_rows,
-            self.rows,
-            self.scores,
+    try:
+        return _core.OnnxSession(
+            data,
+            library=_library(what),
+            input=entry.input,
+            output=entry.output,
+            n_features=n_features,
+            width=entry.width,
+            flat=entry.rank == 1,
+            wide=entry.dtype == "float64",
             column=entry.column,
             probability=probability,
-            interrupt=self.interrupt,
+            threads=threads,
         )
-
-    def _bind(self, opened: onnxruntime.InferenceSession, entry: OnnxEntry, n: int) -> Any:
-        binding = opened.io_binding()
-        binding.bind_input(entry.input, *_CPU, np.float32, (n, self.rows.shape[1]), self.rows.ctypes.data)
-        shape = (n,) if entry.rank == 1 else (n, entry.width)
-        binding.bind_output(entry.output, *_CPU, self.scores.dtype.type, shape, self.scores.ctypes.data)
-        return binding
-
-    def interrupt(self) -> None:
-        """End a run in progress at its next operator; no run succeeds after."""
-        self._options.terminate = True
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what} is refused: {_line(error)}") from error
+    except RuntimeError as error:
+        raise FailedPreconditionError(f"{what} needs onnxruntime: {_line(error)}") from error
 
 
 def predict(
     data: bytes, entry: OnnxEntry, n_features: int, probability: bool, rows: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Scores float64 [n, outputs] of rows [n, F], by the code that serves them."""
-    return run_all(BoundSession(data, entry, n_features, probability).model, rows)
+    return run_all(open_session(data, entry, n_features, probability), rows)
 
 
-def run_all(model: _core.PythonModel | _core.ChildChannel, rows: NDArray[np.float32]) -> NDArray[np.float64]:
+def run_all(model: Runnable, rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """Scores of any number of rows, in runs of at most 64. Raises InternalError where the model fails."""
     parts = []
     for start in range(0, max(1, len(rows)), MAX_ROWS):
@@ -226,10 +205,26 @@ def _runtime(what: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise FailedPreconditionError(
-            f"{what} needs onnxruntime, which is not installed: pip install 'penstock[onnx]'"
-        ) from error
+        raise _not_installed(what) from error
     return onnxruntime
+
+
+def _library(what: str) -> str:
+    """The path of the library that the package brings; the package itself is not imported."""
+    found = importlib.util.find_spec("onnxruntime")
+    folders = found.submodule_search_locations if found is not None else None
+    if not folders:
+        raise _not_installed(what)
+    for folder in folders:
+        for path in sorted(Path(folder, "capi").glob("libonnxruntime.so*")):
+            return str(path)
+    raise FailedPreconditionError(f"{what} needs onnxruntime: {list(folders)} has no capi/libonnxruntime.so")
+
+
+def _not_installed(what: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"{what} needs onnxruntime, which is not installed: pip install 'penstock[onnx]'"
+    )
 
 
 def _line(error: Exception) -> str:
