@@ -1,6 +1,7 @@
 #include "batch/policy.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -9,26 +10,16 @@ namespace penstock {
 void RunTimeModel::record(size_t rows, int64_t elapsed_ns) {
   Window& window = windows_[bucket_of(rows)];
   const int64_t run = std::max<int64_t>(elapsed_ns, 0);
-  const int64_t before = window.second;
+  const int64_t before = window.high;
   const int64_t gone = std::exchange(window.runs[window.count % kWindow], run);
-  if (window.count++ == 0) {
-    window.first = window.second = run;
-    return predict_all();
-  }
-  if (window.count == 2) {
-    window.second = std::min(window.first, run);
-    window.first = std::max(window.first, run);
-  } else if (window.count > kWindow && gone >= window.second) {  // one of the two largest leaves
-    window.first = window.second = 0;
-    for (const int64_t held : window.runs) {
-      window.second = std::max(window.second, std::min(window.first, held));
-      window.first = std::max(window.first, held);
-    }
-  } else {
-    window.second = std::max(window.second, std::min(window.first, run));
-    window.first = std::max(window.first, run);
-  }
-  if (window.second != before) predict_all();
+  ++window.count;
+  if (window.count > kWindow && gone < before && run < before) return;  // the largest are the same
+  const size_t n = std::min<size_t>(window.count, kWindow);
+  std::array<int64_t, kWindow> sorted = window.runs;
+  const auto wanted = sorted.begin() + static_cast<std::ptrdiff_t>(rank(n)) - 1;
+  std::nth_element(sorted.begin(), wanted, sorted.begin() + static_cast<std::ptrdiff_t>(n), std::greater<>());
+  window.high = *wanted;
+  if (window.high != before || window.count == 1) predict_all();
 }
 
 void RunTimeModel::predict_all() {
@@ -36,12 +27,12 @@ void RunTimeModel::predict_all() {
     size_t from = bucket;
     while (from < kBuckets && windows_[from].count == 0) ++from;
     if (from < kBuckets) {
-      predicted_[bucket] = windows_[from].second;
+      predicted_[bucket] = windows_[from].high;
       continue;
     }
     from = bucket;
     while (from > 0 && windows_[from].count == 0) --from;
-    const int64_t high = windows_[from].second;
+    const int64_t high = windows_[from].high;
     const int64_t factor = int64_t{1} << (bucket - from);
     predicted_[bucket] = high > std::numeric_limits<int64_t>::max() / factor ? high : high * factor;
   }

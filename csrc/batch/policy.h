@@ -35,13 +35,16 @@ namespace penstock {
 inline constexpr size_t kMaxBatchRows = 64;
 
 // Run time per batch size, learned: for each size bucket (1, 2, 4, ..., 64) a high quantile over recent runs.
-// The quantile is the second largest of a window, so that a lone outlier does not poison it, while a real
-// change shows after two runs. A bucket never run borrows from its neighbours: from a larger one as it is,
-// from a smaller one scaled by rows (a run of n rows costs at most n runs of one row).
+// The quantile is the fourth largest of a window of 32 (of fewer runs, the third or second), so that a run
+// whose thread lost its core now and then does not poison it, while a real change shows after four. A bucket
+// never run borrows from its neighbours: from a larger one as it is, from a smaller one scaled by rows (a run
+// of n rows costs at most n runs of one row).
 class RunTimeModel {
  public:
   static constexpr size_t kBuckets = 7;
   static constexpr size_t kWindow = 32;
+  // Of how many of n runs the prediction is the least: the largest ones.
+  static constexpr size_t rank(size_t n) { return n < 2 ? n : 2 + n / 16; }
 
   explicit RunTimeModel(int64_t initial_ns = 0) { predicted_.fill(initial_ns); }
 
@@ -62,8 +65,7 @@ class RunTimeModel {
   struct Window {
     std::array<int64_t, kWindow> runs{};
     uint32_t count = 0;  // runs ever recorded
-    int64_t first = 0;   // largest of the window
-    int64_t second = 0;  // second largest (the largest, while it holds one run)
+    int64_t high = 0;    // the rank-th largest
   };
   void predict_all();
 
@@ -111,9 +113,9 @@ constexpr int64_t low_wait_bound(uint64_t n, int64_t longest_ns, const PolicyCon
 // 2019, 6.3.)
 bool worth_serving(size_t cut, size_t full, const RunTimeModel& model);
 
-// How long the thread that reads may run batches by itself, in one go: up to the limit. A batch that takes an
-// eighth of the limit at most costs less than handing it to the executor, with which the reading thread then
-// contends for the lane: of such, it runs up to eight limits' worth.
+// How long the thread that reads may run batches by itself, in one go: up to the limit. A batch that takes
+// half of the limit at most costs less than handing it to the executor, with which the reading thread then
+// contends for the lane and, where they are few, for a core: of such, it runs up to eight limits' worth.
 class InlineBudget {
  public:
   explicit InlineBudget(int64_t limit_ns) : limit_ns_(limit_ns) {}
@@ -121,12 +123,12 @@ class InlineBudget {
   // May a batch run that should take this long? After a no, nothing more runs in this go.
   bool take(int64_t predicted_ns) {
     used_ns_ += predicted_ns;
-    const bool cheap = predicted_ns <= limit_ns_ / kCheap;
-    return used_ns_ <= (cheap ? kCheap * limit_ns_ : limit_ns_);
+    return used_ns_ <= (is_cheap(predicted_ns) ? kTurn * limit_ns_ : limit_ns_);
   }
+  bool is_cheap(int64_t predicted_ns) const { return predicted_ns <= limit_ns_ / 2; }
 
  private:
-  static constexpr int64_t kCheap = 8;
+  static constexpr int64_t kTurn = 8;  // limits
   const int64_t limit_ns_;
   int64_t used_ns_ = 0;
 };

@@ -77,6 +77,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
   } end_of_read{core};
   const bool deferred = core.defers(*this, received_ns);
   ServingCore::Route route;  // of the last call; most reads ask one model
+  size_t rows = 0;           // admitted since full batches were looked for
   wire::Message message;
   while (!overflowed_ && session_.next_message(&message)) {
     const uint32_t msgid = message.msgid;
@@ -119,11 +120,16 @@ void Connection::received(size_t n, std::vector<Call>* others) {
       uint64_t tag;
       const bool shadowed = vectors ? route.shadows(core.vectors_call_) : route.shadows(core.predict_call_);
       const Target target{id_, msgid, nullptr, shadowed};
-      const uint64_t first_id = core.next_ids(vectors ? core.vectors_call_.rows : core.predict_call_.rows);
+      const uint32_t asked = vectors ? core.vectors_call_.rows : core.predict_call_.rows;
+      const uint64_t first_id = core.next_ids(asked);
       status = vectors ? model->predict_vectors(core.vectors_call_, target, received_ns, now_us, first_id,
                                                 core.scratch_, &retry_after_ms, &tag)
                        : model->predict(core.predict_call_, bytes_of(message.params), target, received_ns,
                                         now_us, first_id, core.scratch_, &retry_after_ms, &tag);
+      if (status.is_ok() && (rows += asked) >= model->config().lane.policy.max_batch_rows) {
+        rows = 0;
+        core.run_full(*model);
+      }
     }
     if (!status.is_ok()) refuse(msgid, status, retry_after_ms);
   }
@@ -132,7 +138,7 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     core.pump_touched();
     core.deliver_ended();
   }
-  if (fd_ >= 0 ? send_output() : watched_) core.mark_dirty(*this);
+  if (deferred || (fd_ >= 0 ? send_output() : watched_)) core.mark_dirty(*this);
 }
 
 bool Connection::attach(int fd) {

@@ -196,6 +196,9 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
 
   // Runs what is queued, here while short, else on the executor.
   void pump();
+  // Runs full batches that are cheap, here, if the executor runs none: in the midst of a long read, while
+  // what they are made of is still in the processor's caches. Whether there were any.
+  bool pump_full();
   void expire(int64_t now_ns);
   int64_t next_deadline();  // when expire() is next due; INT64_MAX: nothing unanswered and no run in progress
   // Ends the request of a connection; false if there is none unanswered.
@@ -349,6 +352,7 @@ class ServedModel : public std::enable_shared_from_this<ServedModel> {
   bool anybody_waits() const;
   bool may_run() const { return (!held_ || stopping_) && (edge_ == nullptr || !edge_->precomputing); }
   void run_batch(std::unique_lock<std::mutex>& lock, bool on_executor);
+  bool inline_ok() const;  // may a batch run on the thread that pumps?
   void probe(std::unique_lock<std::mutex>& lock);
   std::shared_ptr<ServedModel> executor();
 

@@ -148,13 +148,29 @@ void ServedModel::pump() {
   InlineBudget budget(config_.inline_limit_ns);
   while (lane_.queued_rows() > 0 && lane_.running_batches() == 0 && !stopping_) {
     const size_t rows = std::min<size_t>(lane_.queued_rows(), config_.lane.policy.max_batch_rows);
-    if (held_ || !budget.take(lane_.run_time().predict(rows)) || !model_->inline_ok() ||
-        (edge_ != nullptr && edge_->precomputing)) {
+    if (!budget.take(lane_.run_time().predict(rows)) || !inline_ok()) {
       work_.notify_one();
       return;
     }
     run_batch(lock, false);
   }
+}
+
+bool ServedModel::pump_full() {
+  std::unique_lock lock(mutex_);
+  const size_t full = config_.lane.policy.max_batch_rows;
+  const InlineBudget budget(config_.inline_limit_ns);
+  bool ran = false;
+  while (lane_.queued_rows() >= full && lane_.running_batches() == 0 && !stopping_ && inline_ok() &&
+         budget.is_cheap(lane_.run_time().predict(full))) {
+    run_batch(lock, false);
+    ran = true;
+  }
+  return ran;
+}
+
+bool ServedModel::inline_ok() const {
+  return !held_ && model_->inline_ok() && (edge_ == nullptr || !edge_->precomputing);
 }
 
 // Returns what a detached executor must let go last.

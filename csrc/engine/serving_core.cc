@@ -243,6 +243,13 @@ void ServingCore::pump_touched() {
   touched_.clear();
 }
 
+// In the midst of a read: a long one would otherwise fill memory with requests before the first is scored.
+void ServingCore::run_full(ServedModel& model) {
+  if (!model.pump_full()) return;
+  deliver_ended();
+  begin_read();
+}
+
 void ServingCore::mark_dirty(Connection& connection) {
   if (connection.dirty_) return;
   connection.dirty_ = true;

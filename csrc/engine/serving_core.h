@@ -218,6 +218,7 @@ class ServingCore : public ModelEvents {
   bool defers(const Connection& connection, int64_t now_ns);
   void touch(const std::shared_ptr<ServedModel>& model);
   void pump_touched();
+  void run_full(ServedModel& model);
   void deliver_ended();
   std::shared_ptr<ServedModel> shadow_rows(const ServedModel& answered_by, const Result& result);
   void mark_dirty(Connection& connection);

@@ -68,7 +68,8 @@ class ServedLog:
     Args:
         directory: ``data_dir/log``; made if missing.
         flush_us: rows wait this long, by the times passed to `flush`, microseconds.
-        flush_rows: and at most so many of one model version.
+        flush_rows: and at most so many of one model version. Many more at once would keep a core from those
+            who answer requests.
         segment_bytes: a segment that reached this size is closed and the next begun; None: 64 MiB, or a
             quarter of `max_bytes` if that is less.
         max_bytes, max_segments: bounds of the whole log; the oldest segments are deleted, and counted.
@@ -79,7 +80,7 @@ class ServedLog:
         directory: str | Path,
         *,
         flush_us: int = 1_000_000,
-        flush_rows: int = 65_536,
+        flush_rows: int = 8_192,
         segment_bytes: int | None = None,
         max_bytes: int = 4 << 30,
         max_segments: int = 1_024,
