@@ -43,7 +43,7 @@ class RunTimeModel {
  public:
   static constexpr size_t kBuckets = 7;
   static constexpr size_t kWindow = 32;
-  // Of how many of n runs the prediction is the least: the largest ones.
+  // The prediction is the rank(n)-th largest of n runs.
   static constexpr size_t rank(size_t n) { return n < 2 ? n : 2 + n / 16; }
 
   explicit RunTimeModel(int64_t initial_ns = 0) { predicted_.fill(initial_ns); }
