@@ -44,7 +44,7 @@ class RunTimeModel {
   static constexpr size_t kBuckets = 7;
   static constexpr size_t kWindow = 32;
   // The prediction is the rank(n)-th largest of n runs.
-  static constexpr size_t rank(size_t n) { return n < 2 ? n : 2 + n / 16; }
+  static constexpr size_t rank(size_t n) { return n < 2 ? 1 : 2 + n / 16; }
 
   explicit RunTimeModel(int64_t initial_ns = 0) { predicted_.fill(initial_ns); }
 

@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 
+#include "base/text.h"
 #include "engine/child_channel.h"
 #include "engine/onnx_session.h"
 #include "engine/score_rule.h"
@@ -21,7 +22,6 @@ namespace penstock::bind {
 namespace {
 
 constexpr size_t kMaxText = 1024;
-constexpr size_t kMaxRows = 64;
 
 struct Held {
   py::object run, rows, scores;
@@ -37,11 +37,7 @@ std::string text_of(const py::error_already_set& error) {
   try {
     std::string text = py::cast<std::string>(error.type().attr("__name__")) + ": " +
                        py::cast<std::string>(py::str(error.value()));
-    if (text.size() > kMaxText) {
-      size_t end = kMaxText;
-      while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
-      text.resize(end);
-    }
+    cut_text(&text, kMaxText);
     return text;
   } catch (const std::exception&) {
     PyErr_Clear();
@@ -64,7 +60,7 @@ class PythonCalls {
   PythonCalls(py::function run, const py::array& rows, const py::array& scores, const ScoreRule& rule)
       : rule_(rule), held_(new Held{std::move(run), rows, scores}) {
     const auto shaped = [](const py::array& a, size_t width) {
-      return a.ndim() == 2 && a.shape(0) == static_cast<py::ssize_t>(kMaxRows) &&
+      return a.ndim() == 2 && a.shape(0) == static_cast<py::ssize_t>(kMaxBatchRows) &&
              a.shape(1) == static_cast<py::ssize_t>(width) && (a.flags() & py::array::c_style) != 0 &&
              a.writeable();
     };
@@ -118,23 +114,10 @@ class PythonCalls {
   const double* scores_ = nullptr;
 };
 
-class PythonModel final : public Model {
- public:
-  explicit PythonModel(std::shared_ptr<PythonCalls> calls) : calls_(std::move(calls)) {}
-  size_t n_features() const override { return calls_->n_features(); }
-  size_t n_outputs() const override { return calls_->rule().n_outputs(); }
-  Status run(const float* rows, size_t n, double* scores) override { return calls_->run(rows, n, scores); }
-  bool may_lack_scores() const override { return true; }
-  bool inline_ok() const override { return false; }
-
- private:
-  std::shared_ptr<PythonCalls> calls_;
-};
-
 // One run for a caller in Python: float64 [n, outputs], or (code, message).
 template <class Backend>
 py::object run_once(Backend& self, const py::array_t<float, py::array::c_style>& rows) {
-  if (rows.ndim() != 2 || rows.shape(0) < 1 || rows.shape(0) > static_cast<py::ssize_t>(kMaxRows) ||
+  if (rows.ndim() != 2 || rows.shape(0) < 1 || rows.shape(0) > static_cast<py::ssize_t>(kMaxBatchRows) ||
       rows.shape(1) != static_cast<py::ssize_t>(self.n_features()))
     throw py::value_error("rows is no float32 [1..64, " + std::to_string(self.n_features()) + "]");
   const auto n = static_cast<size_t>(rows.shape(0));
@@ -180,7 +163,7 @@ std::shared_ptr<OnnxSession> open_onnx(const py::bytes& model, std::string libra
 
 std::unique_ptr<Model> make_backend_model(const py::handle& given) {
   if (py::isinstance<PythonCalls>(given))
-    return std::make_unique<PythonModel>(given.cast<std::shared_ptr<PythonCalls>>());
+    return std::make_unique<ForeignModel<PythonCalls>>(given.cast<std::shared_ptr<PythonCalls>>());
   if (py::isinstance<ChildChannel>(given))
     return std::make_unique<ChildModel>(given.cast<std::shared_ptr<ChildChannel>>());
   if (py::isinstance<OnnxSession>(given))

@@ -493,23 +493,23 @@ void bind_engine(py::module_& m) {
       .def(py::init<uint32_t, uint32_t>(), py::arg("worker") = 0, py::arg("cache_owner") = 0,
            "worker: index among the processes that serve together, 0 to 63: their request ids are apart.\n"
            "cache_owner: the process's number as a writer of shared feature caches.")
-      .def(
-          "load", &load, py::arg("name"), py::arg("version"), py::arg("model"), py::arg("plan") = py::none(),
-          py::kw_only(), py::arg("max_batch_rows") = kMaxBatchRows, py::arg("max_latency_ms") = 50.0,
-          py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200, py::arg("max_rows_per_request") = 4096,
-          py::arg("max_requests") = 4096, py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
-          py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
-          py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
-          py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::arg("sample_share") = 0.0,
-          py::arg("sample_bytes") = size_t{1} << 20, py::keep_alive<0, 1>(),
-          "Load a model version (trees.bin bytes, an OnnxSession, a PythonModel or a ChildChannel), warm it\n"
-          "up and start it; it is not live yet.\n"
-          "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
-          "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
-          "auto\n"
-          "or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are "
-          "kept for\n"
-          "drain_samples(), in sample_bytes at most. ValueError says what is wrong.")
+      .def("load", &load, py::arg("name"), py::arg("version"), py::arg("model"), py::arg("plan") = py::none(),
+           py::kw_only(), py::arg("max_batch_rows") = kMaxBatchRows, py::arg("max_latency_ms") = 50.0,
+           py::arg("guard_ms") = 0.5, py::arg("inline_limit_us") = 200,
+           py::arg("max_rows_per_request") = 4096, py::arg("max_requests") = 4096,
+           py::arg("max_queued_rows") = 16384, py::arg("allow_replay") = false,
+           py::arg("served_capacity") = size_t{65536}, py::arg("low_share") = 0.125,
+           py::arg("breaker_timeout_ms") = py::none(), py::arg("breaker_probe_ms") = 1000.0,
+           py::arg("breaker_failures") = 5, py::arg("edge") = py::none(), py::arg("sample_share") = 0.0,
+           py::arg("sample_bytes") = size_t{1} << 20, py::keep_alive<0, 1>(),
+           "Load a model version (trees.bin bytes, an OnnxSession, PythonModel or ChildChannel), warm it up\n"
+           "and start it; it is not live yet.\n"
+           "plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,\n"
+           "fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, "
+           "auto\n"
+           "or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are "
+           "kept for\n"
+           "drain_samples(), in sample_bytes at most. ValueError says what is wrong.")
       .def("publish", &ServingCore::publish, py::arg("model"),
            "Make it the live version of its name; returns the one before it, still running, or None. Ends a "
            "trial.")

@@ -17,7 +17,7 @@
 #include <mutex>
 #include <string>
 
-#include "engine/model.h"
+#include "engine/foreign_model.h"
 #include "engine/score_rule.h"
 
 namespace penstock {
@@ -100,19 +100,11 @@ class ChildChannel {
 };
 
 // A channel as what a lane runs.
-class ChildModel final : public Model {
+class ChildModel final : public ForeignModel<ChildChannel> {
  public:
-  explicit ChildModel(std::shared_ptr<ChildChannel> channel) : channel_(std::move(channel)) {}
-  size_t n_features() const override { return channel_->n_features(); }
-  size_t n_outputs() const override { return channel_->rule().n_outputs(); }
-  Status run(const float* rows, size_t n, double* scores) override { return channel_->run(rows, n, scores); }
-  bool may_lack_scores() const override { return true; }
-  bool inline_ok() const override { return false; }
-  void interrupt() override { channel_->close(); }
-  int64_t retry_after_ms() const override { return channel_->retry_after_ms(); }
-
- private:
-  std::shared_ptr<ChildChannel> channel_;
+  using ForeignModel::ForeignModel;
+  void interrupt() override { backend_->close(); }
+  int64_t retry_after_ms() const override { return backend_->retry_after_ms(); }
 };
 
 }  // namespace penstock

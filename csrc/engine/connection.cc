@@ -138,7 +138,8 @@ void Connection::received(size_t n, std::vector<Call>* others) {
     core.pump_touched();
     core.deliver_ended();
   }
-  if (deferred || (fd_ >= 0 ? send_output() : watched_)) core.mark_dirty(*this);
+  const bool later = deferred && session_.out().size() > 0;  // one write at the end of the turn
+  if (later || (fd_ >= 0 ? send_output() : watched_)) core.mark_dirty(*this);
 }
 
 bool Connection::attach(int fd) {

@@ -7,6 +7,8 @@
 #include <map>
 #include <mutex>
 
+#include "base/text.h"
+
 namespace penstock {
 
 // A library that is loaded, for as long as the process lives.
@@ -19,14 +21,10 @@ namespace {
 
 constexpr size_t kMaxText = 500;
 
-// The first line of a text, bounded, in whole characters of UTF-8.
+// The first line of a text, bounded.
 std::string first_line(const char* text) {
   std::string line(text, strcspn(text, "\n"));
-  if (line.size() > kMaxText) {
-    size_t end = kMaxText;
-    while (end > 0 && (static_cast<unsigned char>(line[end]) & 0xC0) == 0x80) --end;
-    line.resize(end);
-  }
+  cut_text(&line, kMaxText);
   return line;
 }
 
@@ -96,11 +94,12 @@ OnnxSession::OnnxSession(const OnnxRuntime& runtime, const Spec& spec)
     : runtime_(runtime),
       api_(runtime.api),
       spec_(spec),
-      rows_(kMaxRows * spec.n_features),
-      scores_(new std::byte[kMaxRows * spec.rule.width * (spec.wide ? sizeof(double) : sizeof(float))]()) {}
+      rows_(kMaxBatchRows * spec.n_features),
+      scores_(
+          new std::byte[kMaxBatchRows * spec.rule.width * (spec.wide ? sizeof(double) : sizeof(float))]()) {}
 
 OnnxSession::~OnnxSession() {
-  for (size_t i = 0; i < kMaxRows; ++i) {
+  for (size_t i = 0; i < kMaxBatchRows; ++i) {
     api_.release_value(inputs_[i]);
     api_.release_value(outputs_[i]);
   }
@@ -162,7 +161,7 @@ Status OnnxSession::make_tensors() {
   OrtStatus* failed =
       api_.create_cpu_memory_info(OnnxApi::kDeviceAllocator, OnnxApi::kDefaultMemory, &memory);
   const size_t value = spec_.wide ? sizeof(double) : sizeof(float);
-  for (size_t n = 1; n <= kMaxRows && failed == nullptr; ++n) {
+  for (size_t n = 1; n <= kMaxBatchRows && failed == nullptr; ++n) {
     const auto rows = static_cast<int64_t>(n);
     const int64_t taken[] = {rows, static_cast<int64_t>(spec_.n_features)};
     const int64_t given[] = {rows, static_cast<int64_t>(spec_.rule.width)};

@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/model.h"
+#include "batch/policy.h"
+#include "engine/foreign_model.h"
 #include "engine/onnx_api.h"
 #include "engine/score_rule.h"
 
@@ -21,8 +22,6 @@ struct OnnxRuntime;
 
 class OnnxSession {
  public:
-  static constexpr size_t kMaxRows = 64;
-
   struct Spec {
     std::string library;  // path of libonnxruntime.so
     std::string input;    // float32 [n, n_features]
@@ -62,23 +61,15 @@ class OnnxSession {
   std::unique_ptr<std::byte[]> scores_;  // float32 or float64 [64, width]
   OrtSession* session_ = nullptr;
   OrtRunOptions* options_ = nullptr;
-  std::array<OrtValue*, kMaxRows> inputs_{};  // of n + 1 rows
-  std::array<OrtValue*, kMaxRows> outputs_{};
+  std::array<OrtValue*, kMaxBatchRows> inputs_{};  // of n + 1 rows
+  std::array<OrtValue*, kMaxBatchRows> outputs_{};
 };
 
 // A session as what a lane runs.
-class OnnxModel final : public Model {
+class OnnxModel final : public ForeignModel<OnnxSession> {
  public:
-  explicit OnnxModel(std::shared_ptr<OnnxSession> session) : session_(std::move(session)) {}
-  size_t n_features() const override { return session_->n_features(); }
-  size_t n_outputs() const override { return session_->rule().n_outputs(); }
-  Status run(const float* rows, size_t n, double* scores) override { return session_->run(rows, n, scores); }
-  bool may_lack_scores() const override { return true; }
-  bool inline_ok() const override { return false; }  // a graph may loop for ever
-  void interrupt() override { session_->interrupt(); }
-
- private:
-  std::shared_ptr<OnnxSession> session_;
+  using ForeignModel::ForeignModel;
+  void interrupt() override { backend_->interrupt(); }
 };
 
 }  // namespace penstock

@@ -930,8 +930,8 @@ class ServingCore(metaclass=_NativeType):
         sample_bytes: typing.SupportsInt | typing.SupportsIndex = 1048576,
     ) -> ServedModel:
         """
-        Load a model version (trees.bin bytes, an OnnxSession, a PythonModel or a ChildChannel), warm it
-        up and start it; it is not live yet.
+        Load a model version (trees.bin bytes, an OnnxSession, PythonModel or ChildChannel), warm it up
+        and start it; it is not live yet.
         plan: None, or a dict of entities, inputs [(name, dtype)], request_source, views [{name, cache,
         fields, key_columns}], program, key_seed, error_on_missing. edge: None, or a dict of mode (off, auto
         or on), capacity, ttl_ns, precompute, seed. sample_share: of the keys whose feature vectors are kept for

@@ -139,9 +139,9 @@ def open_session(
             threads=threads,
         )
     except ValueError as error:
-        raise InvalidArgumentError(f"{what} is refused: {_line(error)}") from error
+        raise InvalidArgumentError(f"{what} is refused: {error}") from error
     except RuntimeError as error:
-        raise FailedPreconditionError(f"{what} needs onnxruntime: {_line(error)}") from error
+        raise FailedPreconditionError(f"{what} needs onnxruntime: {error}") from error
 
 
 def predict(

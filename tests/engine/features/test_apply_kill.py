@@ -48,23 +48,25 @@ OTHER = DEFINITIONS.replace('window="90m"', 'window="2h"').replace('"model"', '"
 
 
 def kill_registry(path: Path, times: int) -> None:
-    writer = Forked(WRITER)
     rng, n, acknowledged = random.Random(5), 0, 0
-    for _ in range(times):
-        lines = writer.killed(str(path), n, lines=rng.randint(1, 4), seconds=rng.uniform(0, 0.05))
-        acknowledged = max(acknowledged, int(lines[-1]))
-        registry = Registry(path)
-        state = registry.state
-        found = [int(state.recorded("views").get("v", 0)), len(state.dictionaries.get("s", {}).get("c", []))]
-        fitted = registry.distribution("k")
-        found.append(0 if fitted is None else len(fitted.values))
-        assert found == sorted(found, reverse=True), "written in another order than told"
-        assert acknowledged <= found[-1]
-        assert found[0] <= max(n, acknowledged) + 1
-        if found[0]:
-            assert state.recorded("sources") == {"s": {"c" * found[0]: "int64"}}
-        n = found[0]
-    writer.close()
+    with Forked(WRITER) as writer:
+        for _ in range(times):
+            lines = writer.killed(str(path), n, lines=rng.randint(1, 4), seconds=rng.uniform(0, 0.05))
+            acknowledged = max(acknowledged, int(lines[-1]))
+            registry = Registry(path)
+            state = registry.state
+            found = [
+                int(state.recorded("views").get("v", 0)),
+                len(state.dictionaries.get("s", {}).get("c", [])),
+            ]
+            fitted = registry.distribution("k")
+            found.append(0 if fitted is None else len(fitted.values))
+            assert found == sorted(found, reverse=True), "written in another order than told"
+            assert acknowledged <= found[-1]
+            assert found[0] <= max(n, acknowledged) + 1
+            if found[0]:
+                assert state.recorded("sources") == {"s": {"c" * found[0]: "int64"}}
+            n = found[0]
     assert acknowledged > 0
     registry.record_applied({"views": {}})
     kept = ("0", "distribution-", "LOCK")
@@ -79,27 +81,26 @@ def kill_apply(path: Path, times: int) -> None:
         (repo / "features.py").write_text(text)
         loaded = load_repo(repo)
         whole.append(declared(loaded.views, loaded.services, loaded.fit_until_us))
-    rng, applier = random.Random(6), Forked(APPLIER)
-    seen = set()
-    for _ in range(times):
-        lines = applier.killed(str(repo), *texts, lines=rng.randint(1, 3), seconds=rng.uniform(0, 0.4))
-        with FeatureStore(repo) as store:
-            applied = store._registry.state.applied
-            if applied is None:
-                assert lines == ["-"]
-                continue
-            kinds = ("views", "services", "view_parts", "service_features")
-            found = {kind: applied[kind] for kind in kinds}
-            assert found in whole, "half of one, half of the other"
-            at = whole.index(found)
-            seen.add(at)
-            if lines[-1] != "-":  # acknowledged, or the one after it
-                assert at in (int(lines[-1]), 1 - int(lines[-1]))
-        (repo / "features.py").write_text(texts[at])
-        with FeatureStore(repo) as store:
-            assert not store.plan()
-            assert_online_is_offline(store, 5 * HOUR, [1, 2, 3], ["a", "b", "a"])
-    applier.close()
+    rng, seen = random.Random(6), set()
+    with Forked(APPLIER) as applier:
+        for _ in range(times):
+            lines = applier.killed(str(repo), *texts, lines=rng.randint(1, 3), seconds=rng.uniform(0, 0.4))
+            with FeatureStore(repo) as store:
+                applied = store._registry.state.applied
+                if applied is None:
+                    assert lines == ["-"]
+                    continue
+                kinds = ("views", "services", "view_parts", "service_features")
+                found = {kind: applied[kind] for kind in kinds}
+                assert found in whole, "half of one, half of the other"
+                at = whole.index(found)
+                seen.add(at)
+                if lines[-1] != "-":  # acknowledged, or the one after it
+                    assert at in (int(lines[-1]), 1 - int(lines[-1]))
+            (repo / "features.py").write_text(texts[at])
+            with FeatureStore(repo) as store:
+                assert not store.plan()
+                assert_online_is_offline(store, 5 * HOUR, [1, 2, 3], ["a", "b", "a"])
     assert seen
 
 
