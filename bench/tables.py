@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, ROOT
 from serving.lines import row_of
 
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
@@ -89,8 +89,8 @@ def device_table(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    text = README.read_text()
-    marked = {match[2] for match in MARKED.finditer(text)}
+    texts = {path: path.read_text() for path in READMES}
+    marked = {match[2] for text in texts.values() for match in MARKED.finditer(text)}
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     for name in sorted(marked - found.keys()):
         print(f"no results for the table {name}: left as it is")
@@ -98,9 +98,9 @@ def main() -> None:
     def written(name: str) -> str:
         return (device_table if name.startswith("gpu") else table)(found[name])
 
-    text = MARKED.sub(lambda m: m[1] + written(m[2]) + m[3] if m[2] in found else m[0], text)
-    README.write_text(text)
-    print(f"README.md: {len(marked & found.keys())} tables")
+    for path, text in texts.items():
+        path.write_text(MARKED.sub(lambda m: m[1] + written(m[2]) + m[3] if m[2] in found else m[0], text))
+    print(f"README.md, bench/README.md: {len(marked & found.keys())} tables")
 
 
 if __name__ == "__main__":
