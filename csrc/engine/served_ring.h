@@ -119,10 +119,11 @@ class ServedRing {
     count_all();
     size_t done = 0;
     while (done < n) {
-      const size_t moved = drain_some(done, std::min(n, done + kTurn), out);
-      if (moved == 0 && (drift_ == nullptr || uncounted() == 0)) break;
-      if (moved == 0) count_all();  // rows came meanwhile, in place of those counted before
+      bool empty = false;
+      const size_t moved = drain_some(done, std::min(n, done + kTurn), out, &empty);
       done += moved;
+      if (empty) break;
+      if (moved == 0) count_all();  // rows came meanwhile, in place of those counted before
     }
     return done;
   }
@@ -145,8 +146,9 @@ class ServedRing {
     counted_.store(from + n, std::memory_order_release);
   }
 
-  // Moves rows to places from..to of `out`.
-  size_t drain_some(size_t from, size_t to, const Out& out) {
+  // Moves counted rows to places from..to of `out`. empty: nothing is left, counted or not; seen under the
+  // same lock, for whoever counts does not hold it.
+  size_t drain_some(size_t from, size_t to, const Out& out, bool* empty) {
     const std::lock_guard lock(mutex_);
     const uint64_t ready =
         drift_ == nullptr ? end_.load(std::memory_order_relaxed) : counted_.load(std::memory_order_acquire);
@@ -163,6 +165,7 @@ class ServedRing {
       begin_ += k;
       i += k;
     }
+    *empty = begin_ == end_.load(std::memory_order_relaxed);
     return n;
   }
 
